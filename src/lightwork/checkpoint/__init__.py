@@ -1,0 +1,1 @@
+"""State on disk: safetensors and a JSON manifest, never pickle."""

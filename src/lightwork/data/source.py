@@ -1,0 +1,164 @@
+"""What the user passes to `run.steps` and `run.evaluate`, checked and taken apart.
+
+A map-style data set is fetched by itself. A DataLoader stands for its parts: data set, collate function,
+sampler, drop_last, and the settings of its loading workers. Not used of it: its batch size (the batches are
+the run's), pin_memory and its generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from lightwork.data.batch import Batch
+from lightwork.data.fetch import Fetcher, MapStyle
+from lightwork.data.order import Arrangement, Custom, CustomOrder, Ids, Order, Sampled, shuffled, unshuffled
+from lightwork.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingWorkers:
+    """The processes that load ahead of training, beside each worker; settings as of torch's DataLoader."""
+
+    num_workers: int = 0  #: 0: the worker loads by itself
+    prefetch_factor: int = 2  #: batches that each loads ahead
+    timeout: float = 0.0  #: seconds to wait for a batch; 0: forever
+    worker_init_fn: Callable[[int], None] | None = None
+    multiprocessing_context: Any = None  #: None: torch's choice; or "fork", "spawn", "forkserver", a context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What fetches samples and says their order."""
+
+    fetcher: Fetcher
+    arrangement: Arrangement
+    seed: int
+    drop_last: bool = False
+    loading_workers: LoadingWorkers = LoadingWorkers()
+
+    def fetch(self, epoch: int, ids: Ids) -> Batch:
+        """Return the collated batch of `ids`; see `Fetcher.fetch`."""
+        return self.fetcher.fetch(epoch, ids)
+
+    def order(self, *, global_batch: int, micro_batch: int, drop_last: bool | None = None) -> Order:
+        """Return the order of samples, in the run's batches; `drop_last` None: as the DataLoader says.
+
+        Raises: DataError when the data set is empty.
+        """
+        return Order(
+            seed=self.seed,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            arrangement=self.arrangement,
+            count_samples=self.fetcher.dataset.__len__,
+            data_name=self.fetcher.name,
+            drop_last=self.drop_last if drop_last is None else drop_last,
+        )
+
+
+def source_of(
+    data: object, *, seed: int, shuffle: bool | None = None, order: CustomOrder | None = None
+) -> Source:
+    """Return the source that a data set or DataLoader stands for.
+
+    The order is that of `order`, where given; else of `shuffle` (True: a new permutation each epoch, False:
+    as numbered); else of the DataLoader's sampler; else shuffled.
+
+    Raises: UsageError when `data` is neither, or of a kind that can not be split over a team.
+    """
+    if order is not None and shuffle:
+        raise UsageError(
+            "order= and shuffle=True were both given, and order= says the order. Leave shuffle out."
+        )
+    if isinstance(data, DataLoader):
+        return _source_of_loader(data, seed, shuffle, order)
+    dataset = _check_dataset(data)
+    return Source(
+        fetcher=Fetcher(dataset, default_collate, seed),
+        arrangement=_chosen(shuffle, order) or shuffled,
+        seed=seed,
+    )
+
+
+def _source_of_loader(
+    loader: DataLoader[Any], seed: int, shuffle: bool | None, order: CustomOrder | None
+) -> Source:
+    dataset = _check_dataset(loader.dataset)
+    for sampler in (loader.sampler, loader.batch_sampler):
+        inner = sampler.sampler if isinstance(sampler, BatchSampler) else sampler
+        if isinstance(inner, DistributedSampler):
+            raise UsageError(
+                f"the DataLoader has a {type(inner).__name__} for {inner.num_replicas} replicas, and the run "
+                "splits the samples over its workers itself. Leave the sampler out; shuffle=True is enough."
+            )
+    if loader.batch_sampler is None:
+        raise UsageError(
+            "the DataLoader has batch_size=None, so its data set hands out whole batches, which the "
+            "run can not cut into its own. Give a data set of single samples, and the sizes of the batches to "
+            "distribute: global_batch= and micro_batch=."
+        )
+    workers = LoadingWorkers(
+        num_workers=loader.num_workers,
+        prefetch_factor=loader.prefetch_factor or 2,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+    return Source(
+        fetcher=Fetcher(dataset, loader.collate_fn, seed),
+        arrangement=_chosen(shuffle, order) or _arrangement_of(loader, len(dataset)),
+        seed=seed,
+        drop_last=loader.drop_last,
+        loading_workers=workers,
+    )
+
+
+def _chosen(shuffle: bool | None, order: CustomOrder | None) -> Arrangement | None:
+    if order is not None:
+        return Custom(order)
+    if shuffle is None:
+        return None
+    return shuffled if shuffle else unshuffled
+
+
+def _arrangement_of(loader: DataLoader[Any], num_samples: int) -> Arrangement:
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        return Sampled(loader.batch_sampler, batched=True)
+    sampler = loader.sampler
+    if type(sampler) is RandomSampler:
+        every = not sampler.replacement and sampler.num_samples == num_samples == len(sampler.data_source)
+        return shuffled if every else Sampled(sampler)
+    if type(sampler) is SequentialSampler and len(sampler) == num_samples:
+        return unshuffled
+    return Sampled(sampler)
+
+
+def _check_dataset(data: object) -> MapStyle:
+    name = type(data).__name__
+    if isinstance(data, IterableDataset):
+        raise UsageError(
+            f"{name} is an IterableDataset, whose samples can not be split over a team by their ids. Use a "
+            "map-style data set: write __len__ and __getitem__(index), or read the stream into a list first."
+        )
+    if isinstance(data, type):
+        raise UsageError(
+            f"{name} {data.__name__} was passed itself, not an instance. Write {data.__name__}(...)."
+        )
+    if not isinstance(data, MapStyle):
+        raise UsageError(
+            f"{data!r:.80} ({name}) is not a data set: it lacks __len__ or __getitem__. "
+            "Pass a map-style torch Dataset, a list of samples, or a DataLoader."
+        )
+    return data

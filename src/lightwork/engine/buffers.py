@@ -1,0 +1,220 @@
+"""The model's buffers, such as BatchNorm's running statistics.
+
+Every micro-batch starts from the buffers of the step; what they become is combined in the fixed tree when the step
+ends: floating ones by weighted mean, integer ones as start plus the summed increments, or as the spec's `buffers` says
+by name. Large ones, such as masks, are compared only if PyTorch counted a write; small ones always, because batch
+normalisation writes its statistics without counting.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightwork.engine.memory import SharedMemory
+from lightwork.errors import SpecError, UsageError
+from lightwork.spec.job import BufferRule
+from lightwork.spec.tree import combine
+
+_ALIGNMENT = 64
+
+#: Elements up to which a buffer is compared with the step's value rather than by its count of writes.
+_SMALL = 64 * 1024
+
+
+@dataclass
+class _Buffer:
+    name: str
+    module: nn.Module
+    key: str
+    tensor: torch.Tensor  #: the module's own
+    rule: BufferRule | None
+    start: torch.Tensor  #: as the step begins, shared
+    version: int = 0  #: PyTorch's count of writes at the last restore
+    generation: int = 0  #: the shared count of updates seen here
+
+
+def buffer_bytes(model: nn.Module) -> int:
+    """Return the bytes of all buffers, each aligned."""
+    return sum(-(-b.numel() * b.element_size() // _ALIGNMENT) * _ALIGNMENT for b in model.buffers())
+
+
+def count_buffers(model: nn.Module) -> int:
+    """Return the number of buffers, each once."""
+    return sum(1 for _ in model.buffers())
+
+
+class Buffers:
+    """One worker's buffers and their shared values."""
+
+    def __init__(self, model: nn.Module, rules: Mapping[str, BufferRule], memory: SharedMemory) -> None:
+        self._memory = memory
+        self._num_bytes = buffer_bytes(model)
+        self._buffers = self._collect(model, rules)
+        self._generations = memory.region("buffer generations").cast("q")
+        self._changed = memory.region("buffers changed")  # [micro-batch][buffer]
+        unknown = set(rules) - {b.name for b in self._buffers}
+        if unknown:
+            raise SpecError(
+                f"buffers names {', '.join(sorted(unknown))}, which the model does not have. It has "
+                f"{', '.join(b.name for b in self._buffers[:5]) or 'none'}."
+            )
+
+    @staticmethod
+    def reservations(model: nn.Module, num_micro_batches: int) -> dict[str, int]:
+        """Return the bytes of the regions that the buffers need, by name."""
+        count = count_buffers(model)
+        return {
+            "buffers": buffer_bytes(model),
+            "buffers of micro-batches": num_micro_batches * buffer_bytes(model),
+            "buffers changed": num_micro_batches * count,
+            "buffer generations": 8 * count,
+        }
+
+    def _collect(self, model: nn.Module, rules: Mapping[str, BufferRule]) -> list[_Buffer]:
+        found: list[_Buffer] = []
+        seen: set[int] = set()
+        at = 0
+        for module_name, module in model.named_modules(remove_duplicate=True):
+            for key, tensor in module._buffers.items():
+                if tensor is None or id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                name = f"{module_name}.{key}" if module_name else key
+                start = self._memory.tensor("buffers", tensor.dtype, at, tensor.numel()).view(tensor.shape)
+                found.append(
+                    _Buffer(name, module, key, tensor, rules.get(name) or _default_rule(tensor), start)
+                )
+                at += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        return found
+
+    def publish(self) -> None:
+        """Make this worker's buffers the shared ones. One worker does, while the others wait."""
+        for index, buffer in enumerate(self._buffers):
+            buffer.start.copy_(buffer.module._buffers[buffer.key])  # type: ignore[arg-type]
+            self._generations[index] += 1
+
+    def load(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Make `values` the shared buffers, by name. One worker does, while the others wait."""
+        for index, buffer in enumerate(self._buffers):
+            if buffer.name in values:
+                buffer.start.copy_(values[buffer.name])
+                self._generations[index] += 1
+
+    def restore(self) -> None:
+        """Bring this worker's buffers to the shared values, where they differ."""
+        for index, buffer in enumerate(self._buffers):
+            if buffer.generation != self._generations[index] or self._was_written(buffer):
+                self._reset(buffer)
+                buffer.generation = self._generations[index]
+
+    def capture(self, micro_batch: int) -> None:
+        """Store what forward of micro-batch `micro_batch` made of the buffers.
+
+        They stay so until `restore`: backward may need them, and may write them again where it recomputes.
+
+        Raises: UsageError for a buffer that no rule combines, or that changed its shape.
+        """
+        count = len(self._buffers)
+        row = self._changed[micro_batch * count : (micro_batch + 1) * count]
+        for index, buffer in enumerate(self._buffers):
+            changed = self._was_written(buffer)
+            row[index] = changed
+            if not changed:
+                continue
+            now = buffer.module._buffers[buffer.key]
+            if now is None or now.shape != buffer.start.shape or now.dtype != buffer.start.dtype:
+                raise UsageError(
+                    f"buffer {buffer.name} changed from {buffer.start.dtype} {tuple(buffer.start.shape)} to "
+                    f"{'None' if now is None else f'{now.dtype} {tuple(now.shape)}'} in a micro-batch. Buffers keep type and shape."
+                )
+            if buffer.rule is None:
+                raise UsageError(
+                    f"buffer {buffer.name} ({buffer.start.dtype}) was written in a micro-batch, and there is no rule that "
+                    f"combines the micro-batches' values. Name one: distribute(..., buffers={{{buffer.name!r}: 'last'}})."
+                )
+            self._leaf(index, micro_batch).copy_(now)
+
+    def combine(self, weights: Sequence[float], micro_batch_size: int) -> None:
+        """Make the step's buffers of what its micro-batches left, in the fixed tree. One worker does, at the step's end.
+
+        `weights` are those of the micro-batches; one of weight 0 counts for nothing.
+        """
+        count = len(self._buffers)
+        if not count:
+            return
+        rows = [self._changed[m * count : (m + 1) * count] for m in range(len(weights))]
+        for index, buffer in enumerate(self._buffers):
+            leaves = [
+                (self._leaf(index, m) if rows[m][index] else buffer.start) if weight else None
+                for m, weight in enumerate(weights)
+            ]
+            if not any(rows[m][index] and weight for m, weight in enumerate(weights)):
+                continue
+            combined = _combine(buffer, leaves, weights, micro_batch_size)
+            buffer.start.copy_(combined)
+            self._generations[index] += 1
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Return the shared buffers by name."""
+        return {buffer.name: buffer.start for buffer in self._buffers}
+
+    def _leaf(self, index: int, micro_batch: int) -> torch.Tensor:
+        start = self._buffers[index].start
+        first = self._buffers[0].start.data_ptr()
+        offset = micro_batch * self._num_bytes + start.data_ptr() - first
+        return self._memory.tensor("buffers of micro-batches", start.dtype, offset, start.numel()).view(
+            start.shape
+        )
+
+    def _was_written(self, buffer: _Buffer) -> bool:
+        if buffer.module._buffers[buffer.key] is not buffer.tensor:
+            return True
+        if buffer.tensor.numel() <= _SMALL:
+            return not torch.equal(buffer.tensor, buffer.start)
+        return buffer.tensor._version != buffer.version
+
+    def _reset(self, buffer: _Buffer) -> None:
+        with torch.no_grad():
+            buffer.tensor.copy_(buffer.start)
+        buffer.module._buffers[buffer.key] = buffer.tensor
+        buffer.version = buffer.tensor._version
+
+
+def _default_rule(tensor: torch.Tensor) -> BufferRule | None:
+    if tensor.is_floating_point():
+        return "mean"
+    return "sum" if tensor.dtype != torch.bool and not tensor.is_complex() else None
+
+
+def _combine(
+    buffer: _Buffer, leaves: list[torch.Tensor | None], weights: Sequence[float], micro_batch_size: int
+) -> torch.Tensor:
+    present = [leaf for leaf in leaves if leaf is not None]
+    match buffer.rule:
+        case "first":
+            return present[0]
+        case "last":
+            return present[-1]
+        case "maximum" | "minimum":
+            best = combine(leaves, torch.maximum if buffer.rule == "maximum" else torch.minimum)
+        case "sum":
+            increments = [None if leaf is None else leaf - buffer.start for leaf in leaves]
+            total = combine(increments, operator.add)
+            best = None if total is None else buffer.start + total
+        case _:
+            # In double precision, relative to a full micro-batch: exact for a single full one.
+            shares = [weight / micro_batch_size for weight in weights]
+            scaled = [
+                None if leaf is None else leaf.double() * share
+                for leaf, share in zip(leaves, shares, strict=True)
+            ]
+            total = combine(scaled, operator.add)
+            best = None if total is None else total / combine(list(shares), operator.add)
+    if best is None:
+        raise ValueError(f"no micro-batch left a value for buffer {buffer.name}")
+    return best

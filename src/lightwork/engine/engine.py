@@ -1,0 +1,329 @@
+"""The engine of one worker: the phases of a step, and everything in shared memory that they touch.
+
+The order of a step, and who carries it out:
+
+    enter          the board opens the step; buffers and random state are set       (here, `random`, `buffers`)
+    micro-batch    user code computes a loss; `backward` folds its gradients         (`precision`, `gradients`)
+    measure        with clipping: the norm of each bucket's gradient                 (`update`)
+    update         partial sums to gradients to weights, bucket by bucket            (`update`, `optimizer`)
+    leave          the results of the step are read from the board                   (here)
+
+Moves: nothing but what the buckets' owners read: each partial sum once an update (twice with clipping).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lightwork.engine.buffers import Buffers
+from lightwork.engine.gradients import Gradients, Slots
+from lightwork.engine.memory import MemoryMap, SharedMemory
+from lightwork.engine.optimizer import (
+    BlockOptimizer,
+    StateLayout,
+    hyper_parameters,
+    is_elementwise,
+    probe_state,
+)
+from lightwork.engine.precision import Compute
+from lightwork.engine.random import seed_everything
+from lightwork.engine.update import StepMap, Updater
+from lightwork.engine.update import norm_squared as norm_squared_of
+from lightwork.engine.weights import Weights, describe_parameters, refuse_sparse_gradients
+from lightwork.errors import SpecError
+from lightwork.spec.job import Spec
+from lightwork.spec.layout import Layout, lay_out
+from lightwork.spec.seeds import derive
+from lightwork.spec.tree import Node, combine
+from lightwork.team.board import Action, Activity, Board, BoardSize, Kind
+from lightwork.trace import Trace
+
+#: Seconds between two looks at the other workers' health while waiting.
+WATCH_SECONDS = 0.2
+
+#: The slope of torch.nn.utils.clip_grad_norm_: max_norm / (norm + this).
+CLIP_EPSILON = 1e-6
+
+
+class Waiter(Protocol):
+    """What the engine needs of a transport's signal."""
+
+    def wait(self, seen: int, seconds: float) -> bool:
+        """Return True as soon as the signal is not `seen` any more, False after `seconds`."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to; the same on every worker."""
+
+    loss: float  #: weighted mean over the global batch
+    grad_norm: float  #: L2, before clipping
+    weight: float
+    metrics: Mapping[str, float]
+
+
+class Blueprint:
+    """A model and its optimizer, laid out: what shared memory they need. Made before there is any."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, spec: Spec, world_size: int
+    ) -> None:
+        refuse_sparse_gradients(model.named_modules())
+        self.model = model
+        self.optimizer = optimizer
+        self.spec = spec
+        self.world_size = world_size
+        self.parameters, described = describe_parameters(
+            model, optimizer, spec, whole=not is_elementwise(optimizer)
+        )
+        self.layout: Layout = lay_out(described)
+        self.state_layout = StateLayout(self.layout, probe_state(optimizer, described))
+        self.board_size = BoardSize(
+            world_size=world_size,
+            num_micro_batches=spec.num_micro_batches,
+            num_parameters=len(described),
+            num_buckets=len(self.layout.buckets),
+        )
+
+    def reserve(self, memory_map: MemoryMap) -> None:
+        """Reserve the regions of the engine."""
+        numel = self.layout.numel
+        memory_map.reserve("board", Board.num_bytes(self.board_size))
+        memory_map.reserve("masters", numel * 4)
+        memory_map.reserve("working", numel * 2)
+        for name, dtype in self.state_layout.flat.items():
+            memory_map.reserve(f"state {name}", numel * dtype.itemsize)
+        memory_map.reserve("state odd", self.state_layout.odd_bytes)
+        memory_map.reserve("state initialised", len(self.layout.blocks))
+        for name, size in Buffers.reservations(self.model, self.spec.num_micro_batches).items():
+            memory_map.reserve(name, size)
+        slots = Slots.num_bytes(self.world_size, self.board_size.num_slots, numel)
+        memory_map.reserve("partial sums", slots)
+
+    def expected_bytes(self) -> dict[str, int]:
+        """Return the bytes that training will really take, by what they are for."""
+        trained = sum(p.numel for p in self.layout.parameters if p.group is not None)
+        low = sum(p.numel for p in self.layout.parameters if p.dtype != "float32")
+        active = min(self.world_size, self.spec.num_micro_batches)
+        of_worker = -(-self.spec.num_micro_batches // active)
+        if of_worker == 1:
+            sums = active * (trained * 4 - min(low, trained) * 2)
+        else:
+            sums = active * trained * 4 * (of_worker.bit_length() + 1)
+        return {
+            "weights": self.layout.numel * 4 - (0 if trained else low * 4) + low * 2,
+            "optimizer state": sum(trained * dtype.itemsize for dtype in self.state_layout.flat.values()),
+            "gradients": sums,
+        }
+
+
+class Engine:
+    """One worker's engine."""
+
+    def __init__(
+        self,
+        rank: int,
+        blueprint: Blueprint,
+        memory: SharedMemory,
+        board: Board,
+        signal: Waiter,
+        trace: Trace,
+    ) -> None:
+        size = blueprint.board_size
+        self.spec = blueprint.spec
+        self.board = board
+        self.model = blueprint.model
+        self.optimizer = blueprint.optimizer
+        self.weights = Weights(blueprint.parameters, blueprint.layout, memory)
+        self.buffers = Buffers(blueprint.model, blueprint.spec.buffers, memory)
+        self.state = BlockOptimizer(blueprint.optimizer, self.weights, blueprint.state_layout, memory)
+        self._rank = rank
+        self._world_size = blueprint.world_size
+        self._signal = signal
+        self._trace = trace
+        slots = Slots(memory, self.weights, size.num_slots)
+        self._gradients = Gradients(rank, self.weights, slots, size.num_slots)
+        self._updater = Updater(self.weights, slots, self.state)
+        self._num_optimized = sum(len(group["params"]) for group in blueprint.optimizer.param_groups)
+        self._num_micro_batches = 0
+        self._map: StepMap | None = None
+        self._seconds = {"wait": 0.0, "reduce": 0.0, "update": 0.0}
+        self._step_start = 0.0
+        self.compute: Compute
+
+    def attach(self, *, write: bool) -> None:
+        """Move the model into the shared memory; with `write`, as its contents."""
+        if write:
+            self.buffers.publish()
+        self.weights.attach(write=write)
+        if write:
+            for index, parameter in enumerate(self.weights.parameters):
+                state = self.optimizer.state.get(parameter)
+                if state and self.weights.layout.parameters[index].group is not None:
+                    self.state.load_state(index, dict(state))
+        self.compute = Compute(self.spec.precision, self.weights)
+
+    def detach(self) -> None:
+        """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
+        self._gradients.close()
+
+    # --- the phases of a step -----------------------------------------------------------------------------------
+
+    def enter(self, step: int, num_micro_batches: int) -> Action:
+        """Begin `step` and return the first thing to do."""
+        self.weights.check_unwritten("outside the loop or between two steps")
+        self._gradients.begin_step()
+        self._num_micro_batches = num_micro_batches
+        self._map = None
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._step_start = time.perf_counter()
+        settings = hash(
+            (hyper_parameters(self.optimizer), tuple(p.requires_grad for p in self.weights.parameters))
+        )
+        return self.board.enter(step, num_micro_batches, settings, clip=self.spec.clip_grad_norm is not None)
+
+    def begin_micro_batch(self, step: int, index: int) -> None:
+        """Set the random state and the buffers from which micro-batch `index` is computed, whoever does."""
+        self.buffers.restore()
+        seed_everything(derive(self.spec.seed, "micro-batch", step, index))
+
+    def backward(self, index: int, loss: torch.Tensor, weight: float) -> tuple[list[int], int, Node]:
+        """Run backward of a micro-batch's mean loss and fold its gradients; a weight of 0 makes none.
+
+        The loss is scaled by weight / micro_batch, and the sum divided by the same of the whole batch: exact for a
+        single full micro-batch.
+        """
+        self.buffers.capture(index)
+        if weight == 0:
+            return self._gradients.run(index, self._num_micro_batches, None)
+        share = weight / self.spec.micro_batch
+        scaled = loss if share == 1.0 else loss * share
+        with self.compute.backward():
+            fold = self._gradients.run(index, self._num_micro_batches, scaled.backward)
+        self.buffers.restore()
+        return fold
+
+    def finish_micro_batch(
+        self,
+        step: int,
+        index: int,
+        fold: tuple[list[int], int, Node],
+        *,
+        loss: float,
+        weight: float,
+        metrics: bytes,
+    ) -> Action:
+        """Report a computed micro-batch and return what to do next."""
+        self.weights.check_unwritten(f"in micro-batch {index} of step {step}")
+        freed, slot, node = fold
+        self._gradients.commit(index, self._num_micro_batches, slot, self.board.touched(index))
+        return self.board.finished_micro_batch(
+            step, index, loss=loss, weight=weight, metrics=metrics, freed=freed, slot=slot, node=node
+        )
+
+    def wait(self, step: int, seen: int, idle: Callable[[], bool], watch: Callable[[], None]) -> Action:
+        """Wait for the others; `idle` may do something useful and says whether it did."""
+        start = time.perf_counter()
+        if not idle() and not self._signal.wait(seen, WATCH_SECONDS):
+            watch()
+        self._seconds["wait"] += time.perf_counter() - start
+        return self.board.visit(step)
+
+    def process(self, step: int, action: Action) -> Action:
+        """Measure or update the claimed bucket, or combine the buffers, and return what to do next."""
+        start = time.perf_counter()
+        step_map = self._step_map(step)
+        norm_squared: float | None = None
+        with torch.no_grad():
+            if action.kind is Kind.UPDATE and action.index == len(self.weights.layout.buckets):
+                self.buffers.combine(self._weights_of(step), self.spec.micro_batch)
+            else:
+                self._updater.begin(self._clipped(step_map, action.kind))
+                gradients = self._updater.gradients(action.index)
+                reduced = time.perf_counter()
+                self._seconds["reduce"] += reduced - start
+                start = reduced
+                if action.kind is Kind.MEASURE:
+                    norm_squared = norm_squared_of(gradients)
+                else:
+                    norm = self._updater.apply(action.index, gradients)
+                    norm_squared = norm if self.spec.clip_grad_norm is None else None
+        self._seconds["update"] += time.perf_counter() - start
+        return self.board.finished_bucket(step, action, norm_squared)
+
+    def leave(self, step: int) -> StepResult:
+        """Return what `step` came to, once it is committed, and set the random state for the code between steps."""
+        self.weights.accept_versions()
+        records = self.board.records(step, self._num_micro_batches)
+        metrics = [self.board.metrics(step, index) for index in range(self._num_micro_batches)]
+        for name, seconds in self._seconds.items():
+            self._trace.span(name, step, -1, self._step_start, self._step_start + seconds)
+        seed_everything(derive(self.spec.seed, "between", step))
+        self.board.show(Activity.BETWEEN)
+        return StepResult(
+            loss=weighted_mean(records),
+            grad_norm=math.sqrt(math.fsum(self.board.norms_squared())),
+            weight=combine([weight for _, weight in records], operator.add) or 0.0,
+            metrics=combine_metrics(metrics),
+        )
+
+    def check_parameters(self) -> None:
+        """Raise SpecError when the optimizer got parameters after `distribute`."""
+        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if count != self._num_optimized:
+            raise SpecError(
+                f"the optimizer has {count} parameters, {count - self._num_optimized:+d} since distribute. Parameters can not be "
+                "added or removed during a run: add them before distribute, and freeze with requires_grad_(False)."
+            )
+
+    def _step_map(self, step: int) -> StepMap:
+        """Return the map of the step's partial sums; only while holding a claim, so that the step stays open."""
+        if self._map is None:
+            total = combine(self._weights_of(step), operator.add) or 0.0
+            self._map = StepMap(
+                num_micro_batches=self._num_micro_batches,
+                places={
+                    node: (rank, slot)
+                    for rank in range(self._world_size)
+                    for slot, node in self.board.held(rank).items()
+                },
+                touched=tuple(self.board.touched(index) for index in range(self._num_micro_batches)),
+                divisor=total / self.spec.micro_batch,
+                scale=1.0,
+            )
+        return self._map
+
+    def _clipped(self, step_map: StepMap, kind: Kind) -> StepMap:
+        limit = self.spec.clip_grad_norm
+        if limit is None or kind is Kind.MEASURE or step_map.scale != 1.0:
+            return step_map
+        norm = math.sqrt(math.fsum(self.board.norms_squared()))
+        scale = min(1.0, limit / (norm + CLIP_EPSILON))
+        self._map = StepMap(
+            step_map.num_micro_batches, step_map.places, step_map.touched, step_map.divisor, scale
+        )
+        return self._map
+
+    def _weights_of(self, step: int) -> list[float]:
+        return [weight for _, weight in self.board.records(step, self._num_micro_batches)]
+
+
+def weighted_mean(records: list[tuple[float, float]]) -> float:
+    """Return the mean of (value, weight) pairs, summed in the fixed tree; 0 when nothing has weight."""
+    total = combine([weight for _, weight in records], operator.add)
+    values = combine([value * weight if weight else None for value, weight in records], operator.add)
+    return values / total if total and values is not None else 0.0
+
+
+def combine_metrics(metrics: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Return the weighted mean of each named metric over the micro-batches that have it."""
+    names = dict.fromkeys(name for of_one in metrics for name in of_one)
+    return {name: weighted_mean([of_one.get(name, (0.0, 0.0)) for of_one in metrics]) for name in names}

@@ -1,0 +1,182 @@
+"""Gradients, from autograd into partial sums.
+
+A worker folds its micro-batches like a binary counter. As soon as autograd has finished the gradient of a parameter, a
+hook adds to it the partial sums of this worker that are its siblings in the tree, while the gradient is still in the
+cache, writes the result into a free slot, and lets the gradient go. The siblings stay as they were until the board has
+the new sum: a worker killed in the middle of a fold has lost one micro-batch, not its earlier ones.
+
+A slot has 4 bytes for each element of the layout. The gradient of a single micro-batch lies there in the type of the
+working weight, a sum of two or more in fp32, a parameter always at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from lightwork.engine.memory import SharedMemory
+from lightwork.engine.weights import Weights, like
+from lightwork.errors import UsageError
+from lightwork.spec.tree import Node, fold
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Slots:
+    """The partial sums of all workers of the host, as flat tensors."""
+
+    def __init__(self, memory: SharedMemory, weights: Weights, num_slots: int) -> None:
+        self._layout = weights.layout
+        self._num_slots = num_slots
+        self._flat = memory.tensor("partial sums", torch.float32)
+        self._dtypes = [_DTYPES[p.dtype] for p in self._layout.parameters]
+
+    @staticmethod
+    def num_bytes(world_size: int, num_slots: int, numel: int) -> int:
+        """Return the bytes that the slots of all workers reserve."""
+        return world_size * num_slots * numel * 4
+
+    def elements(
+        self, rank: int, slot: int, node: Node, parameter: int, start: int, end: int
+    ) -> torch.Tensor:
+        """Return elements `start` to `end` of a parameter in the partial sum `node` of `rank`, flat."""
+        first = (rank * self._num_slots + slot) * self._layout.numel + self._layout.offsets[parameter]
+        dtype = self._dtypes[parameter]
+        if node.end - node.first > 1 or dtype is torch.float32:
+            return self._flat[first + start : first + end]
+        whole = self._flat[first : first + self._layout.parameters[parameter].numel]
+        return whole.view(dtype)[start:end]
+
+
+class Gradients:
+    """This worker's side of the slots: hooks on its parameters and the fold in progress."""
+
+    def __init__(self, rank: int, weights: Weights, slots: Slots, num_slots: int) -> None:
+        self._rank = rank
+        self._weights = weights
+        self._slots = slots
+        self._num_slots = num_slots
+        self._names = [p.name for p in weights.layout.parameters]
+        self._views: dict[tuple[int, bool], list[torch.Tensor]] = {}
+        self._held: dict[Node, tuple[int, bytes]] = {}  # slot, and which parameters are present
+        self._open = False
+        self._hooks: dict[int, RemovableHandle] = {}
+        self._touched = bytearray(len(self._names))
+        self._target: list[torch.Tensor] = []
+        self._siblings: list[tuple[list[torch.Tensor], bytes]] = []
+
+    def begin_step(self) -> None:
+        """Forget the partial sums of the step before, and listen to parameters that have become trainable."""
+        self._held.clear()
+        for index, parameter in enumerate(self._weights.parameters):
+            if parameter.requires_grad and index not in self._hooks:
+                self._hooks[index] = parameter.register_post_accumulate_grad_hook(self._hook(index))
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+
+    def run(
+        self, index: int, num_micro_batches: int, backward: Callable[[], None] | None
+    ) -> tuple[list[int], int, Node]:
+        """Call `backward` and fold the gradients that it makes as those of micro-batch `index`. None: there are none.
+
+        Returns: the slots whose sums went into the new one, its slot, and its node. They stay held until `commit`.
+        """
+        chain, node = fold(index, num_micro_batches, self._held)
+        used = {slot for slot, _ in self._held.values()}
+        slot = next(s for s in range(self._num_slots) if s not in used)
+        self._touched = bytearray(len(self._names))
+        self._target = self._parameter_views(slot, node)
+        self._siblings = [(self._parameter_views(self._held[n][0], n), self._held[n][1]) for n in chain]
+        if backward is not None:
+            self._open = True
+            try:
+                backward()
+            finally:
+                self._open = False
+        self._carry_untouched()
+        return [self._held[n][0] for n in chain], slot, node
+
+    def commit(self, index: int, num_micro_batches: int, slot: int, touched: memoryview) -> None:
+        """Take the sum that `run` made in place of those that went into it; `touched` receives the leaf's parameters."""
+        touched[:] = self._touched
+        chain, node = fold(index, num_micro_batches, self._held)
+        present = bytes(self._touched)
+        for sibling in chain:
+            _, theirs = self._held.pop(sibling)
+            present = bytes(map(max, present, theirs)) if 0 in present else present
+        self._held[node] = (slot, present)
+
+    def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
+        trained = self._weights.layout.parameters[index].group is not None
+
+        def receive(parameter: torch.Tensor) -> None:
+            gradient = parameter.grad
+            parameter.grad = None
+            if not self._open:
+                raise UsageError(
+                    "loss.backward() was called on a distributed model. Call step.backward(loss) instead: it scales the loss "
+                    "and adds the gradients of all workers."
+                )
+            if gradient is None or not trained:
+                return
+            if self._touched[index]:
+                raise UsageError(
+                    f"parameter {self._names[index]} received its gradient in two pieces within one backward. This happens "
+                    "with re-entrant activation checkpointing: pass use_reentrant=False."
+                )
+            self._touched[index] = 1
+            self._receive(index, gradient)
+
+        return receive
+
+    def _receive(self, index: int, gradient: torch.Tensor) -> None:
+        target = self._target[index]
+        started = False
+        for views, present in self._siblings:
+            if not present[index]:
+                continue
+            if started:
+                target.add_(views[index])
+            elif gradient.dtype is torch.float32:
+                torch.add(views[index], gradient, out=target)
+            else:  # `add` with `out` would round to the operands' type first
+                target.copy_(views[index]).add_(gradient)
+            started = True
+        if not started:
+            target.copy_(gradient)
+
+    def _carry_untouched(self) -> None:
+        """Where this micro-batch has no gradient, the new sum is that of its siblings."""
+        if not self._siblings or 0 not in self._touched:
+            return
+        for index, touched in enumerate(self._touched):
+            if touched:
+                continue
+            present = [views[index] for views, present in self._siblings if present[index]]
+            for position, view in enumerate(present):
+                if position == 0:
+                    self._target[index].copy_(view)
+                else:
+                    self._target[index].add_(view)
+
+    def _parameter_views(self, slot: int, node: Node) -> list[torch.Tensor]:
+        leaf = node.end - node.first == 1
+        views = self._views.get((slot, leaf))
+        if views is None:
+            views = [
+                like(self._slots.elements(self._rank, slot, node, index, 0, parameter.numel()), parameter)
+                for index, parameter in enumerate(self._weights.parameters)
+            ]
+            self._views[slot, leaf] = views
+        return views
+
+
+def present_nodes(touched: Sequence[memoryview], parameter: int) -> Callable[[Node], bool]:
+    """Return whether a node holds a sum for `parameter`: whether any of its micro-batches touched it."""
+    return lambda node: any(touched[leaf][parameter] for leaf in range(node.first, node.end))

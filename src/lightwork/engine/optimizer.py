@@ -1,0 +1,368 @@
+"""The user's optimizer, carried out on blocks of the shared weights.
+
+An element-wise optimizer (a list of known classes) gives the same bits on a block as on the whole parameter, because
+blocks are cut at multiples of the kernels' vector width. Any other, known (Muon, Adafactor) or not, gets whole
+parameters. Either way the class itself does the arithmetic: each bucket has a *shadow*, a copy of the user's optimizer
+object whose parameters are the bucket's blocks and whose state lies in shared memory, so that whoever is free can
+update any bucket. Hyper-parameters are read from the user's object before every call: schedulers work as usual.
+
+Where a class has a fused implementation it is used, unless the user chose one (`fused=False`, `foreach=True`).
+
+Not covered: optimizers that keep state in their parameter groups or on themselves, need a closure, or want sparse
+gradients. They are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import optim
+
+from lightwork.engine.memory import SharedMemory
+from lightwork.engine.weights import Weights, like
+from lightwork.errors import SpecError
+from lightwork.spec.layout import Block, Bucket, Layout, ParameterSpec
+
+_ELEMENTWISE: tuple[type[optim.Optimizer], ...] = (
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.Adagrad,
+    optim.RMSprop,
+    optim.Adamax,
+    optim.NAdam,
+    optim.RAdam,
+    optim.Adadelta,
+    optim.ASGD,
+    optim.Rprop,
+)
+_FUSED: tuple[type[optim.Optimizer], ...] = (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad)
+_REFUSED: dict[type[optim.Optimizer], str] = {
+    optim.LBFGS: "it calls the loss several times an update",
+    optim.SparseAdam: "it wants sparse gradients",
+}
+
+#: Elements of the parameter on which an element-wise optimizer shows what state it keeps.
+_PROBE_ELEMENTS = 16
+
+#: Bytes between two pieces of state of a block that are not of the block's own shape.
+_STATE_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """One entry of the state that an optimizer keeps for each parameter."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...] | None  #: None: the shape of the parameter or block
+    number: type[int] | type[float] | type[bool] | None = None  #: a Python number rather than a tensor
+
+
+def is_elementwise(optimizer: optim.Optimizer) -> bool:
+    """Return whether the optimizer's class is known to treat every element by itself."""
+    return type(optimizer) in _ELEMENTWISE
+
+
+def describe_optimizer(optimizer: optim.Optimizer) -> str:
+    """Return the class and the implementation that will be used, for the spec."""
+    kinds = sorted({_implementation(optimizer, group) for group in optimizer.param_groups})
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__} ({', '.join(kinds)})"
+
+
+def hyper_parameters(optimizer: optim.Optimizer) -> tuple[object, ...]:
+    """Return all numbers in the parameter groups, in order: what must be the same on every worker."""
+    values: list[object] = []
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if isinstance(value, (int, float, tuple, list)) and name != "params":
+                values.append(tuple(value) if isinstance(value, list) else value)
+            elif isinstance(value, torch.Tensor):
+                values.append(value.item())
+    return tuple(values)
+
+
+def _implementation(optimizer: optim.Optimizer, group: dict[str, Any]) -> str:
+    if group.get("fused") or _should_fuse(optimizer, group):
+        return "fused"
+    return "foreach" if group.get("foreach") else "single"
+
+
+def _should_fuse(optimizer: optim.Optimizer, group: dict[str, Any]) -> bool:
+    return (
+        type(optimizer) in _FUSED
+        and group.get("fused") is None
+        and not any(group.get(option) for option in ("foreach", "differentiable", "capturable"))
+    )
+
+
+def probe_state(
+    optimizer: optim.Optimizer, parameters: Sequence[ParameterSpec]
+) -> dict[tuple[int, tuple[int, ...]], list[StateEntry]]:
+    """Return what state the optimizer keeps, by parameter group and shape (element-wise ones: one shape for all).
+
+    Found out by letting a copy of the optimizer take one step on a scratch parameter.
+
+    Raises: SpecError when the optimizer can not be shared by a team.
+    """
+    reason = next((why for cls, why in _REFUSED.items() if isinstance(optimizer, cls)), None)
+    if reason is not None:
+        raise SpecError(
+            f"{type(optimizer).__name__} can not train data-parallel: {reason}. Use AdamW, SGD or another."
+        )
+    found: dict[tuple[int, tuple[int, ...]], list[StateEntry]] = {}
+    for parameter in parameters:
+        if parameter.group is None:
+            continue
+        shape = parameter.shape if parameter.whole else (_PROBE_ELEMENTS,)
+        if (parameter.group, shape) not in found:
+            found[parameter.group, shape] = _probe(optimizer, parameter.group, shape)
+    return found
+
+
+def _probe(optimizer: optim.Optimizer, group_index: int, shape: tuple[int, ...]) -> list[StateEntry]:
+    group = optimizer.param_groups[group_index]
+    scratch = torch.zeros(shape)
+    scratch.grad = torch.ones(shape)
+    shadow = _shadow_of(optimizer, group, [scratch])
+    existing = next((s for p in group["params"] if (s := optimizer.state.get(p)) and p.dim() > 0), None)
+    if existing is not None:  # state made in the constructor (Adagrad), or loaded by the user
+        owner = next(p for p in group["params"] if optimizer.state.get(p) and p.dim() > 0)
+        shadow.state[scratch] = {name: _scratch_like(value, owner, shape) for name, value in existing.items()}
+    before = {name: value for name, value in shadow.param_groups[0].items() if name != "params"}
+    try:
+        shadow.step()
+    except Exception as error:
+        raise SpecError(
+            f"{type(optimizer).__name__} failed on a scratch parameter of shape {shape}: {error}. Check its settings and "
+            "that its parameters have shapes that it supports."
+        ) from error
+    changed = [name for name, value in before.items() if value != shadow.param_groups[0].get(name)]
+    if changed:
+        raise SpecError(
+            f"{type(optimizer).__name__} changes its parameter groups in step() ({', '.join(changed)}), which a team can not "
+            "share. Use an optimizer that keeps its state by parameter."
+        )
+    return [
+        _entry(optimizer, name, value, shape)
+        for name, value in shadow.state[scratch].items()
+        if value is not None
+    ]
+
+
+def _scratch_like(value: object, owner: torch.Tensor, shape: tuple[int, ...]) -> object:
+    if isinstance(value, torch.Tensor):
+        return (
+            torch.zeros(shape, dtype=value.dtype) if value.shape == owner.shape else torch.zeros_like(value)
+        )
+    return value
+
+
+def _entry(optimizer: optim.Optimizer, name: str, value: object, shape: tuple[int, ...]) -> StateEntry:
+    if isinstance(value, torch.Tensor):
+        return StateEntry(name, value.dtype, None if value.shape == shape else tuple(value.shape))
+    if isinstance(value, (bool, int, float)):
+        return StateEntry(name, torch.float64, (), type(value))
+    raise SpecError(
+        f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({name!r}). Tensors and numbers can be shared "
+        "by a team; use another optimizer."
+    )
+
+
+def _shadow_of(
+    optimizer: optim.Optimizer, group: dict[str, Any], tensors: Sequence[torch.Tensor]
+) -> optim.Optimizer:
+    """Return a copy of `optimizer` with one parameter group: that of `group`, over `tensors`."""
+    shadow: optim.Optimizer = object.__new__(type(optimizer))  # its own copy protocol would drop attributes
+    shadow.__dict__.update(optimizer.__dict__)
+    shadow.__dict__.pop("step", None)  # what a scheduler or the run put over the class's own
+    shadow._optimizer_step_pre_hooks = OrderedDict()
+    shadow._optimizer_step_post_hooks = OrderedDict()
+    shadow.param_groups = [{**group, "params": list(tensors)}]
+    if _should_fuse(optimizer, group):
+        shadow.param_groups[0]["fused"] = True
+    shadow.state = defaultdict(dict)
+    return shadow
+
+
+class StateLayout:
+    """Where each block's state lies: a flat region for each entry of the parameters' own shape, one for all the rest."""
+
+    def __init__(self, layout: Layout, entries: dict[tuple[int, tuple[int, ...]], list[StateEntry]]) -> None:
+        self.flat: dict[str, torch.dtype] = {}
+        self.odd_bytes = 0
+        self.of_block: list[list[tuple[StateEntry, int]]] = []  # with the offset in bytes
+        for block in layout.blocks:
+            parameter = layout.parameters[block.parameter]
+            if parameter.group is None:
+                raise ValueError(f"{parameter.name} has blocks but no parameter group")
+            shape = parameter.shape if parameter.whole else (_PROBE_ELEMENTS,)
+            places = []
+            for entry in entries[parameter.group, shape]:
+                if entry.shape is None:
+                    self.flat[entry.name] = entry.dtype
+                    places.append(
+                        (entry, (layout.offsets[block.parameter] + block.start) * entry.dtype.itemsize)
+                    )
+                else:
+                    places.append((entry, self.odd_bytes))
+                    num_bytes = max(1, torch.Size(entry.shape).numel()) * entry.dtype.itemsize
+                    self.odd_bytes += -(-num_bytes // _STATE_ALIGNMENT) * _STATE_ALIGNMENT
+            self.of_block.append(places)
+
+
+class BlockOptimizer:
+    """Updates buckets of the shared weights, with the shared state."""
+
+    def __init__(
+        self, optimizer: optim.Optimizer, weights: Weights, state_layout: StateLayout, memory: SharedMemory
+    ) -> None:
+        self._optimizer = optimizer
+        self._weights = weights
+        self._layout = weights.layout
+        self._state_layout = state_layout
+        self._flat = {
+            name: memory.tensor(f"state {name}", dtype) for name, dtype in state_layout.flat.items()
+        }
+        self._odd = memory.tensor("state odd")
+        self._initialised = memory.region("state initialised")  # a byte for each block
+        self._shadows: dict[int, tuple[optim.Optimizer, list[torch.Tensor]]] = {}
+
+    def update(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Take one optimizer step on the blocks of `bucket`; `gradients`, one for each, flat or None to skip it.
+
+        Shapes: as the blocks, or the whole parameter's.
+        """
+        shadow, tensors = self._shadow(bucket)
+        first = self._layout.buckets[bucket].first_block
+        indices = [first + i for i, gradient in enumerate(gradients) if gradient is not None]
+        old = [i for i in indices if self._initialised[i]]
+        # New blocks in a call of their own: a fused kernel takes its list for new or old as a whole.
+        for chosen in (old, [i for i in indices if not self._initialised[i]]):
+            if not chosen:
+                continue
+            for index in chosen:
+                tensor, gradient = tensors[index - first], gradients[index - first]
+                tensor.grad = like(gradient, tensor) if gradient is not None else None
+                if chosen is old:
+                    self._attach(shadow, tensor, index)
+            shadow.step()
+            for index in chosen:
+                tensors[index - first].grad = None
+                self._keep(shadow, tensors[index - first], index)
+
+    def state_of(self, parameter: int) -> dict[str, torch.Tensor]:
+        """Return a parameter's whole state as tensors (views), empty before its first update. Numbers become float64."""
+        blocks = [i for i, block in enumerate(self._layout.blocks) if block.parameter == parameter]
+        if not blocks or not self._initialised[blocks[0]]:
+            return {}
+        tensor = self._weights.parameters[parameter]
+        state = {}
+        for entry, offset in self._state_layout.of_block[blocks[0]]:
+            if entry.shape is None:
+                flat = self._flat[entry.name][offset // entry.dtype.itemsize :][: tensor.numel()]
+                state[entry.name] = like(flat, tensor)
+            else:
+                state[entry.name] = self._view(blocks[0], entry, offset)
+        return state
+
+    def load_state(self, parameter: int, state: dict[str, torch.Tensor | float]) -> None:
+        """Write a parameter's whole state; empty makes it new.
+
+        Raises: SpecError when an entry is missing or has another shape.
+        """
+        spec = self._layout.parameters[parameter]
+        for index, block in enumerate(self._layout.blocks):
+            if block.parameter != parameter:
+                continue
+            self._initialised[index] = bool(state)
+            for entry, offset in self._state_layout.of_block[index] if state else []:
+                if entry.name not in state:
+                    raise SpecError(
+                        f"the optimizer's state for {spec.name} has no {entry.name!r}; it has {', '.join(state)}."
+                    )
+                value = torch.as_tensor(state[entry.name])
+                view = self._view(index, entry, offset)
+                if entry.shape is None:
+                    if value.numel() != spec.numel:
+                        raise SpecError(
+                            f"the optimizer's state {entry.name!r} for {spec.name} has {value.numel()} elements, the parameter "
+                            f"{spec.numel}."
+                        )
+                    value = self._flatten(value, parameter)[block.start : block.end].view(view.shape)
+                view.copy_(value)
+        self._shadows.clear()
+
+    def _flatten(self, value: torch.Tensor, parameter: int) -> torch.Tensor:
+        """Return a parameter-shaped tensor in the order in which the parameter's elements lie in memory."""
+        flat = torch.empty(value.numel(), dtype=value.dtype)
+        like(flat, self._weights.parameters[parameter]).copy_(
+            value.view(self._weights.parameters[parameter].shape)
+        )
+        return flat
+
+    def _shadow(self, index: int) -> tuple[optim.Optimizer, list[torch.Tensor]]:
+        bucket = self._layout.buckets[index]
+        group = self._optimizer.param_groups[bucket.group]
+        if index not in self._shadows:
+            tensors = [
+                self._block_tensor(self._layout.blocks[i])
+                for i in range(bucket.first_block, bucket.end_block)
+            ]
+            self._shadows[index] = _shadow_of(self._optimizer, group, tensors), tensors
+        shadow, tensors = self._shadows[index]
+        fresh = {**group, "params": tensors}
+        if _should_fuse(self._optimizer, group):
+            fresh["fused"] = True
+        shadow.param_groups[0].update(fresh)
+        return shadow, tensors
+
+    def _block_tensor(self, block: Block) -> torch.Tensor:
+        if self._layout.parameters[block.parameter].whole:
+            return self._weights.master_view(block.parameter)
+        offset = self._layout.offsets[block.parameter]
+        return self._weights.masters[offset + block.start : offset + block.end]
+
+    def _view(self, index: int, entry: StateEntry, offset: int) -> torch.Tensor:
+        block = self._layout.blocks[index]
+        if entry.shape is None:
+            first = offset // entry.dtype.itemsize
+            flat = self._flat[entry.name][first : first + block.end - block.start]
+            if self._layout.parameters[block.parameter].whole:
+                return like(flat, self._weights.parameters[block.parameter])
+            return flat
+        num_bytes = torch.Size(entry.shape).numel() * entry.dtype.itemsize
+        return self._odd[offset : offset + num_bytes].view(entry.dtype).view(entry.shape)
+
+    def _attach(self, shadow: optim.Optimizer, tensor: torch.Tensor, index: int) -> None:
+        """Make the shadow see the shared state of a block that any worker may have updated last."""
+        state = shadow.state[tensor]
+        for entry, offset in self._state_layout.of_block[index]:
+            if entry.number is not None:
+                state[entry.name] = entry.number(self._view(index, entry, offset).item())
+            elif entry.name not in state:
+                state[entry.name] = self._view(index, entry, offset)
+
+    def _keep(self, shadow: optim.Optimizer, tensor: torch.Tensor, index: int) -> None:
+        """Put what the optimizer made outside the shared state (at a block's first update, or anew at each) into it."""
+        state = shadow.state[tensor]
+        for entry, offset in self._state_layout.of_block[index]:
+            value = state.get(entry.name)
+            if value is None:
+                continue
+            view = self._view(index, entry, offset)
+            if entry.number is not None:
+                view.fill_(value)
+            elif value.data_ptr() != view.data_ptr():
+                view.copy_(value)
+                state[entry.name] = view
+        self._initialised[index] = 1
+
+
+def bucket_elements(layout: Layout, bucket: Bucket) -> int:
+    """Return the elements of a bucket's blocks."""
+    return sum(block.end - block.start for block in layout.blocks[bucket.first_block : bucket.end_block])

@@ -1,0 +1,66 @@
+"""Every error that lightwork raises on purpose.
+
+    LightworkError
+    ├── SpecError          a field of the spec or the plan is impossible
+    ├── UsageError         a call that the training loop does not allow (the message says what replaces it)
+    ├── DataError          the data set is empty, shrank, or a sample could not be fetched
+    ├── NonFiniteLoss      a loss is NaN or infinite
+    ├── CheckpointError    a checkpoint is missing, damaged, or of another model
+    ├── MemoryFull         the host has no room for the shared memory
+    └── TeamError          the team can not go on
+        ├── RankLost       a worker is gone
+        ├── RankFailed     a worker's own code raised
+        └── Disagreement   the workers' scripts differ
+
+A message has three parts: what happened, the values, what to do. Worker, step and phase are named where they
+are known.
+"""
+
+from __future__ import annotations
+
+#: Exit status of a worker that ends only because another one failed: the launcher looks for the cause elsewhere.
+EXIT_BECAUSE_OF_PEER = 76
+
+
+class LightworkError(Exception):
+    """The root of all errors that lightwork raises on purpose."""
+
+
+class SpecError(LightworkError, ValueError):
+    """A field of the spec or of the plan is impossible, alone or together with another."""
+
+
+class UsageError(LightworkError, RuntimeError):
+    """A call that the training loop does not allow; the message says what replaces it."""
+
+
+class DataError(LightworkError):
+    """The data set is empty, changed its length, or a sample could not be fetched."""
+
+
+class NonFiniteLoss(LightworkError, ArithmeticError):
+    """The loss of a micro-batch is NaN or infinite; names the worker, the step and the samples."""
+
+
+class CheckpointError(LightworkError):
+    """A checkpoint is missing, damaged, or belongs to another model or optimizer."""
+
+
+class MemoryFull(LightworkError, MemoryError):
+    """The host has no room for the memory that its workers share."""
+
+
+class TeamError(LightworkError):
+    """The team can not go on; the subclasses say why."""
+
+
+class RankLost(TeamError):
+    """A worker ended, was killed, or left while the others still needed it."""
+
+
+class RankFailed(TeamError):
+    """Another worker's code raised; its traceback is shown where it happened."""
+
+
+class Disagreement(TeamError):
+    """The workers run different scripts, models, settings or calls."""

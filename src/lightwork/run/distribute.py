@@ -1,0 +1,255 @@
+"""`distribute`: from a model, an optimizer and settings to a `Run`."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import weakref
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightwork.engine.engine import Blueprint, Engine
+from lightwork.engine.optimizer import describe_optimizer
+from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, SpecError, UsageError
+from lightwork.run.folder import create_run_dir, prepare_run_dir
+from lightwork.run.guard import Guard
+from lightwork.run.join import Team, join, notice
+from lightwork.run.run import Run
+from lightwork.spec.job import BufferRule, Precision, Spec, choose_micro_batch
+from lightwork.spec.plan import Plan
+from lightwork.spec.roster import Member, Roster
+from lightwork.team import environment as environments
+from lightwork.team import rendezvous as rendezvouses
+from lightwork.team.board import Activity
+from lightwork.team.environment import Launcher
+from lightwork.team.rendezvous import Progress
+from lightwork.trace import Trace
+
+#: The attribute of a model under which its run is found, so that a second `distribute` can end the first.
+_RUN = "_lightwork_run"
+
+
+def distribute(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    global_batch: int,
+    micro_batch: int | None = None,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    clip_grad_norm: float | None = None,
+    threads: int = 1,
+    fp32_modules: tuple[str, ...] = (),
+    buffers: Mapping[str, BufferRule] | None = None,
+    plan: Plan | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> Run:
+    """Join the team that this process was started in, and return the run that trains `model` with it.
+
+    The weights move into memory that all workers of the host share, as rank 0 has them; `model` and `optimizer` stay
+    the objects that you know.
+
+    Args:
+        global_batch: samples an update.
+        micro_batch: samples a forward and backward, a divisor of `global_batch`. Left out: an eighth of it, rounded up.
+        seed: of the order of samples, their augmentation, and dropout.
+        precision: "fp32", or "bf16": bf16 weights and autocast for the computation, fp32 masters, sums and state.
+        clip_grad_norm: the largest L2 norm of the whole gradient; None does not clip.
+        threads: torch's, for each worker. A part of the spec, because another number gives other bits.
+        fp32_modules: names of modules whose weights stay fp32 under bf16.
+        buffers: how the values that micro-batches leave in a buffer become one, by the buffer's name: "mean", "sum",
+            "first", "last", "maximum" or "minimum". Left out: the mean of floating ones, the sum of integer ones'
+            increments.
+        plan: what can not change a bit; its `world_size` is the launcher's business.
+        run_dir: where traces and logs go: `runs/1`, `runs/2`, ... unless given. If it holds a checkpoint, the run
+            goes on from there.
+        resume: a checkpoint to go on from.
+
+    Blocks: until every worker of the team has called.
+    Raises: SpecError for settings that are impossible; Disagreement when the workers' scripts differ; MemoryFull.
+    """
+    _check_arguments(model, optimizer)
+    environment = environments.read()
+    spec = Spec(
+        **_overridden(
+            environment.settings,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            seed=seed,
+            precision=precision,
+            clip_grad_norm=clip_grad_norm,
+            threads=threads,
+            fp32_modules=tuple(fp32_modules),
+            buffers=dict(buffers or {}),
+            optimizer=describe_optimizer(optimizer),
+        )
+    )
+    plan = replace(plan or Plan(), world_size=environment.world_size, **_plan_settings(environment.settings))
+    _end_previous_run(model)
+    torch.set_num_threads(spec.threads)
+    blueprint = Blueprint(model, optimizer, spec, environment.world_size)
+    rendezvous = rendezvouses.find(environment)
+    team = join(blueprint, plan, environment, rendezvous, rendezvous.next_run())
+    folder = _share_run_dir(team, run_dir)
+    trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None)
+    engine = Engine(team.rank, blueprint, team.memory, team.board, team.signal, trace)
+    if team.rank == 0:
+        engine.attach(write=True)
+    team.meet("distribute (weights)")
+    if team.rank != 0:
+        engine.attach(write=False)
+    run = Run(
+        model=model,
+        spec=spec,
+        plan=plan,
+        run_dir=folder,
+        team=team,
+        engine=engine,
+        guard=Guard(optimizer),
+        trace=trace,
+    )
+    object.__setattr__(model, _RUN, weakref.ref(run))
+    trace.event("start", rank=team.rank, world_size=team.world_size, pid=os.getpid())
+    _write_roster(team, folder, spec, plan)
+    _register_exit(run, team)
+    _say_hello(team, spec)
+    rendezvous.report(Progress.JOINED)
+    checkpoint = resume if resume is not None else _checkpoint_in(folder, run_dir or environment.run_dir)
+    if checkpoint is not None:
+        run.load(checkpoint)
+        if team.rank == 0:
+            notice(f"resumed after {run.step_index} steps, from {checkpoint}.")
+    return run
+
+
+def _check_arguments(model: object, optimizer: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"distribute takes the model first, a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            "the model is wrapped in DistributedDataParallel. Pass the plain module: lightwork takes DDP's place."
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"distribute takes the optimizer second, a torch.optim.Optimizer, not {type(optimizer).__name__}."
+        )
+
+
+def _overridden(settings: Mapping[str, object], **values: Any) -> dict[str, Any]:
+    """Return the spec's fields: those of the call, with those that the command line sets in their place."""
+    known = {f.name for f in fields(Spec)} | {f.name for f in fields(Plan)} - {"world_size"}
+    for name in settings:
+        if name not in known:
+            raise SpecError(
+                f"--set {name}=... names no field of the spec or the plan. They are {', '.join(sorted(known))}."
+            )
+    values.update({name: value for name, value in settings.items() if name in values})
+    values["micro_batch"] = choose_micro_batch(values["global_batch"], values["micro_batch"])
+    values["fp32_modules"] = tuple(values["fp32_modules"])
+    return values
+
+
+def _plan_settings(settings: Mapping[str, object]) -> dict[str, Any]:
+    return {f.name: settings[f.name] for f in fields(Plan) if f.name in settings}
+
+
+def _end_previous_run(model: nn.Module) -> None:
+    reference = model.__dict__.get(_RUN)
+    run = reference() if reference is not None else None
+    if run is not None:
+        run.close()
+
+
+def _share_run_dir(team: Team, run_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the run directory, made by rank 0 and known to all."""
+    name = ""
+    if team.rank == 0:
+        given = run_dir if run_dir is not None else team.environment.run_dir
+        folder = Path(given) if given is not None else create_run_dir(Path("runs"))
+        prepare_run_dir(folder)
+        name = str(folder.absolute())
+    return Path(team.meet("distribute (run directory)", name.encode())[0].decode())
+
+
+def _checkpoint_in(folder: Path, asked_for: object) -> Path | None:
+    checkpoint = folder / "checkpoint"
+    return checkpoint if asked_for is not None and (checkpoint / "manifest.json").exists() else None
+
+
+def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:
+    members = [
+        Member(**json.loads(payload))
+        for payload in team.meet(
+            "distribute (roster)",
+            json.dumps({"rank": team.rank, "host": team.host, "pid": os.getpid()}).encode(),
+        )
+    ]
+    if team.rank == 0:
+        (folder / "spec.json").write_text(spec.to_json() + "\n", encoding="utf-8")
+        (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+        roster = Roster(generation=0, members=tuple(members))
+        (folder / "roster.json").write_text(roster.to_json() + "\n", encoding="utf-8")
+
+
+def _say_hello(team: Team, spec: Spec) -> None:
+    environment, rank = team.environment, team.rank
+    if rank == 0 and environment.launcher is Launcher.PYTHON and sys.argv[0].endswith(".py"):
+        notice(
+            f"a team of one. For a larger one: lightwork run -n {os.cpu_count() or 2} {' '.join(sys.argv)}"
+        )
+    surplus = team.world_size - spec.num_micro_batches
+    if rank == 0 and surplus > 0:
+        names = (
+            f"rank {spec.num_micro_batches}"
+            if surplus == 1
+            else f"ranks {spec.num_micro_batches} to {team.world_size - 1}"
+        )
+        notice(
+            f"{team.world_size} workers for {spec.num_micro_batches} micro-batches an update: {surplus} idle (they help with the "
+            f"update, and take over from late workers). {names}. A smaller micro_batch employs them."
+        )
+    if rank != 0 and environment.launcher not in (Launcher.PYTHON, Launcher.LIGHTWORK):
+        # Only the main worker's output is shown; `lightwork run` sees to it by itself.
+        sys.stdout.flush()
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _register_exit(run: Run, team: Team) -> None:
+    """See that the others learn of this worker's end, whichever way it comes."""
+    reference = weakref.ref(run)
+
+    def at_exit() -> None:
+        run = reference()
+        if run is not None:
+            run.close()
+            team.board.announce(Activity.ENDED)
+
+    previous = sys.excepthook
+
+    def on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, RankFailed):
+            # The cause is shown where it happened; a second traceback would hide it.
+            notice(str(error))
+            _close_quietly(reference)
+            sys.stdout.flush()
+            os._exit(EXIT_BECAUSE_OF_PEER)
+        previous(kind, error, trace)
+        team.board.fail()
+
+    atexit.register(at_exit)
+    sys.excepthook = on_error
+
+
+def _close_quietly(reference: weakref.ref[Run]) -> None:
+    run = reference()
+    if run is not None:
+        run.close()

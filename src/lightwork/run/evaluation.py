@@ -1,0 +1,111 @@
+"""Evaluation: each sample once, whoever computes it, in eval mode, without a trace in the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, final
+
+import torch
+
+from lightwork.data.loader import Loader
+from lightwork.data.order import Order
+from lightwork.data.source import Source
+from lightwork.engine.engine import Engine, combine_metrics
+from lightwork.engine.random import RandomState, seed_everything
+from lightwork.errors import UsageError
+from lightwork.run.join import Team
+from lightwork.run.step import as_metric
+from lightwork.spec.seeds import derive
+
+
+@final
+class Evaluation:
+    """A pass over a data set. Iterate over it inside its `with`, `add` values, and read them after the `with`.
+
+    The batches are claimed one by one, so a slow worker takes fewer; the results are combined in the fixed tree over
+    the batches, so they do not depend on who took which.
+    """
+
+    def __init__(self, team: Team, engine: Engine, source: Source, order: Order, number: int) -> None:
+        self._team = team
+        self._engine = engine
+        self._loader = Loader(source, order)
+        self._order = order
+        self._number = number
+        self._added: dict[int, dict[str, tuple[float, float]]] = {}
+        self._index = -1
+        self._size = 0
+        self._exhausted = False
+        self._metrics: Mapping[str, float] | None = None
+        self._no_grad = torch.no_grad()
+
+    def add(self, name: str, value: float | torch.Tensor, weight: float | None = None) -> None:
+        """Add a value for the batch in hand; `ev[name]` becomes the mean, weighted by `weight` (samples, unless given)."""
+        if self._index < 0:
+            raise UsageError(
+                "add was called outside the loop over the evaluation. Call it in the body of `for ... in ev:`."
+            )
+        of_batch = self._added.setdefault(self._index, {})
+        if name in of_batch:
+            raise UsageError(f"add({name!r}, ...) was called twice for one batch of an evaluation.")
+        of_batch[name] = as_metric(name, value, self._size if weight is None else weight)
+
+    def __getitem__(self, name: str) -> float:
+        if self._metrics is None:
+            raise UsageError(
+                f"{name!r} is not known yet: it belongs to all workers' batches. Read it after the `with`."
+            )
+        if name not in self._metrics:
+            known = ", ".join(self._metrics) or "nothing"
+            raise UsageError(f"no batch of the evaluation added {name!r}; they added {known}.")
+        return self._metrics[name]
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Every value, by name."""
+        if self._metrics is None:
+            raise UsageError("the evaluation's metrics are not known yet. Read them after the `with`.")
+        return self._metrics
+
+    def __enter__(self) -> Evaluation:
+        self._team.meet_equal(
+            "evaluate", {"samples in the data set": self._order.num_samples, "evaluation": self._number}
+        )
+        self._random_state = RandomState.capture()
+        self._modes = [(module, module.training) for module in self._engine.model.modules()]
+        self._engine.model.eval()
+        self._engine.buffers.restore()
+        self._no_grad.__enter__()
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        num_batches = self._order.micro_batches(0, 0)
+        while (index := self._team.board.take_evaluation(self._number)) < num_batches:
+            self._index, self._size = index, len(self._order.micro_batch_ids(0, 0, index))
+            batch = self._loader.get(0, 0, index)
+            self._added.setdefault(index, {})
+            seed_everything(derive(self._engine.spec.seed, "evaluate", index))
+            with self._engine.compute.active():
+                yield batch
+        self._index = -1
+        self._exhausted = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._no_grad.__exit__(kind, error, trace)
+        for module, training in self._modes:
+            module.training = training
+        self._engine.buffers.restore()
+        self._random_state.restore()
+        if error is not None:
+            return
+        if not self._exhausted:
+            raise UsageError("the loop over an evaluation was left early. Go through all its batches.")
+        parts = self._team.meet("evaluate (results)", json.dumps(self._added).encode())
+        merged: dict[int, dict[str, tuple[float, float]]] = {}
+        for part in parts:
+            merged.update({int(index): metrics for index, metrics in json.loads(part).items()})
+        self._metrics = combine_metrics([merged[index] for index in sorted(merged)])

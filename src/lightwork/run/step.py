@@ -1,0 +1,279 @@
+"""One step: the inner loop of the user's script. The only place where data and engine meet.
+
+The loop is a generator that belongs to the engine. A worker that has no micro-batch left helps with the update or
+waits there, and a worker that could take over a late one's micro-batches is simply given them: user code sees more
+turns of its loop, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lightwork.engine.engine import Engine, StepResult
+from lightwork.errors import NonFiniteLoss, UsageError
+from lightwork.spec.tree import Node
+from lightwork.team.board import Kind
+from lightwork.trace import Trace
+
+
+class Ids(Protocol):
+    """The sample ids of micro-batches."""
+
+    def __call__(self, epoch: int, step_in_epoch: int, index: int) -> npt.NDArray[np.int64]:
+        """Return those of one."""
+
+
+class Loader(Protocol):
+    """Where a step's micro-batches come from."""
+
+    def get(self, epoch: int, step_in_epoch: int, index: int) -> Any:
+        """Return the collated micro-batch."""
+
+    def idle(self) -> bool:
+        """Load something ahead; return whether there was anything to do."""
+
+
+@dataclass
+class _MicroBatch:
+    """The micro-batch that the user's loop body has in hand."""
+
+    index: int
+    ids: npt.NDArray[np.int64]
+    start: float  #: of forward, on the trace's clock
+    loss: float = 0.0
+    weight: float = 0.0
+    fold: tuple[list[int], int, Node] | None = None  #: set by backward
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@final
+class Step:
+    """One update of the weights. Iterate over it once: it gives the micro-batches that fall to this worker.
+
+    After the loop, `loss`, `grad_norm` and the metrics given to `add` are those of the whole global batch, the same on
+    every worker.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        index: int,
+        epoch: int,
+        step_in_epoch: int,
+        num_micro_batches: int,
+        engine: Engine,
+        ids: Ids,
+        loader: Loader,
+        trace: Trace,
+        watch: Callable[[int], Callable[[], None]],
+        count_tokens: Callable[[Any], int],
+        updated: Callable[[], None],
+    ) -> None:
+        self.index = index  #: 0 for the first update of the run
+        self.epoch = epoch  #: 0 for the first pass over the data
+        self._rank = rank
+        self.step_in_epoch = step_in_epoch
+        self._num_micro_batches = num_micro_batches
+        self._engine = engine
+        self._ids = ids
+        self._loader = loader
+        self._trace = trace
+        self._watch = watch
+        self._count_tokens = count_tokens
+        self._updated = updated
+        self._current: _MicroBatch | None = None
+        self._result: StepResult | None = None
+        self._begun = False
+        self._own: list[int] = []
+        self._num_samples = 0
+        self._num_tokens = 0
+
+    # --- what the user's loop body calls --------------------------------------------------------------------------
+
+    def backward(self, loss: torch.Tensor, weight: float | None = None) -> None:
+        """Compute the gradients of one micro-batch. Call it once for each.
+
+        Args:
+            loss: a scalar, the mean over the micro-batch.
+            weight: what the mean was taken over, if not the number of samples: the unmasked tokens, say. The loss and
+                gradient of the global batch are the means of the micro-batches' weighted by it. 0 is legal.
+
+        Raises: UsageError when called twice or with something else than a scalar; NonFiniteLoss.
+        """
+        now = time.perf_counter()
+        micro = self._in_hand("step.backward")
+        if micro.fold is not None:
+            raise UsageError(
+                f"step.backward was called twice for micro-batch {micro.index} of step {self.index}. Add the losses up and "
+                "call it once."
+            )
+        micro.weight = float(len(micro.ids) if weight is None else weight)
+        if not (math.isfinite(micro.weight) and micro.weight >= 0):
+            raise UsageError(
+                f"weight={weight!r} in step.backward is not a number from 0 upwards. Pass the tokens or samples."
+            )
+        self._check_loss(loss, micro.weight)
+        micro.loss = float(loss.detach())
+        if micro.weight and not math.isfinite(micro.loss):
+            raise NonFiniteLoss(
+                f"the loss is {micro.loss} on rank {self._rank} in micro-batch {micro.index} of step {self.index}, samples "
+                f"{_some(micro.ids)}. No weight was changed by this step. Look at these samples, lower the learning rate, or "
+                "set clip_grad_norm."
+            )
+        self._trace.span("forward", self.index, micro.index, micro.start, now)
+        micro.fold = self._engine.backward(micro.index, loss, micro.weight)
+        self._trace.span("backward", self.index, micro.index, now, time.perf_counter())
+
+    def add(self, name: str, value: float | torch.Tensor, weight: float | None = None) -> None:
+        """Add a metric of the micro-batch in hand: after the loop, `step[name]` is the weighted mean of all.
+
+        `weight` is the number of samples unless given.
+        """
+        micro = self._in_hand("step.add")
+        if name in micro.metrics:
+            raise UsageError(
+                f"step.add({name!r}, ...) was called twice for micro-batch {micro.index} of step {self.index}."
+            )
+        micro.metrics[name] = as_metric(name, value, len(micro.ids) if weight is None else weight)
+
+    # --- what is known after the loop -----------------------------------------------------------------------------
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over the global batch."""
+        return self._finished("loss").loss
+
+    @property
+    def grad_norm(self) -> float:
+        """The L2 norm of the whole gradient, before clipping."""
+        return self._finished("grad_norm").grad_norm
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Every metric given to `add`."""
+        return self._finished("metrics").metrics
+
+    def __getitem__(self, name: str) -> float:
+        return self._finished(f"step[{name!r}]").metrics[name]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the update is done."""
+        return self._result is not None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the inner loop was entered."""
+        return self._begun
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._begun:
+            raise UsageError(f"step {self.index} was iterated twice. Its micro-batches are given once.")
+        self._begun = True
+        engine = self._engine
+        watch = self._watch(self.index)
+        action = engine.enter(self.index, self._num_micro_batches)
+        while action.kind is not Kind.COMMITTED:
+            if action.kind is Kind.COMPUTE:
+                micro, batch = self._load(action.index)
+                self._current = micro
+                with engine.compute.active():
+                    yield batch
+                self._current = None
+                del batch
+                if micro.fold is None:
+                    raise UsageError(
+                        f"step.backward was not called for micro-batch {micro.index} of step {self.index} (rank {self._rank}). "
+                        "Call it once in the loop body; for nothing to learn from, with weight=0."
+                    )
+                metrics = json.dumps(micro.metrics).encode() if micro.metrics else b""
+                action = engine.finish_micro_batch(
+                    self.index, micro.index, micro.fold, loss=micro.loss, weight=micro.weight, metrics=metrics
+                )
+            elif action.kind is Kind.WAIT:
+                action = engine.wait(self.index, action.index, self._loader.idle, watch)
+            else:
+                action = engine.process(self.index, action)
+        self._result = engine.leave(self.index)
+        self._updated()
+        self._trace.event(
+            "step",
+            step=self.index,
+            loss=self._result.loss,
+            grad_norm=self._result.grad_norm,
+            samples=self._num_samples,
+            tokens=self._num_tokens,
+            micro_batches=self._own,
+        )
+
+    def _load(self, index: int) -> tuple[_MicroBatch, Any]:
+        start = time.perf_counter()
+        ids = self._ids(self.epoch, self.step_in_epoch, index)
+        batch = self._loader.get(self.epoch, self.step_in_epoch, index)
+        self._own.append(index)
+        self._num_samples += len(ids)
+        self._num_tokens += self._count_tokens(batch)
+        self._engine.begin_micro_batch(self.index, index)
+        now = time.perf_counter()
+        self._trace.span("load", self.index, index, start, now)
+        return _MicroBatch(index=index, ids=ids, start=now), batch
+
+    def _in_hand(self, call: str) -> _MicroBatch:
+        if self._current is None:
+            raise UsageError(
+                f"{call} was called outside the loop over step {self.index}. Call it in the body of `for ... in step:`."
+            )
+        return self._current
+
+    def _check_loss(self, loss: torch.Tensor, weight: float) -> None:
+        if not isinstance(loss, torch.Tensor):
+            raise UsageError(
+                f"step.backward takes the loss as a tensor, not {type(loss).__name__}: leave out .item() or float()."
+            )
+        if loss.numel() != 1:
+            raise UsageError(
+                f"the loss has shape {tuple(loss.shape)}, not a scalar. Take its mean over the micro-batch: loss.mean()."
+            )
+        if weight and not loss.requires_grad:
+            raise UsageError(
+                "the loss does not depend on any trainable parameter (no .grad_fn). Compute it from run.model's output, "
+                "without torch.no_grad() or .detach()."
+            )
+
+    def _finished(self, what: str) -> StepResult:
+        if self._result is None:
+            raise UsageError(
+                f"{what} of step {self.index} is not known yet: it belongs to the whole global batch. Read it after the loop "
+                "`for ... in step:`."
+            )
+        return self._result
+
+
+def as_metric(name: str, value: float | torch.Tensor, weight: float) -> tuple[float, float]:
+    """Return a metric's value and weight as numbers.
+
+    Raises: UsageError when they are not single numbers.
+    """
+    try:
+        return float(value), float(weight)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"metric {name!r} is not a single number ({error}). Add one number a micro-batch, such as a mean."
+        ) from error
+
+
+def _some(ids: npt.NDArray[np.int64]) -> str:
+    shown = ", ".join(str(i) for i in ids[:16].tolist())
+    return f"{shown}, ... ({len(ids)} in all)" if len(ids) > 16 else shown

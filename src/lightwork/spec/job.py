@@ -1,0 +1,115 @@
+"""The spec: everything that can change a bit of the result. The plan (`plan.py`) is everything that can not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal, get_args
+
+from lightwork.errors import SpecError
+
+Precision = Literal["fp32", "bf16"]
+BufferRule = Literal["mean", "sum", "first", "last", "maximum", "minimum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What is trained, to the bit. JSON both ways, diffable.
+
+    A field left out of `distribute` follows a fixed rule that reads neither the number of workers nor a timing, so
+    that the spec of a script is the same wherever it runs.
+    """
+
+    global_batch: int  #: samples an update
+    micro_batch: int  #: samples a forward and backward; the last of an update may hold fewer
+    seed: int = 0
+    precision: Precision = "fp32"  #: bf16: bf16 working weights and autocast, fp32 masters, sums and state
+    clip_grad_norm: float | None = None  #: the largest L2 norm of the whole gradient
+    threads: int = 1  #: of torch, a worker; a different number gives different bits
+    fp32_modules: tuple[
+        str, ...
+    ] = ()  #: modules that keep fp32 weights under bf16, by name (with all below them)
+    buffers: Mapping[str, BufferRule] = field(
+        default_factory=dict
+    )  #: how micro-batches' values become one, by name
+    optimizer: str = ""  #: class and implementation, filled in by `distribute`
+
+    def __post_init__(self) -> None:
+        _check_count("global_batch", self.global_batch)
+        _check_count("micro_batch", self.micro_batch)
+        _check_count("threads", self.threads)
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise SpecError(
+                f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1. seed=0 is the default."
+            )
+        if self.micro_batch > self.global_batch:
+            raise SpecError(
+                f"micro_batch={self.micro_batch} is larger than global_batch={self.global_batch}. "
+                f"Choose micro_batch={self.global_batch} or less."
+            )
+        if self.precision not in get_args(Precision):
+            raise SpecError(
+                f"precision={self.precision!r} is not known. Choose one of {', '.join(get_args(Precision))}."
+            )
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise SpecError(
+                f"clip_grad_norm={self.clip_grad_norm!r} is not a positive number. None does not clip."
+            )
+        for name, rule in self.buffers.items():
+            if rule not in get_args(BufferRule):
+                raise SpecError(
+                    f"buffers[{name!r}]={rule!r} is not a rule. Choose one of {', '.join(get_args(BufferRule))}."
+                )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """The micro-batches of a full global batch: M."""
+        return -(-self.global_batch // self.micro_batch)
+
+    def to_json(self) -> str:
+        """Return the spec as a JSON object, keys sorted."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        """Return the spec that `to_json` wrote.
+
+        Raises: SpecError when a field is unknown or impossible.
+        """
+        values = json.loads(text)
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise SpecError(
+                f"the spec has fields that this version does not know: {', '.join(sorted(unknown))}."
+            )
+        return cls(**{**values, "fp32_modules": tuple(values.get("fp32_modules", ()))})
+
+
+def choose_micro_batch(global_batch: int, micro_batch: int | None) -> int:
+    """Return the micro-batch: as asked, or an eighth of the global batch, rounded up.
+
+    Raises: SpecError when one was asked for that does not divide the global batch.
+    """
+    _check_count("global_batch", global_batch)
+    if micro_batch is None:
+        return -(-global_batch // 8)
+    _check_count("micro_batch", micro_batch)
+    if micro_batch <= global_batch and global_batch % micro_batch:
+        below = global_batch - global_batch % micro_batch
+        raise SpecError(
+            f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch}. "
+            f"Nearest: {below} or {below + micro_batch}."
+        )
+    return micro_batch
+
+
+def differences(ours: Spec, theirs: Spec) -> dict[str, tuple[object, object]]:
+    """Return the fields in which two specs differ, with both values."""
+    a, b = asdict(ours), asdict(theirs)
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SpecError(f"{name}={value!r} is not a positive whole number.")

@@ -1,0 +1,114 @@
+"""Where parameters lie in flat memory, and how they are cut for the update. Depends on model and spec alone.
+
+Every parameter starts at a multiple of `ALIGNMENT` elements, so that its data is aligned to 64 bytes in every
+precision. A *block* is a range of one parameter, the unit of the optimizer; it is cut at multiples of `BLOCK`
+elements from the parameter's start and ends at its true end, unpadded: then a kernel's vector body and scalar tail
+fall where they do in plain PyTorch, and the bits with them. A *bucket* is a few neighbouring blocks of one parameter
+group, the unit that a worker claims in an update.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+#: Elements; 64 bytes of the narrowest type, bf16. fp32 products change their bits with an operand's alignment.
+ALIGNMENT = 32
+
+#: Elements of a block: its gradient, weight and two moments are 2 MiB, which the outer caches keep between passes.
+#: 128 Ki against 64 Ki saved 3 ms of an update of 27 M parameters (2-core EPYC, 2026-11).
+BLOCK = 128 * 1024
+
+#: Elements of a bucket: large enough that the claim does not show, small enough to share an update evenly.
+BUCKET = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter of the model, as the layout needs it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  #: of the working weight, such as "float32"
+    group: int | None  #: index of the optimizer's parameter group; None: not trained
+    whole: bool = False  #: its optimizer reads the whole parameter, so it is one uncut block
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The elements `start` to `end` of one parameter."""
+
+    parameter: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Blocks of one parameter group that are updated in one call: `first_block` to `end_block` of the layout."""
+
+    group: int
+    first_block: int
+    end_block: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The flat memory of a model's parameters."""
+
+    parameters: tuple[ParameterSpec, ...]
+    offsets: tuple[int, ...]  #: first element of each parameter
+    numel: int  #: elements in all, with the gaps
+    blocks: tuple[Block, ...]
+    buckets: tuple[Bucket, ...]
+
+    def fingerprint(self) -> str:
+        """Return a hash that two workers with the same model, optimizer groups and precision share."""
+        return hashlib.sha256(repr((self.parameters, self.offsets)).encode()).hexdigest()
+
+
+def lay_out(parameters: Sequence[ParameterSpec]) -> Layout:
+    """Return the layout of `parameters`, in the order given."""
+    offsets: list[int] = []
+    end = 0
+    for parameter in parameters:
+        offsets.append(end)
+        end += -(-parameter.numel // ALIGNMENT) * ALIGNMENT
+    blocks = [block for index, parameter in enumerate(parameters) for block in _cut(index, parameter)]
+    # Blocks of one group together, so that a bucket is one call of that group's optimizer.
+    blocks.sort(key=lambda block: _group(parameters, block))
+    return Layout(tuple(parameters), tuple(offsets), end, tuple(blocks), tuple(_bundle(parameters, blocks)))
+
+
+def _cut(index: int, parameter: ParameterSpec) -> Iterable[Block]:
+    if parameter.group is None or parameter.numel == 0:
+        return
+    size = parameter.numel if parameter.whole else BLOCK
+    for start in range(0, parameter.numel, size):
+        yield Block(index, start, min(start + size, parameter.numel))
+
+
+def _group(parameters: Sequence[ParameterSpec], block: Block) -> int:
+    group = parameters[block.parameter].group
+    if group is None:
+        raise ValueError(f"{parameters[block.parameter].name} is in no parameter group and has no blocks")
+    return group
+
+
+def _bundle(parameters: Sequence[ParameterSpec], blocks: Sequence[Block]) -> Iterable[Bucket]:
+    first, size = 0, 0
+    for position, block in enumerate(blocks):
+        group = _group(parameters, blocks[first])
+        if size and (size + block.end - block.start > BUCKET or _group(parameters, block) != group):
+            yield Bucket(group, first, position)
+            first, size = position, 0
+        size += block.end - block.start
+    if blocks:
+        yield Bucket(_group(parameters, blocks[first]), first, len(blocks))

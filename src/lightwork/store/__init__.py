@@ -1,0 +1,1 @@
+"""Stores keep bytes: the memory that the workers of a host share."""

@@ -1,0 +1,113 @@
+"""Memory that several processes map: an anonymous memory file or, where there are none, an unlinked temporary file.
+
+Neither uses `/dev/shm`, whose default size in containers is 64 MB, and neither leaves a name behind: the last
+process to die frees the memory. On Linux another process opens it through `/proc/PID/fd/N` of its creator. Where
+there is no such folder, the temporary file keeps its name until `published()`.
+
+The descriptor stays open for the life of the process and is never opened twice in it: closing a second descriptor of
+a file releases every POSIX record lock that the process holds on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import final
+
+from lightwork.errors import MemoryFull, TeamError
+from lightwork.spec.plan import Memory
+from lightwork.store.base import Store
+from lightwork.units import format_bytes
+
+
+@final
+class MappedStore(Store[mmap.mmap]):
+    """A mapping of an open file; made by `create_store` and `open_store`."""
+
+    def __init__(self, fd: int, num_bytes: int, *, name: Path | None = None) -> None:
+        self._fd = fd
+        self._name = name
+        self.buffer = mmap.mmap(fd, num_bytes)
+        # The mapping holds a duplicate of its own; without this a program with many runs would run out of descriptors.
+        weakref.finalize(self, os.close, fd).atexit = False
+
+    @property
+    def num_bytes(self) -> int:
+        """The size."""
+        return len(self.buffer)
+
+    def address(self) -> str:
+        """Return a path and the size."""
+        path = self._name or Path(f"/proc/{os.getpid()}/fd/{self._fd}")
+        return f"{self.num_bytes}:{path}"
+
+    def fileno(self) -> int | None:
+        """Return the descriptor."""
+        return self._fd
+
+    def published(self) -> None:
+        """Unlink the temporary file, if it still has a name."""
+        if self._name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._name.unlink()
+            self._name = None
+
+
+def create_store(kind: Memory, num_bytes: int) -> MappedStore:
+    """Return new zeroed memory.
+
+    Raises: MemoryFull when the temporary file's disk has no room. (The room for anonymous memory is the caller's to
+    check: a memory file takes pages only when they are written.)
+    """
+    if kind == "anonymous" and "memfd_create" in dir(os):
+        fd = os.memfd_create("lightwork")
+        os.ftruncate(fd, num_bytes)
+        return MappedStore(fd, num_bytes)
+    return _create_file(num_bytes)
+
+
+def open_store(address: str) -> MappedStore:
+    """Return the memory that another process of this host made.
+
+    Raises: TeamError when it is not there (its creator is gone, or runs on another host).
+    """
+    size, _, path = address.partition(":")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return MappedStore(fd, int(size))
+    except OSError as error:
+        raise TeamError(
+            f"the memory of rank 0 can not be opened ({path}: {error.strerror}). Its workers must run on one host, "
+            "in one container, as one user; see the log of rank 0."
+        ) from error
+
+
+def _create_file(num_bytes: int) -> MappedStore:
+    fd, name = tempfile.mkstemp(prefix="lightwork-")
+    path = Path(name)
+    os.ftruncate(fd, num_bytes)
+    if Path(f"/proc/{os.getpid()}/fd").is_dir():
+        path.unlink()
+        return MappedStore(fd, num_bytes)
+    return MappedStore(fd, num_bytes, name=path)
+
+
+def check_room(kind: Memory, needed_bytes: int, available_bytes: int, breakdown: str) -> None:
+    """Raise MemoryFull when `needed_bytes` will not fit into what the host has left.
+
+    `breakdown` says what the bytes are for.
+    """
+    where = "memory"
+    if kind == "file" or "memfd_create" not in dir(os):
+        available_bytes = shutil.disk_usage(tempfile.gettempdir()).free
+        where = f"room in {tempfile.gettempdir()}"
+    if needed_bytes > available_bytes:
+        raise MemoryFull(
+            f"training needs {format_bytes(needed_bytes)} of shared {where}, and {format_bytes(available_bytes)} are "
+            f"left ({breakdown}). Use fewer workers, a smaller model, or precision='bf16'."
+        )

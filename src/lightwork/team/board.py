@@ -1,0 +1,446 @@
+"""The claims board: who has which micro-batch, which partial sums exist, who updates what. One for the workers of a host.
+
+A worker reports what it has finished and gets what to do next, in one visit under the team's lock. A step goes
+through three phases, and the visit that completes one opens the next:
+
+    COMPUTE   micro-batches are claimed, computed and folded. Ends when every one is done and every worker has
+              entered the step: until then someone may still read the old weights between two steps.
+    MEASURE   (only with clipping) the norm of each bucket's gradient.
+    UPDATE    buckets are claimed and updated; the last piece of work is the model's buffers. Ends the step.
+
+What a late worker may read: the records of its own step (two sets are used in turn, and nobody can be two steps
+ahead), and the norms, until it enters the next step. The partial sums and their map belong to a step in progress: a
+worker reads them only while it holds a claim.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple, Protocol, final
+
+from lightwork.errors import Disagreement, RankFailed, UsageError
+from lightwork.spec.assignment import choose
+from lightwork.spec.tree import Node, fold, max_partial_sums
+
+#: Bytes in which the metrics of one micro-batch are kept, as JSON.
+METRICS_BYTES = 4096
+
+_WORD = 8
+
+
+class Signal(Protocol):
+    """What the board needs of a transport's signal."""
+
+    @property
+    def value(self) -> int:
+        """The number now."""
+
+    def notify(self) -> None:
+        """Change it and wake the waiting."""
+
+
+class Phase(IntEnum):
+    """Where the open step is."""
+
+    COMPUTE = 0
+    MEASURE = 1
+    UPDATE = 2
+
+
+class Activity(IntEnum):
+    """What a worker is doing; others name it by this when they wait for it."""
+
+    OUTSIDE = 0  #: user code outside the loop
+    BETWEEN = 1  #: user code between two steps
+    COMPUTING = 2  #: a micro-batch
+    WAITING = 3  #: for the others, in a step
+    UPDATING = 4
+    MEETING = 5  #: in a collective call, such as save
+    ENDED = 6  #: the process is about to end
+
+
+class Kind(IntEnum):
+    """What a worker should do next."""
+
+    COMPUTE = 0  #: micro-batch `index`
+    MEASURE = 1  #: the norm of bucket `index`
+    UPDATE = 2  #: bucket `index`, or the buffers if it is the number of buckets
+    WAIT = 3  #: until the signal is not `index` any more
+    COMMITTED = 4  #: nothing: the step is done
+
+
+class Action(NamedTuple):
+    """One piece of work."""
+
+    kind: Kind
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoardSize:
+    """What the size of a board depends on."""
+
+    world_size: int
+    num_micro_batches: int  #: of a full global batch
+    num_parameters: int
+    num_buckets: int
+
+    @property
+    def num_slots(self) -> int:
+        """Partial sums that one worker may hold."""
+        return max_partial_sums(self.num_micro_batches)
+
+
+# Words of the header.
+_COMMITTED, _OPEN, _PHASE, _MICRO_BATCHES, _DONE, _NEXT, _FAILED, _ROUND, _TAKEN, _CLIP = range(10)
+_HEADER_WORDS = 16
+
+# Words of a rank.
+_PID, _ACTIVITY, _DETAIL, _ENTERED, _SETTINGS, _LEFT = range(6)
+_RANK_WORDS = 8
+
+
+@final
+class Board:
+    """The board of one host, in `region`, which starts out as zeros. `rank` is the visitor."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: BoardSize,
+        region: memoryview,
+        lock: AbstractContextManager[bool | None],
+        signal: Signal,
+        *,
+        steal: bool,
+    ) -> None:
+        self._rank = rank
+        self._size = size
+        self._lock = lock
+        self._signal = signal
+        self._steal = steal
+        n, m = size.world_size, size.num_micro_batches
+        words = {
+            "header": _HEADER_WORDS,
+            "ranks": n * _RANK_WORDS,
+            "claims": m,
+            "slots": n * size.num_slots * 2,
+            "records": 2 * m * 2,
+            "norms": size.num_buckets + 1,
+        }
+        at = 0
+        views: dict[str, memoryview] = {}
+        for name, count in words.items():
+            end = at + count * _WORD
+            views[name] = region[at:end].cast("d" if name in ("records", "norms") else "q")
+            at = end
+        self._header, self._ranks, self._claims = views["header"], views["ranks"], views["claims"]
+        self._slots, self._records, self._norms = views["slots"], views["records"], views["norms"]
+        self._no_claims = memoryview(bytes(len(self._claims) * _WORD)).cast("q")
+        self._no_slots = memoryview(bytes(len(self._slots) * _WORD)).cast("q")
+        self._touched = region[at : at + m * size.num_parameters]
+        at += m * size.num_parameters
+        self._metrics = region[at : at + 2 * m * METRICS_BYTES]
+
+    @staticmethod
+    def num_bytes(size: BoardSize) -> int:
+        """Return the bytes of the region."""
+        n, m = size.world_size, size.num_micro_batches
+        words = _HEADER_WORDS + n * _RANK_WORDS + m + n * size.num_slots * 2 + 4 * m + size.num_buckets + 1
+        return words * _WORD + m * size.num_parameters + 2 * m * METRICS_BYTES
+
+    # --- a step, in the order of its visits -------------------------------------------------------------------
+
+    def enter(self, step: int, num_micro_batches: int, settings: int, *, clip: bool) -> Action:
+        """Enter `step`, opening it if this is the first worker to, and return what to do.
+
+        `settings` is a hash of all that must be the same everywhere, such as learning rates.
+
+        Raises: Disagreement when the workers differ in it or in the number of micro-batches.
+        """
+        header = self._header
+        with self._lock:
+            if header[_OPEN] != step + 1:
+                self._open(step, num_micro_batches, clip=clip)
+            elif header[_MICRO_BATCHES] != num_micro_batches:
+                raise Disagreement(
+                    f"step {step} has {num_micro_batches} micro-batches for rank {self._rank} and {header[_MICRO_BATCHES]} "
+                    "for another worker. Every worker must pass the same data set to run.steps."
+                )
+            self._set_rank(_SETTINGS, settings)
+            self._set_rank(_ENTERED, step + 1)
+            return self._next(step)
+
+    def finished_micro_batch(
+        self,
+        step: int,
+        index: int,
+        *,
+        loss: float,
+        weight: float,
+        metrics: bytes,
+        freed: Sequence[int],
+        slot: int,
+        node: Node,
+    ) -> Action:
+        """Record a computed micro-batch: its loss and weight, and the partial sum `node` that now lies in `slot`.
+
+        `freed` are the slots whose sums went into it. Until this visit they count as held, so that a worker killed in
+        the middle of a fold has lost nothing but the micro-batch.
+        """
+        at = (step % 2 * self._size.num_micro_batches + index) * 2
+        self._records[at], self._records[at + 1] = loss, weight
+        self._write_metrics(step, index, metrics)
+        with self._lock:
+            for old in freed:
+                self._set_slot(old, Node(0, 0))
+            self._set_slot(slot, node)
+            self._header[_DONE] += 1
+            return self._next(step)
+
+    def finished_bucket(self, step: int, action: Action, norm_squared: float | None) -> Action:
+        """Record a measured or updated bucket and the squared norm of its gradient, and return what to do."""
+        if norm_squared is not None:
+            self._norms[action.index] = norm_squared
+        header = self._header
+        with self._lock:
+            header[_DONE] += 1
+            if action.kind is Kind.MEASURE and header[_DONE] == self._size.num_buckets:
+                self._begin(Phase.UPDATE)
+            elif action.kind is Kind.UPDATE and header[_DONE] == self._size.num_buckets + 1:
+                header[_COMMITTED] = step + 1
+                self._signal.notify()
+            return self._next(step)
+
+    def visit(self, step: int) -> Action:
+        """Return what to do now."""
+        with self._lock:
+            return self._next(step)
+
+    def _open(self, step: int, num_micro_batches: int, *, clip: bool) -> None:
+        header = self._header
+        header[_OPEN], header[_MICRO_BATCHES], header[_CLIP] = step + 1, num_micro_batches, clip
+        header[_PHASE], header[_DONE], header[_NEXT] = Phase.COMPUTE, 0, 0
+        self._claims[:] = self._no_claims
+        self._slots[:] = self._no_slots
+
+    def _begin(self, phase: Phase) -> None:
+        header = self._header
+        header[_PHASE], header[_DONE], header[_NEXT] = phase, 0, 0
+        self._signal.notify()
+
+    def _next(self, step: int) -> Action:
+        """Return what the visitor should do; the lock is held."""
+        header = self._header
+        self._raise_if_failed()
+        if header[_COMMITTED] > step:
+            return Action(Kind.COMMITTED, 0)
+        if header[_PHASE] == Phase.COMPUTE:
+            count = header[_MICRO_BATCHES]
+            index = self._claimable(count)
+            if index is not None:
+                self._claims[index] = self._rank + 1
+                self.show(Activity.COMPUTING, index)
+                return Action(Kind.COMPUTE, index)
+            if header[_DONE] < count or not self._all_entered(step):
+                self.show(Activity.WAITING, step)
+                return Action(Kind.WAIT, self._signal.value)
+            self._check_settings(step)
+            self._begin(Phase.MEASURE if header[_CLIP] and self._size.num_buckets else Phase.UPDATE)
+        phase, num_items = Kind.MEASURE, self._size.num_buckets
+        if header[_PHASE] == Phase.UPDATE:
+            phase, num_items = Kind.UPDATE, self._size.num_buckets + 1
+        bucket = header[_NEXT]
+        if bucket < num_items:
+            header[_NEXT] = bucket + 1
+            self.show(Activity.UPDATING, step)
+            return Action(phase, bucket)
+        self.show(Activity.WAITING, step)
+        return Action(Kind.WAIT, self._signal.value)
+
+    def _claimable(self, count: int) -> int | None:
+        """Return the best micro-batch that the visitor can take and still has a slot for."""
+        candidates = choose(
+            self._rank, self._size.world_size, self._claims[:count].tolist(), steal=self._steal
+        )
+        if not candidates:
+            return None
+        held = self.held(self._rank)
+        if len(held) < self._size.num_slots - 1:
+            return candidates[0]
+        return next((index for index in candidates if fold(index, count, held.values())[0]), None)
+
+    def _all_entered(self, step: int) -> bool:
+        ranks = self._ranks
+        for at in range(0, self._size.world_size * _RANK_WORDS, _RANK_WORDS):
+            # A worker that has left the loop for good does not read weights before its next collective call.
+            excused = ranks[at + _LEFT] and ranks[at + _ACTIVITY] in (Activity.MEETING, Activity.ENDED)
+            if ranks[at + _ENTERED] <= step and not excused:
+                return False
+        return True
+
+    def _check_settings(self, step: int) -> None:
+        entered = [
+            (rank, self._ranks[rank * _RANK_WORDS + _SETTINGS])
+            for rank in range(self._size.world_size)
+            if self._ranks[rank * _RANK_WORDS + _ENTERED] > step
+        ]
+        odd = [rank for rank, settings in entered if settings != entered[0][1]]
+        if odd:
+            raise Disagreement(
+                f"at step {step} rank {odd[0]} has other learning rates, optimizer settings or trainable parameters than "
+                f"rank {entered[0][0]}. Schedulers and changes of requires_grad must run on every worker alike."
+            )
+
+    # --- what a step left ---------------------------------------------------------------------------------------
+
+    @property
+    def committed(self) -> int:
+        """Steps done so far, those before a resume included."""
+        return int(self._header[_COMMITTED])
+
+    def resume_at(self, step: int) -> None:
+        """Set the number of steps done so far. Nobody is in a step."""
+        self._header[_COMMITTED] = step
+
+    def records(self, step: int, num_micro_batches: int) -> list[tuple[float, float]]:
+        """Return loss and weight of each micro-batch."""
+        at = step % 2 * self._size.num_micro_batches * 2
+        flat = self._records[at : at + 2 * num_micro_batches].tolist()
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def metrics(self, step: int, index: int) -> dict[str, tuple[float, float]]:
+        """Return value and weight of each metric of a micro-batch."""
+        at = (step % 2 * self._size.num_micro_batches + index) * METRICS_BYTES
+        (length,) = struct.unpack_from("<q", self._metrics, at)
+        return json.loads(bytes(self._metrics[at + 8 : at + 8 + length])) if length else {}
+
+    def norms_squared(self) -> list[float]:
+        """Return the squared gradient norm of each bucket."""
+        return self._norms[: self._size.num_buckets].tolist()
+
+    def touched(self, index: int) -> memoryview:
+        """Return a byte for each parameter: whether micro-batch `index` gave it a gradient. To be written by its owner."""
+        size = self._size.num_parameters
+        return self._touched[index * size : (index + 1) * size]
+
+    def held(self, rank: int) -> dict[int, Node]:
+        """Return the partial sums of `rank` by slot."""
+        count = self._size.num_slots * 2
+        flat = self._slots[rank * count : (rank + 1) * count].tolist()
+        return {at // 2: Node(flat[at], flat[at + 1]) for at in range(0, count, 2) if flat[at + 1]}
+
+    def claimant(self, index: int) -> int:
+        """Return the rank that has micro-batch `index`."""
+        return int(self._claims[index]) - 1
+
+    def _set_slot(self, slot: int, node: Node) -> None:
+        at = (self._rank * self._size.num_slots + slot) * 2
+        self._slots[at], self._slots[at + 1] = node
+
+    def _write_metrics(self, step: int, index: int, metrics: bytes) -> None:
+        at = (step % 2 * self._size.num_micro_batches + index) * METRICS_BYTES
+        if len(metrics) > METRICS_BYTES - 8:
+            raise UsageError(
+                f"the metrics of micro-batch {index} of step {step} take {len(metrics)} bytes, more than {METRICS_BYTES - 8}. "
+                "step.add is for a few numbers; write larger things to a file."
+            )
+        struct.pack_into("<q", self._metrics, at, len(metrics))
+        if metrics:
+            self._metrics[at + 8 : at + 8 + len(metrics)] = metrics
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def take_evaluation(self, round_number: int) -> int:
+        """Return the next batch of the evaluation `round_number` that nobody has."""
+        header = self._header
+        with self._lock:
+            self._raise_if_failed()
+            if header[_ROUND] != round_number:
+                header[_ROUND], header[_TAKEN] = round_number, 0
+            header[_TAKEN] += 1
+            return int(header[_TAKEN]) - 1
+
+    # --- who does what ------------------------------------------------------------------------------------------
+
+    def show(self, activity: Activity, detail: int = 0) -> None:
+        """Say what this worker is doing."""
+        at = self._rank * _RANK_WORDS
+        self._ranks[at + _ACTIVITY], self._ranks[at + _DETAIL] = activity, detail
+
+    def activity(self, rank: int) -> Activity:
+        """Return what `rank` is doing."""
+        return Activity(self._ranks[rank * _RANK_WORDS + _ACTIVITY])
+
+    def join(self, pid: int) -> None:
+        """Put this worker on the board."""
+        self._set_rank(_PID, pid)
+
+    def pid(self, rank: int) -> int:
+        """Return the process of `rank`; 0 before it joined."""
+        return int(self._ranks[rank * _RANK_WORDS + _PID])
+
+    def leave(self, *, left: bool) -> None:
+        """Say that this worker has left its loop (or entered a new one)."""
+        with self._lock:
+            self._set_rank(_LEFT, int(left))
+            self._signal.notify()
+
+    def announce(self, activity: Activity) -> None:
+        """Say what this worker is doing, and wake those who may be waiting for just that."""
+        with self._lock:
+            self.show(activity)
+            self._signal.notify()
+
+    def has_left(self, rank: int) -> bool:
+        """Return whether `rank` has left its loop."""
+        return bool(self._ranks[rank * _RANK_WORDS + _LEFT])
+
+    def anyone_left(self) -> bool:
+        """Return whether any worker has left its loop."""
+        return any(self.has_left(rank) for rank in range(self._size.world_size))
+
+    def entered(self, rank: int) -> int:
+        """Return the last step that `rank` has entered, -1 for none."""
+        return int(self._ranks[rank * _RANK_WORDS + _ENTERED]) - 1
+
+    def describe(self, rank: int) -> str:
+        """Return who `rank` is and what it is doing, for a message."""
+        detail = self._ranks[rank * _RANK_WORDS + _DETAIL]
+        doing = {
+            Activity.OUTSIDE: "is in code outside run.steps",
+            Activity.BETWEEN: f"is in code after step {self.entered(rank)}",
+            Activity.COMPUTING: f"computes micro-batch {detail} of step {self.entered(rank)}",
+            Activity.WAITING: f"waits in step {detail}",
+            Activity.UPDATING: f"updates weights in step {detail}",
+            Activity.MEETING: "is in a collective call",
+            Activity.ENDED: "has ended",
+        }[self.activity(rank)]
+        return f"rank {rank} (pid {self.pid(rank)}) {doing}"
+
+    def fail(self) -> None:
+        """Say that this worker can not go on; every other one raises RankFailed at its next visit."""
+        with self._lock:
+            if not self._header[_FAILED]:
+                self._header[_FAILED] = self._rank + 1
+            self._signal.notify()
+
+    def raise_if_failed(self) -> None:
+        """Raise RankFailed when another worker has said that it can not go on."""
+        with self._lock:
+            self._raise_if_failed()
+
+    def _raise_if_failed(self) -> None:
+        failed = self._header[_FAILED] - 1
+        if failed >= 0 and failed != self._rank:
+            raise RankFailed(
+                f"rank {self._rank} ends because {self.describe(failed)} and failed; see its traceback."
+            )
+
+    def _set_rank(self, field: int, value: int) -> None:
+        self._ranks[self._rank * _RANK_WORDS + field] = value

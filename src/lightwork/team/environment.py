@@ -1,0 +1,138 @@
+"""Where a worker finds its team: the environment variables of whoever started it.
+
+`lightwork run`, torchrun, Slurm's srun and MPI's mpirun each leave a rank and a world size behind; a plain
+`python train.py` leaves nothing and is a team of one. This file alone reads `os.environ`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from lightwork.errors import SpecError
+
+
+class Launcher(Enum):
+    """Who started this process."""
+
+    PYTHON = "python"  #: nobody: a team of one
+    LIGHTWORK = "lightwork run"  #: our own launcher, which forked us
+    TORCHRUN = "torchrun"
+    SLURM = "srun"
+    MPI = "mpirun"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """A worker's place in its team."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: Launcher = Launcher.PYTHON
+    rendezvous_fd: int | None = None  #: inherited from `lightwork run`
+    address: str | None = None  #: host of the rendezvous store, where others started us
+    port: int | None = None
+    store_is_served: bool = False  #: by torchrun's agent
+    attempt: str = "0"  #: of torchrun, which starts all workers anew after a failure
+    run_dir: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)  #: `--set NAME=VALUE`, parsed
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise SpecError(
+                f"rank {self.rank} does not fit a team of {self.world_size} (from the variables of "
+                f"{self.launcher.value}). Ranks go from 0 to {self.world_size - 1}."
+            )
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables from which `read` makes this value again (`lightwork run` only)."""
+        variables = {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "LIGHTWORK_SETTINGS": json.dumps(dict(self.settings)),
+        }
+        if self.rendezvous_fd is not None:
+            variables["LIGHTWORK_RENDEZVOUS_FD"] = str(self.rendezvous_fd)
+        if self.run_dir is not None:
+            variables["LIGHTWORK_RUN_DIR"] = self.run_dir
+        return variables
+
+
+def _number(variables: Mapping[str, str], *names: str, default: int | None = None) -> int | None:
+    for name in names:
+        if name in variables:
+            try:
+                return int(variables[name])
+            except ValueError:
+                raise SpecError(
+                    f"{name}={variables[name]!r} is not a number. Unset it, or use a launcher."
+                ) from None
+    return default
+
+
+def read(variables: Mapping[str, str] | None = None) -> Environment:
+    """Return the place in its team that `variables` (default: `os.environ`) give this process.
+
+    Raises: SpecError when they contradict themselves.
+    """
+    env = os.environ if variables is None else variables
+    common = Environment(
+        run_dir=env.get("LIGHTWORK_RUN_DIR"),
+        settings=json.loads(env.get("LIGHTWORK_SETTINGS", "{}")),
+        address=env.get("MASTER_ADDR"),
+        port=_number(env, "MASTER_PORT"),
+        store_is_served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=env.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+    if "LIGHTWORK_RENDEZVOUS_FD" in env:
+        launcher, rank, size = Launcher.LIGHTWORK, _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    elif "RANK" in env and "WORLD_SIZE" in env:
+        launcher, rank, size = Launcher.TORCHRUN, _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    elif "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env:
+        launcher = Launcher.MPI
+        rank = _number(env, "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+        size = _number(env, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        launcher, rank, size = (
+            Launcher.SLURM,
+            _number(env, "SLURM_PROCID"),
+            _number(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+        )
+    else:
+        return common
+    if rank is None or size is None:
+        raise SpecError(
+            f"{launcher.value} left a rank ({rank}) without a world size ({size}), or the reverse."
+        )
+    return replace(
+        common,
+        launcher=launcher,
+        rank=rank,
+        world_size=size,
+        local_rank=_number(env, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", default=rank)
+        or 0,
+        local_world_size=_number(env, "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", default=size) or size,
+        rendezvous_fd=_number(env, "LIGHTWORK_RENDEZVOUS_FD"),
+        port=common.port if common.port is not None else _port_of_job(env, launcher),
+        address=common.address or "127.0.0.1",
+    )
+
+
+def _port_of_job(env: Mapping[str, str], launcher: Launcher) -> int | None:
+    """Return a port that all tasks of one job agree on without talking: its identifier, folded into the ephemeral range."""
+    if launcher is Launcher.SLURM:
+        identifier = f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_STEP_ID', '0')}"
+    elif launcher is Launcher.MPI:
+        identifier = (
+            env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_JOBID") or "0"
+        )
+    else:
+        return None
+    return 20_000 + sum(ord(c) * 31**i for i, c in enumerate(identifier)) % 30_000

@@ -1,0 +1,46 @@
+"""Whether the other workers of this host are alive: a descriptor for each process that becomes readable at its end."""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import final
+
+
+@final
+class Peers:
+    """Watches processes. On systems without process descriptors it asks by signal 0, which a zombie still answers."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._rank_of: dict[int, int] = {}
+        self._pids: dict[int, int] = {}
+
+    def watch(self, rank: int, pid: int) -> None:
+        """Watch the process of `rank` from now on."""
+        try:
+            fd = os.pidfd_open(pid)
+        except (AttributeError, OSError):
+            self._pids[rank] = pid
+            return
+        self._rank_of[fd] = rank
+        self._poll.register(fd, select.POLLIN)
+
+    def ended(self) -> list[int]:
+        """Return the ranks whose process has ended, in order."""
+        ranks = [self._rank_of[fd] for fd, _ in self._poll.poll(0)]
+        for rank, pid in self._pids.items():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                ranks.append(rank)
+            except PermissionError:
+                pass
+        return sorted(ranks)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for fd in self._rank_of:
+            os.close(fd)
+        self._rank_of.clear()
+        self._poll = select.poll()

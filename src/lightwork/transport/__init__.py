@@ -1,0 +1,1 @@
+"""Transports move bytes between workers, and wake them."""

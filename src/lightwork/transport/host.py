@@ -1,0 +1,109 @@
+"""The transport between workers of one host: mailboxes in their shared memory.
+
+Each rank has two boxes, used in turn: a worker that is a whole exchange ahead may write its next box, but can not be
+two ahead, because the exchange between needs everyone. A payload longer than a box goes in several rounds.
+"""
+
+from __future__ import annotations
+
+import struct
+from contextlib import AbstractContextManager
+from typing import final
+
+from lightwork.errors import Disagreement
+from lightwork.transport.base import Transport, Watch
+from lightwork.transport.signal import Signal
+
+#: Bytes of a payload that fit into one box.
+BOX_BYTES = 256 * 1024
+
+_HEADER = struct.Struct("<q48sq")  # number of the exchange, what, bytes of the whole payload
+_STRIDE = _HEADER.size + BOX_BYTES
+
+#: Seconds between two calls of the watch.
+WATCH_SECONDS = 0.2
+
+
+@final
+class HostTransport(Transport):
+    """Mailboxes in `region`, which all workers of the host map."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        region: memoryview,
+        lock: AbstractContextManager[bool | None],
+        signal: Signal,
+    ) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._region = region
+        self._lock = lock
+        self._signal = signal
+        self._count = 0
+
+    @staticmethod
+    def num_bytes(world_size: int) -> int:
+        """Return the bytes of the region that `world_size` workers need."""
+        return world_size * 2 * _STRIDE
+
+    def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:
+        """Write to the own box, wait for the others', read them; again while any payload is not complete."""
+        received = [b""] * self._world_size
+        lengths = [1] * self._world_size
+        start = 0
+        while any(len(received[rank]) < lengths[rank] for rank in range(self._world_size)):
+            self._post(what, payload[start : start + BOX_BYTES], len(payload))
+            start += BOX_BYTES
+            self._wait_for_all(watch)
+            for rank in range(self._world_size):
+                self._check(rank, what)
+                lengths[rank], chunk = self._read(rank, len(received[rank]))
+                received[rank] += chunk
+        return received
+
+    def posted(self, rank: int) -> str | None:
+        """Return what `rank` has posted in the exchange that this worker is in, None if it has not come yet."""
+        count, what, _ = _HEADER.unpack_from(self._region, self._box(rank))
+        return bytes(what).rstrip(b"\0").decode() if count == self._count else None
+
+    def posted_last(self, rank: int) -> str:
+        """Return the last exchange that `rank` has posted."""
+        boxes = [_HEADER.unpack_from(self._region, (rank * 2 + box) * _STRIDE) for box in range(2)]
+        return bytes(max(boxes)[1]).rstrip(b"\0").decode()
+
+    def _box(self, rank: int) -> int:
+        return (rank * 2 + self._count % 2) * _STRIDE
+
+    def _post(self, what: str, chunk: bytes, length: int) -> None:
+        self._count += 1
+        at = self._box(self._rank)
+        self._region[at + _HEADER.size : at + _HEADER.size + len(chunk)] = chunk
+        with self._lock:
+            _HEADER.pack_into(self._region, at, self._count, what.encode()[:48], length)
+            self._signal.notify()
+
+    def _wait_for_all(self, watch: Watch) -> None:
+        while True:
+            with self._lock:
+                seen = self._signal.value
+                missing = any(self.posted(rank) is None for rank in range(self._world_size))
+            if not missing:
+                return
+            if not self._signal.wait(seen, WATCH_SECONDS):
+                watch()
+
+    def _check(self, rank: int, what: str) -> None:
+        theirs = self.posted(rank)
+        if theirs != what[:48]:
+            raise Disagreement(
+                f"rank {self._rank} calls {what} while rank {rank} calls {theirs}. Every worker must make the same calls "
+                "in the same order: take them out of conditions such as `if run.is_main`."
+            )
+
+    def _read(self, rank: int, received: int) -> tuple[int, bytes]:
+        at = self._box(rank)
+        _, _, length = _HEADER.unpack_from(self._region, at)
+        size = min(BOX_BYTES, length - received)
+        return length, bytes(self._region[at + _HEADER.size : at + _HEADER.size + size])
