@@ -17,7 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightwork.data import Order, source_of
+from lightwork.data import Order, source_for_evaluation, source_of
 from lightwork.errors import DataError, UsageError
 from lightwork.spec.assignment import share
 
@@ -240,6 +240,34 @@ def test_an_order_that_would_be_used_up_is_refused():
 def test_order_together_with_shuffling_is_refused():
     with pytest.raises(UsageError, match="Leave shuffle out"):
         source_of(Numbers(5), seed=0, order=[0], shuffle=True)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_shuffling_together_with_a_sampler_is_refused(shuffle):
+    loader = DataLoader(Numbers(5), sampler=SubsetRandomSampler([1, 3]))
+    with pytest.raises(UsageError, match=r"SubsetRandomSampler, which says the order\. Leave shuffle out"):
+        source_of(loader, seed=0, shuffle=shuffle)
+    assert order_of(loader, order=[0]).ids(0).tolist() == [0], "order= says every id, so it may"
+
+
+def test_an_evaluation_takes_each_sample_once_as_numbered():
+    for data in (Numbers(5), DataLoader(Numbers(5), shuffle=True, batch_size=2, drop_last=True)):
+        order = source_for_evaluation(data, seed=0).order(global_batch=2, micro_batch=2)
+        assert order.ids(0).tolist() == [0, 1, 2, 3, 4]
+        assert order.num_steps(0) == 3
+
+
+def test_an_evaluation_takes_only_the_samples_that_the_sampler_chooses():
+    loader = DataLoader(Numbers(5), sampler=SubsetRandomSampler([1, 3]))
+    order = source_for_evaluation(loader, seed=0).order(global_batch=2, micro_batch=2)
+    assert sorted(order.ids(0).tolist()) == [1, 3]
+
+
+@given(num_samples=sizes, global_batch=sizes, num_epochs=st.integers(0, 4))
+def test_the_total_is_the_sum_of_the_epochs_steps_also_where_they_differ(num_samples, global_batch, num_epochs):
+    for order in (None, lambda epoch: range(min(num_samples, epoch + 1))):
+        order = order_of(Numbers(num_samples), global_batch=global_batch, micro_batch=1, order=order)
+        assert order.total_steps(num_epochs) == sum(order.num_steps(epoch) for epoch in range(num_epochs))
 
 
 @pytest.mark.parametrize(("step", "index"), [(2, 0), (-1, 0), (1, 2), (1, -1)])

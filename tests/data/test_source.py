@@ -87,6 +87,25 @@ def test_lists_and_arrays_are_data_sets_too():
     assert fetch(np.arange(6.0).reshape(3, 2), [1]).tolist() == [[2.0, 3.0]]
 
 
+def test_a_sample_is_fetched_with_one_thread_and_without_autocast_as_in_a_loading_worker():
+    class Telling(list):
+        def __getitem__(self, index):
+            return torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+
+    def collate(samples):
+        return [*samples, (torch.get_num_threads(), torch.is_autocast_enabled("cpu"))]
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fetch(DataLoader(Telling([1]), collate_fn=collate), [0]) == [(1, False), (1, False)]
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 # Data sets of tensors are gathered.
 
 

@@ -3,7 +3,7 @@
 from lightwork.data.batch import Batch, aligned, count_tokens, map_tensors, tensors
 from lightwork.data.loader import Loader, Position
 from lightwork.data.order import CustomOrder, Ids, Order
-from lightwork.data.source import Source, source_of
+from lightwork.data.source import Source, source_for_evaluation, source_of
 
 __all__ = [
     "Batch",
@@ -16,6 +16,7 @@ __all__ = [
     "aligned",
     "count_tokens",
     "map_tensors",
+    "source_for_evaluation",
     "source_of",
     "tensors",
 ]

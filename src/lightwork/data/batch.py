@@ -95,14 +95,10 @@ def count_tokens(batch: Batch) -> int:
 def _aligned_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
         return tensor
-    dense = tensor.is_contiguous() or (
-        tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    dense = tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
     if dense and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
-    return (
-        tensor.clone()
-    )  # torch allocates at multiples of 64 bytes; dense strides are kept, others become contiguous
+    return tensor.clone()  # torch allocates at multiples of 64 bytes; dense strides are kept, others become contiguous
 
 
 def _is_record(value: object) -> bool:

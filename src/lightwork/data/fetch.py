@@ -3,6 +3,8 @@
 1. Each sample: torch (CPU), numpy and random are seeded from (seed, epoch, sample id), then `dataset[id]`.
 2. The collate function: they are seeded from (seed, epoch, first id), then it gets the list of samples.
 
+Both run with one thread and without autocast, as in a loading worker, whatever the process trains with.
+
 A `TensorDataset`, and a `Subset` of one, draws no random numbers and is gathered in one call a tensor
 instead; the result is that of collating sample by sample. `__getitems__` is not used: with it one sample's
 augmentation would depend on its neighbours. Not covered: data sets that keep other state between samples.
@@ -11,7 +13,8 @@ augmentation would depend on its neighbours. Not covered: data sets that keep ot
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -64,7 +67,11 @@ class Fetcher:
         """
         if self._gathered is not None:
             return self._gathered.fetch(ids)
-        samples = [self._sample(epoch, sample_id) for sample_id in ids.tolist()]
+        with _as_in_a_loading_worker():
+            samples = [self._sample(epoch, sample_id) for sample_id in ids.tolist()]
+            return self._collated(epoch, ids, samples)
+
+    def _collated(self, epoch: int, ids: Ids, samples: list[Any]) -> Batch:
         seed_all(derive(self._seed, "collate", epoch, int(ids[0])))
         try:
             return self._collate(samples)
@@ -126,9 +133,7 @@ def _gathered(dataset: object) -> _Gathered | None:
     if type(dataset) is not TensorDataset or not dataset.tensors:
         return None
     for tensor in dataset.tensors:
-        plain = (
-            type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        )
+        plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or not tensor.is_contiguous():
             return None
     return _Gathered(dataset.tensors, None)
@@ -139,6 +144,23 @@ def seed_all(value: int) -> None:
     torch.default_generator.manual_seed(value)
     np.random.seed(value & 0xFFFFFFFF)
     random.seed(value)
+
+
+@contextmanager
+def _as_in_a_loading_worker() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    autocast = torch.is_autocast_enabled("cpu")
+    if num_threads != 1:
+        torch.set_num_threads(1)
+    if autocast:
+        torch.set_autocast_enabled("cpu", False)
+    try:
+        yield
+    finally:
+        if num_threads != 1:
+            torch.set_num_threads(num_threads)
+        if autocast:
+            torch.set_autocast_enabled("cpu", True)
 
 
 def _described(error: Exception) -> str:

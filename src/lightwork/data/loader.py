@@ -140,9 +140,7 @@ class _Idle:
 class _Processes:
     """Ahead is what torch's DataLoader processes load, in order."""
 
-    def __init__(
-        self, fetcher: Fetcher, pending: Iterator[tuple[Position, Ids]], settings: LoadingWorkers
-    ) -> None:
+    def __init__(self, fetcher: Fetcher, pending: Iterator[tuple[Position, Ids]], settings: LoadingWorkers) -> None:
         self._name = fetcher.name
         self.positions: deque[Position] = deque()
         with warnings.catch_warnings():

@@ -8,7 +8,7 @@ the run's), pin_memory and its generator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import (
@@ -68,20 +68,16 @@ class Source:
         )
 
 
-def source_of(
-    data: object, *, seed: int, shuffle: bool | None = None, order: CustomOrder | None = None
-) -> Source:
+def source_of(data: object, *, seed: int, shuffle: bool | None = None, order: CustomOrder | None = None) -> Source:
     """Return the source that a data set or DataLoader stands for.
 
-    The order is that of `order`, where given; else of `shuffle` (True: a new permutation each epoch, False:
-    as numbered); else of the DataLoader's sampler; else shuffled.
+    The order is that of `order`, where given; else of the DataLoader's own sampler; else of `shuffle` (True: a
+    new permutation each epoch, False: as numbered); else as the DataLoader shuffles; else shuffled.
 
     Raises: UsageError when `data` is neither, or of a kind that can not be split over a team.
     """
     if order is not None and shuffle:
-        raise UsageError(
-            "order= and shuffle=True were both given, and order= says the order. Leave shuffle out."
-        )
+        raise UsageError("order= and shuffle=True were both given, and order= says the order. Leave shuffle out.")
     if isinstance(data, DataLoader):
         return _source_of_loader(data, seed, shuffle, order)
     dataset = _check_dataset(data)
@@ -92,9 +88,19 @@ def source_of(
     )
 
 
-def _source_of_loader(
-    loader: DataLoader[Any], seed: int, shuffle: bool | None, order: CustomOrder | None
-) -> Source:
+def source_for_evaluation(data: object, *, seed: int) -> Source:
+    """Return the source of an evaluation: each sample once, as numbered, and none left out as the last.
+
+    Where a DataLoader has a sampler of its own, its ids are evaluated: it may choose a part of the data set.
+
+    Raises: UsageError as `source_of` does.
+    """
+    source = source_of(data, seed=seed)
+    arrangement = unshuffled if source.arrangement is shuffled else source.arrangement
+    return replace(source, arrangement=arrangement, drop_last=False)
+
+
+def _source_of_loader(loader: DataLoader[Any], seed: int, shuffle: bool | None, order: CustomOrder | None) -> Source:
     dataset = _check_dataset(loader.dataset)
     for sampler in (loader.sampler, loader.batch_sampler):
         inner = sampler.sampler if isinstance(sampler, BatchSampler) else sampler
@@ -109,6 +115,13 @@ def _source_of_loader(
             "run can not cut into its own. Give a data set of single samples, and the sizes of the batches to "
             "distribute: global_batch= and micro_batch=."
         )
+    arrangement = _arrangement_of(loader, len(dataset))
+    if isinstance(arrangement, Sampled) and shuffle is not None:
+        # A sampler may choose a part of the data set: the other part must not come in by a keyword about order.
+        raise UsageError(
+            f"shuffle={shuffle} was given, and the DataLoader has a {type(arrangement.sampler).__name__}, which "
+            "says the order. Leave shuffle out, or give the DataLoader without its sampler."
+        )
     workers = LoadingWorkers(
         num_workers=loader.num_workers,
         prefetch_factor=loader.prefetch_factor or 2,
@@ -118,7 +131,7 @@ def _source_of_loader(
     )
     return Source(
         fetcher=Fetcher(dataset, loader.collate_fn, seed),
-        arrangement=_chosen(shuffle, order) or _arrangement_of(loader, len(dataset)),
+        arrangement=_chosen(shuffle, order) or arrangement,
         seed=seed,
         drop_last=loader.drop_last,
         loading_workers=workers,
@@ -153,9 +166,7 @@ def _check_dataset(data: object) -> MapStyle:
             "map-style data set: write __len__ and __getitem__(index), or read the stream into a list first."
         )
     if isinstance(data, type):
-        raise UsageError(
-            f"{name} {data.__name__} was passed itself, not an instance. Write {data.__name__}(...)."
-        )
+        raise UsageError(f"{name} {data.__name__} was passed itself, not an instance. Write {data.__name__}(...).")
     if not isinstance(data, MapStyle):
         raise UsageError(
             f"{data!r:.80} ({name}) is not a data set: it lacks __len__ or __getitem__. "

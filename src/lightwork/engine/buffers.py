@@ -214,7 +214,8 @@ def _combine(
                 for leaf, share in zip(leaves, shares, strict=True)
             ]
             total = combine(scaled, operator.add)
-            best = None if total is None else total / combine(list(shares), operator.add)
+            of_all = combine(shares, operator.add)
+            best = None if total is None or not of_all else total / of_all
     if best is None:
         raise ValueError(f"no micro-batch left a value for buffer {buffer.name}")
     return best

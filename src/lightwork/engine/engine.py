@@ -243,18 +243,18 @@ class Engine:
         step_map = self._step_map(step)
         norm_squared: float | None = None
         with torch.no_grad():
-            if action.kind is Kind.UPDATE and action.index == len(self.weights.layout.buckets):
+            if action.kind is Kind.UPDATE and action.item == len(self.weights.layout.buckets):
                 self.buffers.combine(self._weights_of(step), self.spec.micro_batch)
             else:
                 self._updater.begin(self._clipped(step_map, action.kind))
-                gradients = self._updater.gradients(action.index)
+                gradients = self._updater.gradients(action.item)
                 reduced = time.perf_counter()
                 self._seconds["reduce"] += reduced - start
                 start = reduced
                 if action.kind is Kind.MEASURE:
                     norm_squared = norm_squared_of(gradients)
                 else:
-                    norm = self._updater.apply(action.index, gradients)
+                    norm = self._updater.apply(action.item, gradients)
                     norm_squared = norm if self.spec.clip_grad_norm is None else None
         self._seconds["update"] += time.perf_counter() - start
         return self.board.finished_bucket(step, action, norm_squared)

@@ -72,7 +72,8 @@ class Gradients:
         self._held.clear()
         for index, parameter in enumerate(self._weights.parameters):
             if parameter.requires_grad and index not in self._hooks:
-                self._hooks[index] = parameter.register_post_accumulate_grad_hook(self._hook(index))
+                hook = parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
+                self._hooks[index] = hook
 
     def close(self) -> None:
         """Take the hooks off the parameters."""

@@ -57,10 +57,9 @@ class MasterWeights(TorchFunctionMode):
         if not any(id(leaf) in self._masters for leaf in leaves) or _is_attribute(func):
             return func(*args, **kwargs)
         self.used = True
-        leaves = [
-            _Master.apply(leaf, self._masters[id(leaf)]) if id(leaf) in self._masters else leaf
-            for leaf in leaves
-        ]
+        for at, leaf in enumerate(leaves):
+            if id(leaf) in self._masters:
+                leaves[at] = _Master.apply(leaf, self._masters[id(leaf)])  # type: ignore[no-untyped-call]
         args, kwargs = pytree.tree_unflatten(leaves, tree)
         return func(*args, **kwargs)
 

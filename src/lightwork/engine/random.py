@@ -16,8 +16,6 @@ def seed_everything(value: int) -> None:
     torch.default_generator.manual_seed(value)
     np.random.seed(value & 0xFFFFFFFF)
     random.seed(value)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(value)
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class RandomState:
     @classmethod
     def capture(cls) -> RandomState:
         """Return the state now."""
-        return cls(torch.default_generator.get_state(), np.random.get_state(legacy=False), random.getstate())  # type: ignore[arg-type]
+        return cls(torch.default_generator.get_state(), np.random.get_state(legacy=False), random.getstate())
 
     def restore(self) -> None:
         """Put the state back."""

@@ -56,8 +56,8 @@ class Updater:
         self._map = step_map
         self._tree = sum_of(step_map.num_micro_batches, step_map.places)
         rows = np.array([np.frombuffer(row, dtype=np.uint8) for row in step_map.touched])
-        self._everywhere = rows.all(axis=0).tolist()
-        self._nowhere = (~rows.any(axis=0)).tolist()
+        self._everywhere = (rows.min(axis=0) > 0).tolist()
+        self._nowhere = (rows.max(axis=0) == 0).tolist()
 
     def gradients(self, bucket: int) -> list[torch.Tensor | None]:
         """Return the mean gradient of each block of a bucket, flat; None where no micro-batch touched the parameter."""

@@ -492,5 +492,5 @@ class Run:
 
 def _sha256(value: torch.Tensor) -> str:
     hasher = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
-    hasher.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    hasher.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

@@ -187,7 +187,7 @@ class Step:
         action = engine.enter(self.index, self._num_micro_batches)
         while action.kind is not Kind.COMMITTED:
             if action.kind is Kind.COMPUTE:
-                micro, batch = self._load(action.index)
+                micro, batch = self._load(action.item)
                 self._current = micro
                 with engine.compute.active():
                     yield batch
@@ -203,7 +203,7 @@ class Step:
                     self.index, micro.index, micro.fold, loss=micro.loss, weight=micro.weight, metrics=metrics
                 )
             elif action.kind is Kind.WAIT:
-                action = engine.wait(self.index, action.index, self._loader.idle, watch)
+                action = engine.wait(self.index, action.item, self._loader.idle, watch)
             else:
                 action = engine.process(self.index, action)
         self._result = engine.leave(self.index)

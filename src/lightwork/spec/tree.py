@@ -11,7 +11,7 @@ its parent is the other child: nothing is added, not even zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def without_absent(tree: Sum, present: Callable[[Node], bool]) -> Sum | None:
     return left if right is None else (left, right)
 
 
-def combine(values: list[T | None], add: Callable[[T, T], T]) -> T | None:
+def combine(values: Sequence[T | None], add: Callable[[T, T], T]) -> T | None:
     """Return the sum of the leaves' values in the tree; None stands for a leaf that contributes nothing."""
 
     def value(node: Node) -> T | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -67,10 +67,10 @@ class Activity(IntEnum):
 class Kind(IntEnum):
     """What a worker should do next."""
 
-    COMPUTE = 0  #: micro-batch `index`
-    MEASURE = 1  #: the norm of bucket `index`
-    UPDATE = 2  #: bucket `index`, or the buffers if it is the number of buckets
-    WAIT = 3  #: until the signal is not `index` any more
+    COMPUTE = 0  #: micro-batch `item`
+    MEASURE = 1  #: the norm of bucket `item`
+    UPDATE = 2  #: bucket `item`, or the buffers if it is the number of buckets
+    WAIT = 3  #: until the signal is not `item` any more
     COMMITTED = 4  #: nothing: the step is done
 
 
@@ -78,7 +78,7 @@ class Action(NamedTuple):
     """One piece of work."""
 
     kind: Kind
-    index: int
+    item: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,20 @@ _PID, _ACTIVITY, _DETAIL, _ENTERED, _SETTINGS, _LEFT = range(6)
 _RANK_WORDS = 8
 
 
+def _sizes(size: BoardSize) -> tuple[int, ...]:
+    """Return the bytes of the board's parts: header, ranks, claims, slots, records, norms, touched, metrics."""
+    n, m = size.world_size, size.num_micro_batches
+    words = (_HEADER_WORDS, n * _RANK_WORDS, m, n * size.num_slots * 2, 2 * m * 2, size.num_buckets + 1)
+    return (*(count * _WORD for count in words), m * size.num_parameters, 2 * m * METRICS_BYTES)
+
+
+def _cut(region: memoryview, sizes: Iterable[int]) -> Iterator[memoryview]:
+    at = 0
+    for size in sizes:
+        yield region[at : at + size]
+        at += size
+
+
 @final
 class Board:
     """The board of one host, in `region`, which starts out as zeros. `rank` is the visitor."""
@@ -124,35 +138,18 @@ class Board:
         self._lock = lock
         self._signal = signal
         self._steal = steal
-        n, m = size.world_size, size.num_micro_batches
-        words = {
-            "header": _HEADER_WORDS,
-            "ranks": n * _RANK_WORDS,
-            "claims": m,
-            "slots": n * size.num_slots * 2,
-            "records": 2 * m * 2,
-            "norms": size.num_buckets + 1,
-        }
-        at = 0
-        views: dict[str, memoryview] = {}
-        for name, count in words.items():
-            end = at + count * _WORD
-            views[name] = region[at:end].cast("d" if name in ("records", "norms") else "q")
-            at = end
-        self._header, self._ranks, self._claims = views["header"], views["ranks"], views["claims"]
-        self._slots, self._records, self._norms = views["slots"], views["records"], views["norms"]
+        parts = iter(_cut(region, _sizes(size)))
+        self._header, self._ranks, self._claims, self._slots = (next(parts).cast("q") for _ in range(4))
+        self._records: memoryview[float] = next(parts).cast("d")  # [parity][micro-batch][loss, weight]
+        self._norms: memoryview[float] = next(parts).cast("d")
+        self._touched, self._metrics = next(parts), next(parts)
         self._no_claims = memoryview(bytes(len(self._claims) * _WORD)).cast("q")
         self._no_slots = memoryview(bytes(len(self._slots) * _WORD)).cast("q")
-        self._touched = region[at : at + m * size.num_parameters]
-        at += m * size.num_parameters
-        self._metrics = region[at : at + 2 * m * METRICS_BYTES]
 
     @staticmethod
     def num_bytes(size: BoardSize) -> int:
         """Return the bytes of the region."""
-        n, m = size.world_size, size.num_micro_batches
-        words = _HEADER_WORDS + n * _RANK_WORDS + m + n * size.num_slots * 2 + 4 * m + size.num_buckets + 1
-        return words * _WORD + m * size.num_parameters + 2 * m * METRICS_BYTES
+        return sum(_sizes(size))
 
     # --- a step, in the order of its visits -------------------------------------------------------------------
 
@@ -206,7 +203,7 @@ class Board:
     def finished_bucket(self, step: int, action: Action, norm_squared: float | None) -> Action:
         """Record a measured or updated bucket and the squared norm of its gradient, and return what to do."""
         if norm_squared is not None:
-            self._norms[action.index] = norm_squared
+            self._norms[action.item] = norm_squared
         header = self._header
         with self._lock:
             header[_DONE] += 1
@@ -322,7 +319,7 @@ class Board:
 
     def norms_squared(self) -> list[float]:
         """Return the squared gradient norm of each bucket."""
-        return self._norms[: self._size.num_buckets].tolist()
+        return list(self._norms[: self._size.num_buckets])
 
     def touched(self, index: int) -> memoryview:
         """Return a byte for each parameter: whether micro-batch `index` gave it a gradient. To be written by its owner."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -135,4 +136,4 @@ def _port_of_job(env: Mapping[str, str], launcher: Launcher) -> int | None:
         )
     else:
         return None
-    return 20_000 + sum(ord(c) * 31**i for i, c in enumerate(identifier)) % 30_000
+    return 20_000 + zlib.crc32(identifier.encode()) % 30_000

@@ -123,7 +123,7 @@ class StoreRendezvous(Rendezvous):
     """The key-value store that torchrun's agent serves, or that rank 0 serves under srun and mpirun."""
 
     def __init__(self, environment: Environment) -> None:
-        from torch.distributed import TCPStore
+        from torch._C._distributed_c10d import TCPStore
 
         if environment.port is None:
             raise TeamError(
