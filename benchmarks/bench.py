@@ -32,10 +32,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
-from measure import BENCH_PID, Measurement
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from measure import BENCH_PID, Measurement
 
 HERE = Path(__file__).resolve().parent
 WARM_UP_STEPS = 3
@@ -89,18 +90,15 @@ class Claim:
 
     text: str
     ours: str
-    theirs: Sequence[str]  #: of several, the one with the fastest step in the round
+    theirs: Sequence[str]  #: of several, the one that is best in what is compared, in that round
     bar: float
     measure: Measure = step_of
     at_least: bool = False
 
     def ratio(self, results: Round) -> float | None:
         """Return the ratio in one round, or None where either side is missing."""
-        theirs = [results[name] for name in self.theirs if name in results]
-        if self.ours not in results or not theirs:
-            return None
-        denominator = self.measure(min(theirs, key=step_of))
-        return self.measure(results[self.ours]) / denominator if denominator else None
+        best = min((self.measure(results[name]) for name in self.theirs if name in results), default=0)
+        return self.measure(results[self.ours]) / best if best and self.ours in results else None
 
     def holds(self, ratio: float) -> bool:
         """Return whether a ratio meets the bar, to the two decimals that the bar has."""
@@ -378,7 +376,7 @@ def run_competitor(case: Case, competitor: Competitor, steps: int) -> Run | str:
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """End a program and all that it has started, if it is still there: torchrun's workers have sessions of their own."""
+    """End a program and all that it has started: torchrun's workers are in sessions of their own."""
     try:
         root = psutil.Process(process.pid)
         tree = [*root.children(recursive=True), root]
@@ -573,7 +571,8 @@ def preamble() -> str:
             packages.append(f"{name} not installed")
     when = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     load = f"load average at the end {os.getloadavg()[0]:.1f}"
-    return f"{cpu_name()}, {num_cores()} cores; Python {platform.python_version()}, {', '.join(packages)}; {when}, {load}.\n"
+    software = f"Python {platform.python_version()}, {', '.join(packages)}"
+    return f"{cpu_name()}, {num_cores()} cores; {software}; {when}, {load}.\n"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

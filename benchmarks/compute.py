@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import torch
+
 from measure import Recorder, parse_arguments
 from models import make_data, make_model, to_bf16
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 #: Set by bench.py to its own process id: what lies between it and a worker is the launcher.
-BENCH_PID = "LIGHTWORK_BENCH_PID"
+BENCH_PID = "BENCH_PID"
 _MEETING_SECONDS = 60
 
 

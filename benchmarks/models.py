@@ -50,7 +50,8 @@ class Layer(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        expanded: Tensor = F.gelu(self.mlp_in(self.mlp_norm(x)))
+        return x + self.mlp_out(expanded)
 
 
 class GPT(nn.Module):

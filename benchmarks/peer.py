@@ -12,14 +12,15 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from measure import Recorder, parse_arguments
-from models import LEARNING_RATE, make_data, make_model, to_bf16
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+
+from measure import Recorder, parse_arguments
+from models import LEARNING_RATE, make_data, make_model, to_bf16
 
 #: Takes this worker's part of a global batch, trains on it, and returns its loss.
 TrainStep = Callable[..., Tensor]
@@ -34,7 +35,7 @@ def _autocast(bf16: bool) -> contextlib.AbstractContextManager[object]:
 def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, autocast: bool) -> TrainStep:
     def train_step(*batch: Tensor) -> Tensor:
         with _autocast(autocast):
-            loss = model(*batch)
+            loss: Tensor = model(*batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -66,17 +67,18 @@ def make_ddp_master(model: nn.Module, bf16: bool, share: int, *, autocast: bool 
     masters = [parameter.detach().clone() for parameter in model.parameters()]
     model = to_bf16(model) if autocast else model.bfloat16()
     parallel = _data_parallel(model, compress=False, bucket_mb=bucket_mb)
-    weights = list(model.parameters())
+    weights: list[Tensor] = list(model.parameters())
     optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, fused=True)
-    for master in masters:
-        master.grad = torch.empty_like(master)
+    gradients = [torch.empty_like(master) for master in masters]
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
 
     def train_step(*batch: Tensor) -> Tensor:
         with _autocast(autocast):
-            loss = parallel(*batch)
+            loss: Tensor = parallel(*batch)
         loss.backward()
         with torch.no_grad():
-            torch._foreach_copy_([m.grad for m in masters], [w.grad for w in weights])
+            torch._foreach_copy_(gradients, [weight.grad for weight in weights if weight.grad is not None])
             optimizer.step()
             torch._foreach_copy_(weights, masters)
         parallel.zero_grad(set_to_none=True)
@@ -102,7 +104,9 @@ def make_fsdp2(model: nn.Module, bf16: bool, share: int, *, reshard: bool = Fals
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     low = torch.bfloat16 if bf16 else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low)
-    for layer in model.get_submodule("layers").children() if by_layer else ():
+    layers = list(model.get_submodule("layers").children())
+    by_layer = by_layer and len(layers) > 2  # the tiny model is faster in one piece
+    for layer in layers if by_layer else ():
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
@@ -133,7 +137,7 @@ def make_deepspeed(
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
 
     def train_step(*batch: Tensor) -> Tensor:
-        loss = engine(*batch)
+        loss: Tensor = engine(*batch)
         engine.backward(loss)
         engine.step()
         return loss

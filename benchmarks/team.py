@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import torch
-from measure import Recorder, parse_arguments
-from models import LEARNING_RATE, make_data, make_model
 from torch.utils.data import TensorDataset
 
 import lightwork
+from measure import Recorder, parse_arguments
+from models import LEARNING_RATE, make_data, make_model
 
 
 def main() -> None:

@@ -165,6 +165,32 @@ def test_predictions_may_be_endless(augmented):
         loader.close()
 
 
+class Logged:
+    """Writes down in a file which ids were fetched, by whichever process."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, index: int) -> int:
+        with self.path.open("a") as log:
+            log.write(f"{index}\n")
+        return index
+
+
+def test_what_the_run_has_passed_is_not_loaded_any_more(tmp_path):
+    data = Logged(tmp_path / "log")
+    loader = opened(DataLoader(data, num_workers=1), global_batch=2, micro_batch=1)
+    loader.get(0, 0, 0)
+    for step in range(50, 54):
+        assert loader.get(0, step, 1).tolist() == [2 * step + 1]
+    loader.close()
+    fetched = [int(line) for line in data.path.read_text().split()]
+    assert [index for index in fetched if 10 < index < 100] == []
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_are_aligned(num_workers):
     loader = opened(DataLoader(list(range(30)), collate_fn=shifted, num_workers=num_workers))

@@ -73,6 +73,18 @@ def test_a_collate_function_that_draws_random_numbers_is_seeded_too(augmented):
     assert not torch.equal(first, fetch(loader, [1, 2], epoch=1))
 
 
+def test_every_sample_and_the_collate_function_have_a_seed_of_their_own():
+    class Seeds(list):
+        def __getitem__(self, index):
+            return torch.initial_seed(), np.random.get_state()[1][0], random.getstate()[1][1]
+
+    def collate(samples):
+        return [*samples, (torch.initial_seed(), np.random.get_state()[1][0], random.getstate()[1][1])]
+
+    seeds = fetch(DataLoader(Seeds(range(4)), collate_fn=collate), [2, 0, 3])
+    assert [len(set(kind)) for kind in zip(*seeds, strict=True)] == [4, 4, 4]
+
+
 def test_batched_item_access_is_not_used_so_that_augmentation_stays_per_sample(augmented):
     class Both(type(augmented)):
         def __getitems__(self, indices):

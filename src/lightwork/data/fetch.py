@@ -134,7 +134,7 @@ def _gathered(dataset: object) -> _Gathered | None:
         return None
     for tensor in dataset.tensors:
         plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain or not tensor.is_contiguous():
+        if not plain:
             return None
     return _Gathered(dataset.tensors, None)
 

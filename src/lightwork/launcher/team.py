@@ -1,52 +1,97 @@
+"""Running a function on a team of workers forked from this process, and getting back what it returned.
+
+For tests, benchmarks and notebooks: as `lightwork run`, without a script.
+"""
+
 from __future__ import annotations
-import os, pickle, traceback, signal, time, sys, atexit
+
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from lightwork.launcher.process import fork_worker
+from lightwork.launcher.supervisor import Supervisor
 from lightwork.team.environment import Environment
 from lightwork.team.rendezvous import FileRendezvous
 
-@dataclass(frozen=True)
-class WorkerResult:
-    rank: int
-    value: Any
-    error: str | None
-    status: int
 
-def fork_team(num_workers, function, *, run_dir=None, settings=None, timeout=60.0):
-    fd = FileRendezvous.create()
-    kids = []
-    sys.stdout.flush(); sys.stderr.flush()
-    for rank in range(num_workers):
-        r, w = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(r)
-            os.environ.update(Environment(rank=rank, world_size=num_workers, local_rank=rank, local_world_size=num_workers, rendezvous_fd=fd, run_dir=run_dir, settings=settings or {}).variables())
-            status = 0
-            try:
-                out = (function(), None)
-            except BaseException as e:
-                out = (None, traceback.format_exc()); status = 1
-                sys.excepthook(*sys.exc_info())
-            with os.fdopen(w, "wb") as f: f.write(pickle.dumps(out))
-            atexit._run_exitfuncs()
-            os._exit(status)
-        os.close(w); kids.append((rank, pid, r))
-    res = []
-    end = time.time() + timeout
-    import select
-    bufs = {r: b"" for _, _, r in kids}
-    open_ = set(bufs)
-    while open_ and time.time() < end:
-        for r in select.select(list(open_), [], [], 0.5)[0]:
-            d = os.read(r, 1 << 20)
-            if d: bufs[r] += d
-            else: open_.discard(r)
-    for rank, pid, r in kids:
-        if open_: os.kill(pid, signal.SIGKILL)
-        _, st = os.waitpid(pid, 0)
-        os.close(r)
-        v, e = pickle.loads(bufs[r]) if bufs[r] else (None, "no result (timeout?)")
-        res.append(WorkerResult(rank, v, e, os.waitstatus_to_exitcode(st)))
-    os.close(fd)
-    return res
+@dataclass(frozen=True, kw_only=True)
+class WorkerResult:
+    """What became of one worker."""
+
+    rank: int
+    value: Any  #: what the function returned; it must be picklable
+    error: str | None  #: the traceback, if it raised
+    status: int  #: exit status, or minus the signal's number
+
+
+class _Silence:
+    """A display that shows nothing."""
+
+    def write_out(self, data: bytes) -> None:
+        """Discard."""
+
+    def write_error(self, data: bytes) -> None:
+        """Discard."""
+
+    def tick(self) -> None:
+        """Do nothing."""
+
+
+def fork_team(
+    num_workers: int,
+    function: Callable[[], Any],
+    *,
+    run_dir: str | None = None,
+    settings: Mapping[str, object] | None = None,
+    timeout: float = 60.0,
+) -> list[WorkerResult]:
+    """Return what became of `function`, called in each of `num_workers` new processes.
+
+    Blocks: until all have ended, at most `timeout` seconds; then they are killed.
+    """
+    rendezvous_fd = FileRendezvous.create()
+    with tempfile.TemporaryDirectory(prefix="lightwork-team-") as folder:
+        pids = []
+        for rank in range(num_workers):
+            environment = Environment(
+                rank=rank,
+                world_size=num_workers,
+                local_rank=rank,
+                local_world_size=num_workers,
+                rendezvous_fd=rendezvous_fd,
+                run_dir=run_dir,
+                settings=settings or {},
+            )
+            answer = Path(folder) / f"{rank}"
+            pids.append(fork_worker(environment, _answering(function, answer), stdout=1, stderr=2))
+        outcome = Supervisor(pids, FileRendezvous(rendezvous_fd, 0), _Silence()).run(timeout)
+        os.close(rendezvous_fd)
+        return [_result(ended.rank, ended.status, Path(folder) / f"{ended.rank}") for ended in outcome.ended]
+
+
+def _answering(function: Callable[[], Any], answer: Path) -> Callable[[], int]:
+    def main() -> int:
+        try:
+            value, error = function(), None
+        except BaseException as problem:
+            value, error = None, traceback.format_exc()
+            answer.write_bytes(pickle.dumps((value, error)))
+            sys.excepthook(type(problem), problem, problem.__traceback__)
+        answer.write_bytes(pickle.dumps((value, error)))
+        return int(error is not None)
+
+    return main
+
+
+def _result(rank: int, status: int, answer: Path) -> WorkerResult:
+    value, error = pickle.loads(answer.read_bytes()) if answer.exists() else (None, None)
+    if error is None and status != 0:
+        error = f"ended with status {status} before it returned or raised"
+    return WorkerResult(rank=rank, value=value, error=error, status=status)

@@ -1,0 +1,35 @@
+# make demo    set up, train a small GPT on Python's own source with all cores, check its bits against one worker
+# make test    set up, run linters and all tests
+# make bench   set up the peers, run the benchmarks (about 45 minutes on 2 cores)
+# make clean   remove what these made
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/ready
+	$(BIN)/lightwork run -n auto examples/gpt_stdlib.py --digests build/demo/digests.json
+	$(BIN)/python examples/gpt_stdlib.py --compare build/demo/digests.json
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+bench: .venv/bench-ready
+	$(BIN)/python benchmarks/bench.py
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,examples]'
+	touch $@
+
+.venv/bench-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,28 @@
+"""The parser of `lightwork`: one verb a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from lightwork.cli import run
+from lightwork.errors import LightworkError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out a command line and return its exit status: 0, 2 for a wrong one, or that of what it ran."""
+    parser = argparse.ArgumentParser(
+        prog="lightwork",
+        description="Train a PyTorch model data-parallel, with the same bits for any number of workers.",
+    )
+    parser.add_argument("--version", action="version", version=f"lightwork {version('lightwork')}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    run.add_parser(verbs)
+    options = parser.parse_args(arguments)
+    try:
+        return run.carry_out(options)
+    except LightworkError as error:
+        print(f"lightwork: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,151 @@
+"""`lightwork run`: start a team on this host."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightwork.errors import SpecError, UsageError
+from lightwork.launcher.local import launch, log_of, preload
+from lightwork.launcher.script import Script
+from lightwork.launcher.supervisor import Ended, Outcome
+from lightwork.observer.progress import RunProgress
+from lightwork.run.folder import create_run_dir, prepare_run_dir
+from lightwork.team.rendezvous import Progress
+
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_EXAMPLES = """\
+examples:
+  lightwork run train.py                      as many workers as there are cores
+  lightwork run -n 4 train.py --epochs 3      four workers; the rest is train.py's
+  lightwork run -n 2 --set precision=bf16 train.py
+  lightwork run -m package.train
+"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the command's parser."""
+    parser = verbs.add_parser(
+        "run",
+        help="start a team of workers on this host",
+        description="Run SCRIPT on a team of workers of this host. Each holds the same model and takes other samples; the "
+        "weights do not depend on how many there are. Only the main worker's output is shown.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "-n", "--workers", default="auto", metavar="N", help="workers: a number, or auto: cores / threads (default)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the spec or the plan, over the script's"
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="where traces and logs go (default: runs/1, runs/2, ...)")
+    parser.add_argument("--quiet", action="store_true", help="no progress: the script's own output, and errors")
+    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
+    parser.add_argument("script", metavar="SCRIPT", help="the training script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's arguments")
+
+
+def carry_out(options: argparse.Namespace) -> int:
+    """Start the team, wait for it, and return the exit status.
+
+    Raises: UsageError or SpecError for arguments that make no sense.
+    """
+    settings = parse_settings(options.set)
+    num_workers = count_workers(options.workers, settings)
+    script = Script(target=options.script, arguments=tuple(options.arguments), is_module=options.is_module)
+    _check_script(script)
+    run_dir = (Path(options.run_dir) if options.run_dir else create_run_dir(Path("runs"))).absolute()
+    prepare_run_dir(run_dir)
+    preload()
+    display = RunProgress(run_dir, num_workers, quiet=options.quiet)
+    finished = False
+    try:
+        outcome = launch(script, num_workers, run_dir=run_dir, settings=settings, display=display)
+        finished = outcome.culprit is None and outcome.interrupted is None
+    finally:
+        display.close(finished=finished)
+    return _conclude(outcome, script, run_dir, display.last_step)
+
+
+def parse_settings(assignments: list[str]) -> dict[str, object]:
+    """Return the settings that NAME=VALUE words make; a value is JSON if it can be, else the text itself."""
+    settings: dict[str, object] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not (name and equals):
+            raise SpecError(f"--set {assignment} is not NAME=VALUE. Write, for example, --set precision=bf16.")
+        try:
+            settings[name] = json.loads(text)
+        except json.JSONDecodeError:
+            settings[name] = text
+    return settings
+
+
+def count_workers(workers: str, settings: dict[str, object]) -> int:
+    """Return the number of workers that -n asks for."""
+    if workers == "auto":
+        threads = settings.get("threads", 1)
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        return max(1, cores // threads) if isinstance(threads, int) and threads > 0 else cores
+    if not workers.isdecimal() or not 1 <= int(workers) <= 1024:
+        raise UsageError(f"-n {workers} is not a number of workers from 1 to 1024. Write a number, or auto.")
+    return int(workers)
+
+
+def _check_script(script: Script) -> None:
+    if script.is_module:
+        try:
+            found = importlib.util.find_spec(script.target)
+        except (ImportError, ValueError):
+            found = None
+        sys.path.insert(0, os.getcwd())
+        if found is None and importlib.util.find_spec(script.target.partition(".")[0]) is None:
+            raise UsageError(f"there is no module {script.target}. Give a script's path, or -m and a module's name.")
+    elif not Path(script.target).is_file():
+        raise UsageError(f"there is no script {script.target} in {os.getcwd()}. Give the path of a Python file.")
+
+
+def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int) -> int:
+    """Say how a team ended that did not end well, and return the exit status."""
+    if outcome.interrupted is not None:
+        name = signal.Signals(outcome.interrupted).name
+        where = f"after step {last_step}" if last_step >= 0 else "before the first step"
+        _say(f"interrupted by {name} {where}. All workers were ended; logs are in {run_dir / 'log'}.")
+        return 128 + outcome.interrupted
+    culprit = outcome.culprit
+    if culprit is not None:
+        _say(f"{culprit.describe()} The others were ended.")
+        _show_traceback(culprit, run_dir)
+        return culprit.exit_status or 1
+    if all(ended.progress is Progress.STARTED for ended in outcome.ended):
+        copies = "It ran" if len(outcome.ended) == 1 else f"{len(outcome.ended)} copies of it ran, each for itself"
+        _say(
+            f"{script.target} ended without calling lightwork.distribute. {copies}. Call "
+            "lightwork.distribute(model, optimizer, global_batch=...) and train in its steps."
+        )
+        return 1
+    return 0
+
+
+def _show_traceback(culprit: Ended, run_dir: Path) -> None:
+    """Show the culprit's traceback, unless it was the main worker, whose errors were shown as they came."""
+    log = log_of(run_dir, culprit.rank)
+    if culprit.rank != 0 and log.exists():
+        text = log.read_text(encoding="utf-8", errors="replace")
+        _, marker, traceback = text.rpartition("Traceback (most recent call last)")
+        if marker:
+            print(marker + traceback.rstrip(), file=sys.stderr)
+    _say(f"its log is {log}")
+
+
+def _say(text: str) -> None:
+    print(f"lightwork: {text}", file=sys.stderr, flush=True)

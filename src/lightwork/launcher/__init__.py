@@ -1,0 +1,1 @@
+"""Starting a team on this host: workers forked from one process, supervised until the last has ended."""

@@ -1,0 +1,233 @@
+"""Supervision: waits for the workers of a team, passes on the main one's output, and ends all when one fails.
+
+What counts as a failure: a status other than 0, a signal, and an end with status 0 in the middle of training, or
+before `distribute` while others have joined. The first failure decides; a worker that says that it ended only because
+of another (EXIT_BECAUSE_OF_PEER) is believed for a moment, in which the other is looked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lightwork.errors import EXIT_BECAUSE_OF_PEER
+from lightwork.launcher.process import kill_group
+from lightwork.team.rendezvous import FileRendezvous, Progress
+
+#: Seconds between SIGTERM and SIGKILL after a failure, and after an interruption.
+GRACE_AFTER_FAILURE = 2.0
+GRACE_AFTER_INTERRUPT = 5.0
+
+#: Seconds in which the cause is looked for when a worker says that another one failed.
+CAUSE_WINDOW = 1.0
+
+#: Seconds between two ticks of the display.
+TICK = 0.25
+
+#: Seconds for which output is still read after the last worker has ended: something it started may hold the pipe.
+DRAIN = 0.5
+
+
+class Display(Protocol):
+    """Where output and progress go."""
+
+    def write_out(self, data: bytes) -> None:
+        """Show the main worker's standard output."""
+
+    def write_error(self, data: bytes) -> None:
+        """Show the main worker's standard error."""
+
+    def tick(self) -> None:
+        """Refresh; called some times a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a worker ended."""
+
+    rank: int
+    pid: int
+    status: int  #: exit status, or minus the signal's number
+    progress: Progress
+
+    @property
+    def exit_status(self) -> int:
+        """The status as a shell tells it."""
+        return 128 - self.status if self.status < 0 else self.status
+
+    def describe(self) -> str:
+        """Say how it ended."""
+        if self.status < 0:
+            name = signal.Signals(-self.status).name
+            hint = {
+                signal.SIGKILL: " The kernel's out-of-memory killer does this: see dmesg, or use fewer workers.",
+                signal.SIGSEGV: " A crash in compiled code: run with python -X faulthandler.",
+                signal.SIGBUS: " Shared memory without room behind it: the host or its container is out of memory.",
+            }.get(signal.Signals(-self.status), "")
+            return f"rank {self.rank} (pid {self.pid}) was killed by {name} {_where(self.progress)}.{hint}"
+        if self.status == 0:
+            return f"rank {self.rank} (pid {self.pid}) exited with status 0 {_where(self.progress)}, while others need it."
+        return f"rank {self.rank} (pid {self.pid}) failed with exit status {self.status} {_where(self.progress)}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a team ended."""
+
+    ended: tuple[Ended, ...]
+    culprit: Ended | None  #: the first failure, None when all went well
+    interrupted: int | None  #: the signal that this process was sent
+
+
+def _where(progress: Progress) -> str:
+    return {
+        Progress.STARTED: "before it called lightwork.distribute",
+        Progress.JOINED: "after lightwork.distribute, before training",
+        Progress.TRAINING: "in the middle of training",
+        Progress.BETWEEN: "after a loop over run.steps",
+    }[progress]
+
+
+class Supervisor:
+    """The workers of one team, from the fork to the end of the last."""
+
+    def __init__(self, pids: list[int], rendezvous: FileRendezvous, display: Display) -> None:
+        self._rendezvous = rendezvous
+        self._display = display
+        self._rank_of = {pid: rank for rank, pid in enumerate(pids)}
+        self._running = dict(enumerate(pids))
+        self._ended: list[Ended] = []
+        self._culprit: Ended | None = None
+        self._interrupted: int | None = None
+        self._kill_at: float | None = None
+        self._judge_at: float | None = None
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, "wake")
+
+    def forward(self, fd: int, log: Path, *, error: bool) -> None:
+        """Pass on what comes through `fd` to the display and to the file `log`."""
+        sink = log.open("ab", buffering=0)
+        show = self._display.write_error if error else self._display.write_out
+
+        def pass_on(data: bytes) -> None:
+            sink.write(data)
+            show(data)
+
+        self._selector.register(fd, selectors.EVENT_READ, pass_on)
+
+    def run(self, timeout: float | None = None) -> Outcome:
+        """Wait until every worker has ended. Blocks: at most `timeout` seconds, then they are killed."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        before = self._catch_signals()
+        try:
+            while self._running:
+                self._look(TICK)
+                self._reap()
+                now = time.monotonic()
+                if self._judge_at is not None and now > self._judge_at:
+                    self._judge()
+                if self._kill_at is not None and now > self._kill_at:
+                    self._send(signal.SIGKILL)
+                if deadline is not None and now > deadline:
+                    self._send(signal.SIGKILL)
+                self._display.tick()
+            self._judge()
+            self._drain()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(-1)
+            self._send(signal.SIGKILL)
+            for ended in self._ended:
+                kill_group(ended.pid, signal.SIGKILL)
+            self._reap()
+            self._close()
+        return Outcome(ended=tuple(sorted(self._ended, key=lambda e: e.rank)), culprit=self._culprit, interrupted=self._interrupted)
+
+    def _look(self, seconds: float) -> bool:
+        events = self._selector.select(seconds)
+        for key, _ in events:
+            data = b""
+            with contextlib.suppress(OSError):
+                data = os.read(key.fd, 1 << 16)
+            if key.data == "wake":
+                continue
+            if data:
+                key.data(data)
+            else:
+                self._selector.unregister(key.fd)
+        return any(key.data != "wake" for key, _ in events)
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + DRAIN
+        while time.monotonic() < deadline and len(self._selector.get_map()) > 1:
+            if not self._look(0.05):
+                break
+
+    def _reap(self) -> None:
+        for rank, pid in list(self._running.items()):
+            done, wait_status = os.waitpid(pid, os.WNOHANG)
+            if not done:
+                continue
+            del self._running[rank]
+            status = os.waitstatus_to_exitcode(wait_status)
+            ended = Ended(rank=rank, pid=pid, status=status, progress=self._rendezvous.progress(rank))
+            self._ended.append(ended)
+            if self._is_failure(ended) and self._judge_at is None:
+                certain = status != EXIT_BECAUSE_OF_PEER
+                self._judge_at = time.monotonic() + (0.0 if certain else CAUSE_WINDOW)
+            elif self._is_failure(ended) and status != EXIT_BECAUSE_OF_PEER:
+                self._judge_at = 0.0
+
+    def _is_failure(self, ended: Ended) -> bool:
+        if ended.status != 0 or ended.progress is Progress.TRAINING:
+            return True
+        ranks = range(len(self._rank_of))
+        others_joined = any(self._rendezvous.progress(rank) > Progress.STARTED for rank in ranks)
+        return ended.progress is Progress.STARTED and others_joined
+
+    def _judge(self) -> None:
+        """Name the first failure, if there is one, and end the others."""
+        if self._culprit is None and self._interrupted is None:
+            failures = [ended for ended in self._ended if self._is_failure(ended)]
+            causes = [ended for ended in failures if ended.status != EXIT_BECAUSE_OF_PEER]
+            self._culprit = next(iter(causes or failures), None)
+            if self._culprit is not None:
+                self._end(GRACE_AFTER_FAILURE)
+
+    def _end(self, grace: float) -> None:
+        self._send(signal.SIGTERM)
+        self._kill_at = time.monotonic() + grace
+
+    def _send(self, number: int) -> None:
+        for pid in self._running.values():
+            kill_group(pid, number)
+
+    def _catch_signals(self) -> dict[int, signal.Handlers | None]:
+        def on_signal(number: int, frame: object) -> None:
+            if self._interrupted is None:
+                self._interrupted = number
+                self._end(GRACE_AFTER_INTERRUPT)
+            else:
+                self._send(signal.SIGKILL)
+
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[int(number)] = signal.signal(number, on_signal)
+        before[int(signal.SIGCHLD)] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        return before  # type: ignore[return-value]
+
+    def _close(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            os.close(key.fd)
+        self._selector.close()
+        os.close(self._wake_write)

@@ -1,0 +1,159 @@
+"""The progress display: in a terminal a live one, elsewhere a line now and then. It reads the traces of a run directory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lightwork.observer.summary import Summary
+from lightwork.observer.tail import Tail
+from lightwork.units import format_count, format_seconds
+
+#: Seconds between two refreshes of the live display; each costs a few milliseconds of a core that a worker may need.
+REFRESH_SECONDS = 0.5
+
+#: Seconds between two plain lines, where there is no terminal.
+LINE_SECONDS = 10.0
+
+_COLOURS = {"compute": "green", "update": "cyan", "load": "yellow", "wait": "bright_black"}
+
+
+class RunProgress:
+    """Shows a run's progress on standard error, and passes the main worker's output on, above it.
+
+    Owns: the bottom lines of the terminal, until `close`.
+    """
+
+    def __init__(self, run_dir: Path, num_workers: int, *, quiet: bool) -> None:
+        self._run_dir = run_dir
+        self._quiet = quiet
+        self._console = Console(stderr=True)
+        self._tails = [Tail(run_dir / "trace" / f"rank{rank}.jsonl") for rank in range(num_workers)]
+        self._summary = Summary()
+        self._shown_at = time.monotonic()
+        self._live: Live | None = None
+        if self._console.is_terminal and not quiet:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False)
+            self._live.start()
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was done, -1 for none."""
+        return self._summary.step
+
+    def write_out(self, data: bytes) -> None:
+        """Show the main worker's standard output."""
+        self._write(sys.stdout, data)
+
+    def write_error(self, data: bytes) -> None:
+        """Show the main worker's standard error."""
+        self._write(sys.stderr, data)
+
+    def tick(self) -> None:
+        """Refresh, if it is time to."""
+        now = time.monotonic()
+        if self._quiet or now - self._shown_at < (REFRESH_SECONDS if self._live else LINE_SECONDS):
+            return
+        self._shown_at = now
+        self.update()
+        if self._live is not None:
+            self._live.update(self._render(), refresh=True)
+        elif self._summary.step >= 0:
+            self._console.print(self.line(), highlight=False, soft_wrap=True)
+
+    def update(self) -> None:
+        """Read what the workers have written since."""
+        for rank, tail in enumerate(self._tails):
+            for record in tail.read():
+                self._summary.feed(rank, record)
+
+    def close(self, *, finished: bool) -> None:
+        """Take the display away; if the run came to its end, with one line on what it did."""
+        self.update()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if finished and not self._quiet and self._summary.done:
+            self._console.print(self.final_line(), highlight=False, soft_wrap=True)
+
+    def line(self) -> str:
+        """Return where the run stands, on one line."""
+        summary = self._summary
+        parts = [f"step {summary.step + 1}{'' if summary.total is None else f'/{summary.total}'}"]
+        if summary.loss is not None:
+            parts.append(f"loss {summary.loss:.4g}")
+        parts.append(self._rate())
+        if summary.seconds_left is not None:
+            parts.append(f"time left {format_seconds(summary.seconds_left)}")
+        return "  ".join(part for part in parts if part)
+
+    def final_line(self) -> str:
+        """Return what the run did, on one line."""
+        summary = self._summary
+        seconds = (summary.last_time or 0.0) - (summary.first_time or 0.0)
+        return (
+            f"lightwork: {summary.done} steps in {format_seconds(seconds)} by {len(self._tails)} "
+            f"worker{'s' if len(self._tails) > 1 else ''}, {self._rate()}; traces and logs in {_short(self._run_dir)}"
+        )
+
+    def _rate(self) -> str:
+        samples, tokens = self._summary.rates()
+        if tokens:
+            return f"{format_count(tokens)} tokens/s"
+        return f"{format_count(samples)} samples/s" if samples else ""
+
+    def _render(self) -> Group:
+        summary = self._summary
+        if summary.step < 0:
+            return Group(Text("lightwork: starting ...", style="bright_black"))
+        workers = Table.grid(padding=(0, 1))
+        for rank, share in summary.shares().items():
+            workers.add_row(
+                Text(f"rank {rank}", style="bold"), _bar(share), Text(f"{share:4.0%}"), self._times(rank)
+            )
+        head: list[Text | ProgressBar] = [Text(self.line(), style="bold")]
+        if summary.total is not None:
+            head.append(ProgressBar(total=max(1, summary.total), completed=summary.step + 1, width=60))
+        return Group(*head, workers)
+
+    def _times(self, rank: int) -> Text:
+        seconds = self._summary.workers[rank].seconds
+        total = sum(seconds.values()) or 1.0
+        text = Text()
+        for name, colour in _COLOURS.items():
+            text.append(f" {name} {seconds.get(name, 0.0) / total:.0%}", style=colour)
+        return text
+
+    def _write(self, stream: TextIO, data: bytes) -> None:
+        if self._live is not None:
+            # The live lines are taken away first, and come back below what is written.
+            self._live.update(Text(""), refresh=True)
+            self._live.stop()
+        stream.buffer.write(data)
+        stream.buffer.flush()
+        if self._live is not None:
+            ends_line = data.endswith(b"\n")
+            if ends_line:
+                self._live.start()
+                self._live.update(self._render(), refresh=True)
+            else:
+                self._live.start()
+
+
+def _bar(share: float) -> ProgressBar:
+    return ProgressBar(total=1.0, completed=share, width=24, complete_style="green", finished_style="green")
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

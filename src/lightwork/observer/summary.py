@@ -1,0 +1,113 @@
+"""Where a run stands, from the records of its workers' traces. Pure: records in, numbers out."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Steps over which rates and shares are taken.
+WINDOW = 100
+
+#: Spans that make up a worker's time, and the activity that they count as.
+ACTIVITY_OF = {
+    "forward": "compute",
+    "backward": "compute",
+    "load": "load",
+    "wait": "wait",
+    "reduce": "update",
+    "update": "update",
+}
+
+
+@dataclass
+class WorkerSummary:
+    """One worker, lately."""
+
+    micro_batches: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))  #: of each step
+    seconds: dict[str, float] = field(default_factory=dict)  #: by activity
+
+    def add_seconds(self, activity: str, seconds: float) -> None:
+        """Count time; what is older counts less."""
+        for name in self.seconds:
+            self.seconds[name] *= 0.99
+        self.seconds[activity] = self.seconds.get(activity, 0.0) + seconds
+
+
+@dataclass
+class Summary:
+    """The whole run."""
+
+    first: int = 0  #: the step at which this run began
+    total: int | None = None  #: steps to be made in all
+    step: int = -1  #: the last one done
+    loss: float | None = None
+    grad_norm: float | None = None
+    workers: dict[int, WorkerSummary] = field(default_factory=dict)
+    started: float | None = None
+    _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _amounts: dict[int, tuple[int, int]] = field(default_factory=dict)  # step -> samples, tokens
+    first_time: float | None = None
+    last_time: float | None = None
+
+    def feed(self, rank: int, record: dict[str, Any]) -> None:
+        """Take in one record of a worker's trace."""
+        worker = self.workers.setdefault(rank, WorkerSummary())
+        if record["kind"] == "span":
+            activity = ACTIVITY_OF.get(record["name"])
+            if activity is not None:
+                worker.add_seconds(activity, record["seconds"])
+        elif record["kind"] == "event" and record["name"] == "steps" and rank == 0:
+            self.first, self.total = record["first"], record["total"]
+            self.first_time = self.first_time or record["at"]
+        elif record["kind"] == "event" and record["name"] == "step":
+            self._feed_step(rank, worker, record)
+
+    def _feed_step(self, rank: int, worker: WorkerSummary, record: dict[str, Any]) -> None:
+        step = record["step"]
+        worker.micro_batches.append(len(record["micro_batches"]))
+        samples, tokens = self._amounts.get(step, (0, 0))
+        self._amounts[step] = (samples + record["samples"], tokens + record["tokens"])
+        for old in [s for s in self._amounts if s < step - WINDOW]:
+            del self._amounts[old]
+        if rank == 0:
+            self.step, self.loss, self.grad_norm = step, record["loss"], record["grad_norm"]
+            self._times.append((step, record["at"]))
+            self.last_time = record["at"]
+
+    @property
+    def done(self) -> int:
+        """Steps done by this run."""
+        return max(0, self.step + 1 - self.first)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The mean over the last steps."""
+        if len(self._times) < 2:
+            return None
+        (first, start), (last, end) = self._times[0], self._times[-1]
+        return (end - start) / (last - first) if last > first else None
+
+    def rates(self) -> tuple[float, float]:
+        """Return samples and tokens a second over the last steps; 0 where unknown."""
+        seconds = self.seconds_per_step
+        complete = [amounts for step, amounts in self._amounts.items() if step <= self.step]
+        if not seconds or not complete:
+            return 0.0, 0.0
+        samples = sum(s for s, _ in complete) / len(complete)
+        tokens = sum(t for _, t in complete) / len(complete)
+        return samples / seconds, tokens / seconds
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time until the last step, if it is known."""
+        seconds = self.seconds_per_step
+        if seconds is None or self.total is None:
+            return None
+        return max(0, self.total - 1 - self.step) * seconds
+
+    def shares(self) -> dict[int, float]:
+        """Return each worker's part of the last micro-batches."""
+        counts = {rank: sum(worker.micro_batches) for rank, worker in self.workers.items()}
+        total = sum(counts.values())
+        return {rank: count / total if total else 0.0 for rank, count in sorted(counts.items())}
