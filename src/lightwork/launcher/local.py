@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightwork.launcher.process import fork_worker
+from lightwork.launcher.process import start_worker
 from lightwork.launcher.script import Script
 from lightwork.launcher.supervisor import Display, Outcome, Supervisor
 from lightwork.team.environment import Environment
@@ -39,7 +39,7 @@ def launch(
     rendezvous_fd = FileRendezvous.create()
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
-    pids = []
+    workers = []
     for rank in range(num_workers):
         environment = Environment(
             rank=rank,
@@ -51,14 +51,14 @@ def launch(
             settings=settings,
         )
         if rank == 0:
-            pids.append(fork_worker(environment, script.run, stdout=out_write, stderr=err_write))
+            workers.append(start_worker(environment, script.run, stdout=out_write, stderr=err_write))
             continue
         log = os.open(log_of(run_dir, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        pids.append(fork_worker(environment, script.run, stdout=log, stderr=log))
+        workers.append(start_worker(environment, script.run, stdout=log, stderr=log))
         os.close(log)
     os.close(out_write)
     os.close(err_write)
-    supervisor = Supervisor(pids, FileRendezvous(rendezvous_fd, 0), display)
+    supervisor = Supervisor(workers, FileRendezvous(rendezvous_fd, 0), display)
     supervisor.forward(out_read, log_of(run_dir, 0), error=False)
     supervisor.forward(err_read, log_of(run_dir, 0), error=True)
     try:

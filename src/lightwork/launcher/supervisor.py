@@ -12,7 +12,9 @@ import os
 import selectors
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
@@ -97,11 +99,11 @@ def _where(progress: Progress) -> str:
 class Supervisor:
     """The workers of one team, from the fork to the end of the last."""
 
-    def __init__(self, pids: list[int], rendezvous: FileRendezvous, display: Display) -> None:
+    def __init__(self, workers: Sequence[BaseProcess], rendezvous: FileRendezvous, display: Display) -> None:
         self._rendezvous = rendezvous
         self._display = display
-        self._rank_of = {pid: rank for rank, pid in enumerate(pids)}
-        self._running = dict(enumerate(pids))
+        self._workers = workers
+        self._running = dict(enumerate(workers))
         self._ended: list[Ended] = []
         self._culprit: Ended | None = None
         self._interrupted: int | None = None
@@ -146,9 +148,9 @@ class Supervisor:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(-1)
             self._send(signal.SIGKILL)
-            for ended in self._ended:
-                kill_group(ended.pid, signal.SIGKILL)
-            self._reap()
+            for worker in self._workers:  # a worker that ended may have left something running
+                kill_group(worker, signal.SIGKILL)
+                worker.join()
             self._close()
         return Outcome(ended=tuple(sorted(self._ended, key=lambda e: e.rank)), culprit=self._culprit, interrupted=self._interrupted)
 
@@ -173,13 +175,12 @@ class Supervisor:
                 break
 
     def _reap(self) -> None:
-        for rank, pid in list(self._running.items()):
-            done, wait_status = os.waitpid(pid, os.WNOHANG)
-            if not done:
+        for rank, worker in list(self._running.items()):
+            status = worker.exitcode
+            if status is None:
                 continue
             del self._running[rank]
-            status = os.waitstatus_to_exitcode(wait_status)
-            ended = Ended(rank=rank, pid=pid, status=status, progress=self._rendezvous.progress(rank))
+            ended = Ended(rank=rank, pid=worker.pid or 0, status=status, progress=self._rendezvous.progress(rank))
             self._ended.append(ended)
             if self._is_failure(ended) and self._judge_at is None:
                 certain = status != EXIT_BECAUSE_OF_PEER
@@ -190,7 +191,7 @@ class Supervisor:
     def _is_failure(self, ended: Ended) -> bool:
         if ended.status != 0 or ended.progress is Progress.TRAINING:
             return True
-        ranks = range(len(self._rank_of))
+        ranks = range(len(self._workers))
         others_joined = any(self._rendezvous.progress(rank) > Progress.STARTED for rank in ranks)
         return ended.progress is Progress.STARTED and others_joined
 
@@ -208,8 +209,8 @@ class Supervisor:
         self._kill_at = time.monotonic() + grace
 
     def _send(self, number: int) -> None:
-        for pid in self._running.values():
-            kill_group(pid, number)
+        for worker in self._running.values():
+            kill_group(worker, number)
 
     def _catch_signals(self) -> dict[int, signal.Handlers | None]:
         def on_signal(number: int, frame: object) -> None:

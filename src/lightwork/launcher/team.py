@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightwork.launcher.process import fork_worker
+from lightwork.launcher.process import start_worker
 from lightwork.launcher.supervisor import Supervisor
 from lightwork.team.environment import Environment
 from lightwork.team.rendezvous import FileRendezvous
@@ -58,7 +58,7 @@ def fork_team(
     """
     rendezvous_fd = FileRendezvous.create()
     with tempfile.TemporaryDirectory(prefix="lightwork-team-") as folder:
-        pids = []
+        workers = []
         for rank in range(num_workers):
             environment = Environment(
                 rank=rank,
@@ -70,8 +70,8 @@ def fork_team(
                 settings=settings or {},
             )
             answer = Path(folder) / f"{rank}"
-            pids.append(fork_worker(environment, _answering(function, answer), stdout=1, stderr=2))
-        outcome = Supervisor(pids, FileRendezvous(rendezvous_fd, 0), _Silence()).run(timeout)
+            workers.append(start_worker(environment, _answering(function, answer), stdout=1, stderr=2))
+        outcome = Supervisor(workers, FileRendezvous(rendezvous_fd, 0), _Silence()).run(timeout)
         os.close(rendezvous_fd)
         return [_result(ended.rank, ended.status, Path(folder) / f"{ended.rank}") for ended in outcome.ended]
 
