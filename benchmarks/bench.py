@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -600,6 +601,7 @@ def main() -> None:
     if arguments.rounds < 1 or (arguments.steps is not None and arguments.steps < 1):
         raise SystemExit("--rounds and --steps are whole numbers from 1 upwards.")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the competitor in hand is ended too
     console = Console(width=None if sys.stdout.isatty() else 200)
     arguments.out.mkdir(parents=True, exist_ok=True)
     suffix = f"{machine()}_{datetime.now():%Y%m}.md"
