@@ -29,6 +29,8 @@ from lightwork.spec.job import Spec
 
 FORMAT = 1
 
+_TENSOR_FILES = ("model", "optimizer", "kept")
+
 #: Between a parameter's name and the state entry's, in optimizer.safetensors.
 SEPARATOR = "|"
 
@@ -146,13 +148,18 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     folder = Path(path)
     if not (folder / "manifest.json").exists() and (folder / "checkpoint" / "manifest.json").exists():
         folder = folder / "checkpoint"
+    for name in ("manifest.json", *(f"{name}.safetensors" for name in _TENSOR_FILES)):
+        if not (folder / name).exists():
+            raise CheckpointError(
+                f"{folder} is not a checkpoint: {name} is missing. Pass the folder given to run.save, or a run directory."
+            )
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(
                 f"{folder} has format {manifest['format']}; this version reads format {FORMAT}."
             )
-        tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "kept")}
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in _TENSOR_FILES}
         optimizer: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in tensors["optimizer"].items():
             name, _, entry = key.rpartition(SEPARATOR)
@@ -167,10 +174,6 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             position=Position(**manifest["position"]),
             kept={name: put_together(value, tensors["kept"]) for name, value in manifest["kept"].items()},
         )
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: {Path(error.filename or folder).name} is missing. Pass the folder given to run.save."
-        ) from error
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"the checkpoint in {folder} is damaged ({error}). Use an older one."

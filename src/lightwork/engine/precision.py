@@ -36,7 +36,8 @@ class MasterWeights(TorchFunctionMode):
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self._masters = {
-            id(parameter): weights.master_view(index)
+            # `.data`: all views of the shared memory have one count of writes, and autograd checks it.
+            id(parameter): weights.master_view(index).data
             for index, parameter in enumerate(weights.parameters)
             if parameter.dtype == torch.bfloat16
         }

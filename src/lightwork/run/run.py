@@ -8,7 +8,8 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -172,7 +173,7 @@ class Run:
                 self._step = step
                 step_in_epoch += 1
                 yield step
-                self._end_step(step, epoch, step_in_epoch)
+                self._check_finished(step)
         finally:
             self._end_loop()
             if loader is not None:
@@ -181,11 +182,11 @@ class Run:
     def _begin_loop(self, order: Order) -> bool:
         """Meet the others before a loop; return False for one that a resumed run had finished."""
         call, self._calls = self._calls, self._calls + 1
+        self._meet_where("steps")
         if self._resumed is not None and call < self._position.call:
             return False
         if call != self._position.call:
             self._position = Position(step=self._position.step, call=call)
-        self._team.meet("steps")
         self._team.board.leave(left=False)
         first_ids = zlib.crc32(order.ids(self._position.epoch).tobytes())
         self._team.meet_equal(
@@ -195,28 +196,18 @@ class Run:
         self._team.rendezvous.report(Progress.TRAINING)
         return True
 
-    def _end_step(self, step: Step, epoch: int, step_in_epoch: int) -> None:
+    def _check_finished(self, step: Step) -> None:
         if not step.finished:
             what = "was left early" if step.begun else "was never entered"
             raise UsageError(
-                f"the inner loop of step {step.index} {what}. Go through all of `for ... in step:`; to stop training, break out of "
-                "the outer loop after it."
+                f"the inner loop of step {step.index} {what}. Go through all of `for ... in step:`; to stop training, "
+                "break out of the outer loop after it."
             )
-        position = self._position
-        self._position = replace(
-            position,
-            step=step.index + 1,
-            steps_in_call=position.steps_in_call + 1,
-            epoch=epoch,
-            step_in_epoch=step_in_epoch,
-        )
 
     def _end_loop(self) -> None:
-        # `break` comes here without another turn of the loop, so the last step's position is still to be taken.
-        step = self._step
-        if step is not None and step.finished and step.index == self._position.step:
-            self._end_step(step, step.epoch, step.step_in_epoch + 1)
         self._looping = False
+        step = self._step
+        # A step that was left in its middle (an error) is not left as a loop is: the others may still need this worker.
         if step is None or step.finished or not step.begun:
             self._team.board.leave(left=True)
             self._team.board.show(Activity.OUTSIDE)
@@ -252,7 +243,26 @@ class Run:
             trace=self._trace,
             watch=self._team.watch_step,
             count_tokens=count_tokens,
-            updated=self._guard.updated,
+            updated=partial(self._advance, epoch, step_in_epoch),
+        )
+
+    def _meet_where(self, what: str) -> None:
+        """Meet, and take over the place of the worker that is farthest.
+
+        One that left its loop early is behind: the others finished the step that they were in without it.
+        """
+        places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._position)).encode())]
+        self._position = Position(**max(places, key=lambda place: (place["step"], place["call"])))
+
+    def _advance(self, epoch: int, step_in_epoch: int) -> None:
+        """Take note of an update that is done: what is saved from here on is the state after it."""
+        self._guard.updated()
+        self._position = Position(
+            step=self._position.step + 1,
+            call=self._position.call,
+            steps_in_call=self._position.steps_in_call + 1,
+            epoch=epoch,
+            step_in_epoch=step_in_epoch + 1,
         )
 
     def _data(
@@ -357,7 +367,7 @@ class Run:
         """
         self._refuse_in_step("save")
         folder = Path(path) if path is not None else self.run_dir / "checkpoint"
-        self._team.meet("save")
+        self._meet_where("save")
         error = ""
         if self.is_main:
             try:

@@ -1,0 +1,239 @@
+"""Resuming at a step gives the bits of never having stopped; a checkpoint does not depend on the team that wrote it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightwork
+from tests.cases import CASES, Case, vectors
+from tests.training import distributed, new_folder, run_team, train
+
+NAMES = [
+    "gpt, tied, dropout, token weights",
+    "convolution, bf16",
+    "lstm, SGD",
+    "Adafactor",
+    "unknown optimizer",
+    "experts, SGD",
+    "buffers",
+]
+
+
+def interrupted(case: Case, folder: Path, stop_after: int) -> list[tuple[float, float, str]]:
+    """Train a case, saving after `stop_after` steps and stopping there; or going on from there, if it was saved."""
+    resume = folder / "saved" if (folder / "saved").exists() else None
+    run, scheduler = distributed(case, resume=resume)
+    seen = []
+    for step in run.steps(case.dataset(), epochs=case.epochs):
+        for batch in step:
+            loss, weight = case.loss(run.model, batch)
+            step.backward(loss, weight)
+        if scheduler is not None:
+            scheduler.step()
+        seen.append((step.loss, step.grad_norm, run.digest()))
+        if step.index + 1 == stop_after:
+            run.save(folder / "saved")
+            break
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 1)])
+def test_a_resumed_run_has_the_digests_of_one_that_never_stopped(name: str, before: int, after: int) -> None:
+    case = CASES[name]
+    (whole,) = run_team(1, lambda: train(case))
+    for stop_after in (2, 3):  # in the middle and at the end of an epoch
+        folder = new_folder()
+        first = run_team(before, lambda: interrupted(case, folder, stop_after))[0]
+        second = run_team(after, lambda: interrupted(case, folder, stop_after=99))[0]
+        assert first + second == whole
+
+
+def test_a_run_directory_with_a_checkpoint_is_gone_on_with() -> None:
+    case = CASES["lstm, SGD"]
+    folder = str(new_folder())
+
+    def job() -> list[int]:
+        run, scheduler = distributed(case, run_dir=folder)
+        indices = []
+        for step in run.steps(case.dataset(), max_steps=2 + 2 * run.step_index):
+            for batch in step:
+                step.backward(case.loss(run.model, batch)[0])
+            scheduler.step()
+            indices.append(step.index)
+        run.save()
+        return indices
+
+    assert run_team(2, job) == [[0, 1]] * 2
+    assert run_team(1, job) == [[2, 3, 4, 5]]
+
+
+def test_a_second_loop_is_resumed_in_its_middle() -> None:
+    case = CASES["convolution, batch norm"]
+
+    def job(resume: Path | None, stop_at: int | None, folder: Path) -> tuple[list[int], str]:
+        run, _ = distributed(case, resume=resume)
+        indices = []
+        for epochs in (1, 2):
+            for step in run.steps(case.dataset(), epochs=epochs):
+                for batch in step:
+                    step.backward(case.loss(run.model, batch)[0])
+                indices.append(step.index)
+                if step.index == stop_at:
+                    run.save(folder / "saved")
+                    return indices, ""
+        return indices, run.digest()
+
+    folder = new_folder()
+    ((everything, whole),) = run_team(1, lambda: job(None, None, folder))
+    assert everything == list(range(9))
+    run_team(2, lambda: job(None, 4, folder))
+    assert run_team(1, lambda: job(folder / "saved", None, folder)) == [([5, 6, 7, 8], whole)]
+
+
+def test_a_checkpoint_is_a_mapping_that_a_plain_model_loads() -> None:
+    case = CASES["gpt, tied, dropout, token weights"]
+    folder = new_folder()
+
+    def job() -> dict[str, Any]:
+        run, _ = distributed(case)
+        for step in run.steps(case.dataset(), max_steps=2):
+            for batch in step:
+                step.backward(*case.loss(run.model, batch))
+        run.save(folder / "model")
+        return {name: value.numpy() for name, value in run.state_dict().items()}
+
+    (state,) = run_team(1, job)
+    checkpoint = lightwork.load(folder / "model")
+    model = case.build()
+    model.load_state_dict(checkpoint)
+    assert checkpoint.step == 2
+    assert checkpoint.spec.micro_batch == 2
+    assert {name: value.tolist() for name, value in model.state_dict().items()} == {
+        name: value.tolist() for name, value in state.items()
+    }
+    assert sorted(p.name for p in (folder / "model").iterdir()) == [
+        "kept.safetensors",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+    ]
+    assert [p.name for p in folder.iterdir()] == ["model"]
+
+
+def test_saving_again_replaces_the_checkpoint_and_nothing_else() -> None:
+    folder = new_folder()
+    (folder / "precious").mkdir()
+    (folder / "precious" / "thesis.txt").write_text("all of it")
+
+    def job() -> str:
+        run, _ = distributed(CASES["RMSprop"])
+        run.save(folder / "a")
+        run.save(folder / "a")
+        with pytest.raises(lightwork.CheckpointError, match="exists and is not a checkpoint"):
+            run.save(folder / "precious")
+        return "went on"
+
+    assert run_team(2, job) == ["went on"] * 2
+    assert (folder / "precious" / "thesis.txt").read_text() == "all of it"
+
+
+def saved(case: Case) -> Path:
+    folder = new_folder() / "saved"
+
+    def job() -> None:
+        run, _ = distributed(case)
+        run.save(folder)
+
+    run_team(1, job)
+    return folder
+
+
+def test_a_checkpoint_of_another_spec_model_or_optimizer_is_refused() -> None:
+    folder = saved(CASES["RMSprop"])
+
+    def job() -> list[str]:
+        messages = []
+        for build, settings in (
+            (lambda: distributed(CASES["RMSprop"], seed=5, resume=folder), "seed is 5, was 0"),
+            (lambda: distributed(CASES["unknown optimizer"], resume=folder), "optimizer is"),
+        ):
+            with pytest.raises(lightwork.CheckpointError) as caught:
+                build()
+            assert settings in str(caught.value)
+            messages.append(str(caught.value))
+        model = nn.Linear(20, 5)
+        optimizer = torch.optim.RMSprop(model.parameters(), momentum=0.9)
+        with pytest.raises(lightwork.CheckpointError, match="another model: only the"):
+            lightwork.distribute(
+                model, optimizer, global_batch=16, micro_batch=2, resume=folder, run_dir=new_folder()
+            )
+        return messages
+
+    run_team(1, job)
+
+
+def test_a_damaged_or_missing_checkpoint_is_named() -> None:
+    folder = saved(CASES["RMSprop"])
+    with pytest.raises(lightwork.CheckpointError, match="is not a checkpoint"):
+        lightwork.load(folder / "nowhere")
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(lightwork.CheckpointError, match="is damaged"):
+        lightwork.load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(lightwork.CheckpointError, match=r"model\.safetensors is missing"):
+        lightwork.load(folder)
+
+
+def test_an_object_that_needs_pickle_is_refused_and_the_old_checkpoint_kept() -> None:
+    folder = new_folder() / "saved"
+
+    class Odd:
+        def state_dict(self) -> dict[str, Any]:
+            return {"inner": object()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise AssertionError
+
+    def job() -> None:
+        run, _ = distributed(CASES["RMSprop"])
+        run.save(folder)
+        run.keep(odd=Odd())
+        with pytest.raises(lightwork.CheckpointError, match="odd.inner is a object, which can not be saved without pickle"):
+            run.save(folder)
+        with pytest.raises(lightwork.UsageError, match="has no state_dict"):
+            run.keep(number=3)  # type: ignore[arg-type]
+
+    run_team(2, job)
+    assert json.loads((folder / "manifest.json").read_text())["kept"] == {}
+
+
+def test_the_state_of_an_optimizer_that_trained_before_is_taken_over() -> None:
+    def job() -> bool:
+        torch.manual_seed(0)
+        model = nn.Linear(20, 5)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+        inputs, targets = vectors().tensors
+        for _ in range(3):
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        twin = nn.Linear(20, 5)
+        twin.load_state_dict(model.state_dict())
+        other = torch.optim.Adam(twin.parameters(), lr=1e-2, fused=True)
+        other.load_state_dict(optimizer.state_dict())
+        run = lightwork.distribute(model, optimizer, global_batch=44, micro_batch=44, run_dir=new_folder())
+        for step in run.steps(vectors(), shuffle=False):
+            for x, y in step:
+                step.backward(nn.functional.cross_entropy(model(x), y))
+        nn.functional.cross_entropy(twin(inputs), targets).backward()
+        other.step()
+        return torch.equal(model.weight, twin.weight)
+
+    assert run_team(1, job) == [True]
