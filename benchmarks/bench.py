@@ -123,19 +123,18 @@ class Case:
 
 
 FP32_PEERS = ("ddp", "zero1", "fsdp2", "deepspeed")
-BF16_PEERS = ("ddp", "ddp-master", "zero1", "fsdp2", "deepspeed")
-BF16_DDP = ("ddp", "ddp-master")
+BF16_DDP = ("ddp", "ddp-master", "ddp-master-pure")
+BF16_PEERS = (*BF16_DDP, "zero1", "fsdp2", "deepspeed")
 VARIANTS = (
     "ddp/fp32-all-reduce",
     "ddp/one-bucket",
-    "ddp-master/all-bf16",
     "ddp-master/one-bucket",
     "zero1/fp32-all-reduce",
     "fsdp2/reshard",
     "fsdp2/root",
     "deepspeed/torch-adam",
     "deepspeed/small-buckets",
-    "deepspeed/all-reduce",
+    "deepspeed/reduce-scatter",
     "deepspeed/grad-norm",
 )
 

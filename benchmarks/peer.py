@@ -63,7 +63,7 @@ def make_ddp(model: nn.Module, bf16: bool, share: int, *, compress: bool = True,
 
 
 def make_ddp_master(model: nn.Module, bf16: bool, share: int, *, autocast: bool = True, bucket_mb: int = 25) -> Peer:
-    """DDP over bf16 weights, whose fp32 masters are kept by hand."""
+    """DDP over bf16 weights, whose fp32 masters are kept by hand; without autocast, norms and loss are bf16 too."""
     masters = [parameter.detach().clone() for parameter in model.parameters()]
     model = to_bf16(model) if autocast else model.bfloat16()
     parallel = _data_parallel(model, compress=False, bucket_mb=bucket_mb)
@@ -125,7 +125,7 @@ def make_deepspeed(
 
     config = {
         "train_micro_batch_size_per_gpu": share,
-        "zero_optimization": {"stage": 2, "compute_grad_norm": False, **zero},
+        "zero_optimization": {"stage": 2, "compute_grad_norm": False, "reduce_scatter": False, **zero},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,  # the default is 1.0: another training than the rest
         "bf16": {"enabled": bf16, "check_grad_overflow": False},
@@ -150,6 +150,7 @@ def make_deepspeed(
 PEERS: dict[str, Callable[[nn.Module, bool, int], Peer]] = {
     "ddp": make_ddp,
     "ddp-master": make_ddp_master,
+    "ddp-master-pure": partial(make_ddp_master, autocast=False),
     "zero1": make_zero1,
     "fsdp2": make_fsdp2,
     "deepspeed": make_deepspeed,
@@ -159,14 +160,13 @@ PEERS: dict[str, Callable[[nn.Module, bool, int], Peer]] = {
 VARIANTS: dict[str, Callable[[nn.Module, bool, int], Peer]] = {
     "ddp/fp32-all-reduce": partial(make_ddp, compress=False),
     "ddp/one-bucket": partial(make_ddp, bucket_mb=10_000),
-    "ddp-master/all-bf16": partial(make_ddp_master, autocast=False),
     "ddp-master/one-bucket": partial(make_ddp_master, bucket_mb=10_000),
     "zero1/fp32-all-reduce": partial(make_zero1, compress=False),
     "fsdp2/reshard": partial(make_fsdp2, reshard=True),
     "fsdp2/root": partial(make_fsdp2, by_layer=False),
     "deepspeed/torch-adam": partial(make_deepspeed, optimizer="fused torch AdamW"),
     "deepspeed/small-buckets": partial(make_deepspeed, reduce_bucket_size=5e6, overlap_comm=True),
-    "deepspeed/all-reduce": partial(make_deepspeed, reduce_scatter=False),
+    "deepspeed/reduce-scatter": partial(make_deepspeed, reduce_scatter=True),
     "deepspeed/grad-norm": partial(make_deepspeed, compute_grad_norm=True),
 }
 
