@@ -169,7 +169,7 @@ class Engine:
                 state = self.optimizer.state.get(parameter)
                 if state and self.weights.layout.parameters[index].group is not None:
                     self.state.load_state(index, dict(state))
-        self.compute = Compute(self.spec.precision, self.weights)
+        self.compute = Compute(self.spec.precision, self.weights, self.model)
 
     def detach(self) -> None:
         """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
@@ -224,7 +224,7 @@ class Engine:
         """Report a computed micro-batch and return what to do next."""
         self.weights.check_unwritten(f"in micro-batch {index} of step {step}")
         freed, slot, node = fold
-        self._gradients.commit(index, self._num_micro_batches, slot, self.board.touched(index))
+        self._gradients.commit(slot, node, self.board.touched(index))
         return self.board.finished_micro_batch(
             step, index, loss=loss, weight=weight, metrics=metrics, freed=freed, slot=slot, node=node
         )

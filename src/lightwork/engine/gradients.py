@@ -103,14 +103,14 @@ class Gradients:
         self._carry_untouched()
         return [self._held[n][0] for n in chain], slot, node
 
-    def commit(self, index: int, num_micro_batches: int, slot: int, touched: memoryview) -> None:
+    def commit(self, slot: int, node: Node, touched: memoryview) -> None:
         """Take the sum that `run` made in place of those that went into it; `touched` receives the leaf's parameters."""
         touched[:] = self._touched
-        chain, node = fold(index, num_micro_batches, self._held)
         present = bytes(self._touched)
-        for sibling in chain:
-            _, theirs = self._held.pop(sibling)
+        for _, theirs in self._siblings:
             present = bytes(map(max, present, theirs)) if 0 in present else present
+        for held in [held for held in self._held if node.first <= held.first and held.end <= node.end]:
+            del self._held[held]
         self._held[node] = (slot, present)
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:

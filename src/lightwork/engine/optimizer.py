@@ -231,6 +231,7 @@ class BlockOptimizer:
         self._odd = memory.tensor("state odd")
         self._initialised = memory.region("state initialised")  # a byte for each block
         self._shadows: dict[int, tuple[optim.Optimizer, list[torch.Tensor]]] = {}
+        self._views: dict[int, list[tuple[StateEntry, torch.Tensor]]] = {}  # of each block, made once
 
     def update(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take one optimizer step on the blocks of `bucket`; `gradients`, one for each, flat or None to skip it.
@@ -341,26 +342,32 @@ class BlockOptimizer:
     def _attach(self, shadow: optim.Optimizer, tensor: torch.Tensor, index: int) -> None:
         """Make the shadow see the shared state of a block that any worker may have updated last."""
         state = shadow.state[tensor]
-        for entry, offset in self._state_layout.of_block[index]:
+        for entry, view in self._views_of(index):
             if entry.number is not None:
-                state[entry.name] = entry.number(self._view(index, entry, offset).item())
+                state[entry.name] = entry.number(view.item())
             elif entry.name not in state:
-                state[entry.name] = self._view(index, entry, offset)
+                state[entry.name] = view
 
     def _keep(self, shadow: optim.Optimizer, tensor: torch.Tensor, index: int) -> None:
         """Put what the optimizer made outside the shared state (at a block's first update, or anew at each) into it."""
         state = shadow.state[tensor]
-        for entry, offset in self._state_layout.of_block[index]:
+        for entry, view in self._views_of(index):
             value = state.get(entry.name)
-            if value is None:
+            if value is None or value is view:
                 continue
-            view = self._view(index, entry, offset)
             if entry.number is not None:
                 view.fill_(value)
-            elif value.data_ptr() != view.data_ptr():
+            else:
                 view.copy_(value)
                 state[entry.name] = view
         self._initialised[index] = 1
+
+    def _views_of(self, index: int) -> list[tuple[StateEntry, torch.Tensor]]:
+        views = self._views.get(index)
+        if views is None:
+            places = self._state_layout.of_block[index]
+            views = self._views[index] = [(entry, self._view(index, entry, offset)) for entry, offset in places]
+        return views
 
 
 def bucket_elements(layout: Layout, bucket: Bucket) -> int:

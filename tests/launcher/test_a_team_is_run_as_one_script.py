@@ -1,0 +1,82 @@
+"""`lightwork run` on scripts that do what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from tests.launcher.command import HEAD, finish, left_running, lightwork_run, script, start
+
+REPORT = """
+print("arguments", sys.argv[1:], "main", __name__, "file", os.path.basename(__file__))
+print("size", run.world_size, "seed", run.spec.seed, "steal", run.plan.steal, "digest", run.digest())
+print("to standard error", run.rank, file=sys.stderr)
+sys.exit(None)
+"""
+
+
+def test_a_run_shows_the_main_workers_output_keeps_the_others_and_leaves_its_directory(tmp_path: Path) -> None:
+    # A script's neighbours are importable, as under `python script.py`.
+    (tmp_path / "neighbour.py").write_text("value = 1\n")
+    text = "import neighbour\n" + script(end=REPORT)
+    result = lightwork_run(
+        tmp_path, text, "--set", "seed=5", "--set", "steal=false", arguments=["--epochs", "3", "-n", "x"], workers="3"
+    )
+    assert result.status == 0, result.text
+    assert left_running(result.pids()) == []
+
+    lines = result.out.splitlines()
+    assert lines[0] == "arguments ['--epochs', '3', '-n', 'x'] main __main__ file train.py"
+    assert lines[1].startswith("size 3 seed 5 steal False digest ")
+    assert len(lines) == 2, "only the main worker's output is shown"
+    assert "to standard error 0" in result.err
+    assert "to standard error 1" not in result.err
+    assert "6 steps in" in result.err
+    for rank in range(3):
+        assert lines[1] in result.log(rank), "every worker has the same digest"
+        assert f"to standard error {rank}" in result.log(rank)
+
+    run_dir = result.run_dir
+    assert {p.name for p in run_dir.iterdir()} == {"spec.json", "plan.json", "roster.json", "trace", "log"}
+    spec, plan, roster = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("spec", "plan", "roster"))
+    assert (spec["global_batch"], spec["micro_batch"], spec["seed"]) == (16, 2, 5)
+    assert (plan["world_size"], plan["steal"]) == (3, False)
+    assert [member["rank"] for member in roster["members"]] == [0, 1, 2]
+    assert len(set(result.pids())) == 3
+
+    for rank in range(3):
+        records = [json.loads(line) for line in (run_dir / "trace" / f"rank{rank}.jsonl").read_text().splitlines()]
+        spans = [record for record in records if record["kind"] == "span"]
+        assert {span["name"] for span in spans} == {"load", "forward", "backward", "wait", "reduce", "update"}
+        assert {span["step"] for span in spans} == set(range(6))
+        for span in spans:
+            assert span["seconds"] >= 0
+            assert ("micro" in span) == (span["name"] in ("load", "forward", "backward"))
+        assert [record["name"] for record in records if record["kind"] == "event"][:1] == ["start"]
+
+
+def test_a_module_is_run_by_as_many_workers_as_cores_and_its_exit_status_is_kept(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "data.py").write_text("value = 41\n")
+    end = 'print("size", run.world_size, "arguments", sys.argv[1:], "value", value + 1)\nsys.exit(7)\n'
+    (package / "train.py").write_text("from .data import value\n" + script(end=end))
+    options = ("--run-dir", "elsewhere", "--quiet", "-n", "auto", "-m", "package.train", "--lr", "1")
+    result = finish(start(tmp_path, "-m", "lightwork", "run", *options), tmp_path / "elsewhere")
+    cores = len(os.sched_getaffinity(0))
+    assert result.out == f"size {cores} arguments ['--lr', '1'] value 42\n", result.text
+    assert result.status == 7, result.text
+    assert "Traceback" not in result.err
+    assert "steps in" not in result.err, "--quiet shows no progress"
+    assert len(result.pids()) == cores
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_script_that_never_reaches_distribute_is_told_so(tmp_path: Path) -> None:
+    result = lightwork_run(tmp_path, HEAD + 'print("hello")\n')
+    assert result.status == 1, result.text
+    assert result.out == "hello\n"
+    assert "train.py ended without calling lightwork.distribute. 2 copies of it ran" in result.err
+    assert "global_batch" in result.err, "it says what to do"
