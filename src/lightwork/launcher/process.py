@@ -6,8 +6,10 @@ kills it when this process dies.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -55,4 +57,11 @@ def _be_worker(parent: int, environment: Environment, main: Callable[[], int], s
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.environ.update(environment.variables())
-    sys.exit(main())
+    # multiprocessing leaves out exit handlers. What was registered before the fork is its registrant's business.
+    atexit._clear()
+    atexit.register(logging.shutdown)
+    try:
+        status = main()
+    finally:
+        atexit._run_exitfuncs()
+    sys.exit(status)
