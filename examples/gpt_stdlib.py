@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 import lightwork
 
-VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 4096, 192, 4, 4, 128
+VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 2048, 192, 4, 4, 128
 WORD = re.compile(r"\n+ *| ?[A-Za-z]+|_+| +|[^\w\s]+|.")  # indents, identifiers, spaces, punctuation, digits
 PROMPT = "class Reader:\n    def __init__(self, "
 
@@ -158,7 +158,7 @@ def main():
 
     torch.manual_seed(0)
     model = GPT()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=30)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.steps - 30, 1), eta_min=1e-4)
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], milestones=[30])

@@ -25,7 +25,9 @@ def run_team(num_workers: int, function: Callable[[], T], timeout: float = 60.0,
     return [result.value for result in results]
 
 
-def distributed(case: Case, *, global_batch: int = 16, micro_batch: int = 2, run_dir: str | None = None, **more: Any) -> Any:
+def distributed(
+    case: Case, *, global_batch: int = 16, micro_batch: int = 2, run_dir: str | None = None, **more: Any
+) -> Any:
     """Return the run, scheduler, data set and settings of a case, ready to be trained."""
     torch.manual_seed(1)
     model = case.build()

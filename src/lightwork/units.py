@@ -36,28 +36,23 @@ def format_bytes(num_bytes: float) -> str:
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
-            return (
-                f"{size:.0f} B"
-                if unit == "B"
-                else f"{size:.3g} {unit}"
-                if size < 999.5
-                else f"{size:.0f} {unit}"
-            )
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
         size /= 1024
     return f"{size:.3g} TiB"
 
 
 def format_seconds(seconds: float) -> str:
     """Return a duration as people say it: "850 us", "12 ms", "3.2 s", "4 min 05 s", "2 h 10 min"."""
-    if 0 < seconds < 1e-3:
+    if 0 < seconds < 999.5e-6:
         return f"{seconds * 1e6:.0f} us"
-    if 0 < seconds < 1:
+    if 0 < seconds < 999.5e-3:
         return f"{seconds * 1e3:.0f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
+    seconds = round(seconds)
     if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
 def format_count(count: float) -> str:

@@ -101,11 +101,11 @@ def test_a_worker_that_ends_before_distribute_is_named(tmp_path: Path) -> None:
 
 
 def test_interrupting_the_launcher_ends_everything_with_a_message(tmp_path: Path) -> None:
-    # The main worker takes its time to say goodbye; the others are asleep in the kernel, or ignore the signal.
+    # The first time one of them does not listen; the second time nobody is asked.
     text = script(
         "if run.rank == 1: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "        if step.index == 3:\n"
-        '            print("in step 3", flush=True); time.sleep(60)',
+        '            time.sleep(0.6); print("in step 3", flush=True); time.sleep(60)',
         max_steps=100,
     )
     (tmp_path / "train.py").write_text(text)
@@ -114,6 +114,9 @@ def test_interrupting_the_launcher_ends_everything_with_a_message(tmp_path: Path
     assert process.stdout is not None
     assert process.stdout.readline() == "in step 3\n"
     pids = pids_of(run_dir)
+    os.kill(process.pid, signal.SIGINT)
+    assert left_running([pids[0]]) == []
+    assert left_running([pids[1]], seconds=0.0) == [pids[1]]
     os.kill(process.pid, signal.SIGINT)
     result = finish(process, run_dir)
     assert result.status == 130, result.text

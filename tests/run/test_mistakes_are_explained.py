@@ -37,7 +37,10 @@ def raised(job: Callable[[], Any], num_workers: int = 1) -> str:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"global_batch": 500, "micro_batch": 16}, "global_batch=500 is not a multiple of micro_batch=16. Nearest: 496 or 512"),
+        (
+            {"global_batch": 500, "micro_batch": 16},
+            "global_batch=500 is not a multiple of micro_batch=16. Nearest: 496 or 512",
+        ),
         ({"global_batch": 0}, "global_batch=0 is not a positive whole number"),
         ({"micro_batch": 32}, "micro_batch=32 is larger than global_batch=16"),
         ({"precision": "fp8"}, "precision='fp8' is not known. Choose one of fp32, bf16"),
@@ -64,9 +67,7 @@ def test_settings_of_the_command_line_take_the_place_of_those_in_the_script() ->
         return spec.micro_batch, spec.clip_grad_norm
 
     assert run_team(1, job, settings={"micro_batch": 8, "clip_grad_norm": 2.5}) == [(8, 2.5)]
-    assert "--set colour=... names no field" in (
-        fork_team(1, job, settings={"colour": "red"})[0].error or ""
-    )
+    assert "--set colour=... names no field" in (fork_team(1, job, settings={"colour": "red"})[0].error or "")
 
 
 def body(action: Callable[[Any, Any, torch.Tensor], None], **settings: Any) -> Callable[[], None]:
@@ -101,9 +102,15 @@ def too_many_metrics(run: Any, step: Any, loss: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("action", "words"),
     [
-        (lambda run, step, loss: loss.backward(), "loss.backward() was called on a distributed model. Call step.backward(loss)"),
+        (
+            lambda run, step, loss: loss.backward(),
+            "loss.backward() was called on a distributed model. Call step.backward(loss)",
+        ),
         (lambda run, step, loss: run._engine.optimizer.step(), "optimizer.step() was called on a distributed run"),
-        (lambda run, step, loss: run._engine.optimizer.zero_grad(), "optimizer.zero_grad() was called on a distributed run"),
+        (
+            lambda run, step, loss: run._engine.optimizer.zero_grad(),
+            "optimizer.zero_grad() was called on a distributed run",
+        ),
         (lambda run, step, loss: None, "step.backward was not called for micro-batch 0 of step 0"),
         (twice, "step.backward was called twice for micro-batch 0 of step 0"),
         (write_weight, "parameter 0.weight was written in micro-batch 0 of step 0"),

@@ -171,9 +171,7 @@ def test_a_checkpoint_of_another_spec_model_or_optimizer_is_refused() -> None:
         model = nn.Linear(20, 5)
         optimizer = torch.optim.RMSprop(model.parameters(), momentum=0.9)
         with pytest.raises(lightwork.CheckpointError, match="another model: only the"):
-            lightwork.distribute(
-                model, optimizer, global_batch=16, micro_batch=2, resume=folder, run_dir=new_folder()
-            )
+            lightwork.distribute(model, optimizer, global_batch=16, micro_batch=2, resume=folder, run_dir=new_folder())
         return messages
 
     run_team(1, job)
@@ -205,7 +203,9 @@ def test_an_object_that_needs_pickle_is_refused_and_the_old_checkpoint_kept() ->
         run, _ = distributed(CASES["RMSprop"])
         run.save(folder)
         run.keep(odd=Odd())
-        with pytest.raises(lightwork.CheckpointError, match="odd.inner is a object, which can not be saved without pickle"):
+        with pytest.raises(
+            lightwork.CheckpointError, match="odd.inner is a object, which can not be saved without pickle"
+        ):
             run.save(folder)
         with pytest.raises(lightwork.UsageError, match="has no state_dict"):
             run.keep(number=3)  # type: ignore[arg-type]

@@ -37,7 +37,9 @@ def tiny_run(**settings: Any) -> lightwork.Run:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    return lightwork.distribute(model, optimizer, **{"global_batch": 8, "micro_batch": 2, "run_dir": new_folder(), **settings})
+    return lightwork.distribute(
+        model, optimizer, **{"global_batch": 8, "micro_batch": 2, "run_dir": new_folder(), **settings}
+    )
 
 
 def seen_by_team(num_workers: int, data: Any, **settings: Any) -> dict[tuple[int, int], dict[int, list[float]]]:

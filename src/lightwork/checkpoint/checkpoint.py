@@ -119,9 +119,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         "aliases": aliases,
     }
     for name, tensors in (("model", model), ("optimizer", state), ("kept", kept_tensors)):
-        save_file(
-            {k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors"
-        )
+        save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -151,14 +149,13 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     for name in ("manifest.json", *(f"{name}.safetensors" for name in _TENSOR_FILES)):
         if not (folder / name).exists():
             raise CheckpointError(
-                f"{folder} is not a checkpoint: {name} is missing. Pass the folder given to run.save, or a run directory."
+                f"{folder} is not a checkpoint: {name} is missing. Pass the folder given to run.save, "
+                "or a run directory."
             )
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder} has format {manifest['format']}; this version reads format {FORMAT}."
-            )
+            raise CheckpointError(f"{folder} has format {manifest['format']}; this version reads format {FORMAT}.")
         tensors = {name: load_file(folder / f"{name}.safetensors") for name in _TENSOR_FILES}
         optimizer: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in tensors["optimizer"].items():
@@ -175,6 +172,4 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             kept={name: put_together(value, tensors["kept"]) for name, value in manifest["kept"].items()},
         )
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(
-            f"the checkpoint in {folder} is damaged ({error}). Use an older one."
-        ) from error
+        raise CheckpointError(f"the checkpoint in {folder} is damaged ({error}). Use an older one.") from error

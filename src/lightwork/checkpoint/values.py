@@ -38,7 +38,8 @@ def take_apart(value: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise CheckpointError(
-        f"{path} is a {type(value).__name__}, which can not be saved without pickle. Keep objects whose state_dict() holds "
+        f"{path} is a {type(value).__name__}, which can not be saved without pickle. Keep objects "
+        "whose state_dict() holds "
         "tensors, numbers, strings and containers of them."
     )
 

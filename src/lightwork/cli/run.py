@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,15 @@ from lightwork.launcher.script import Script
 from lightwork.launcher.supervisor import Ended, Outcome
 from lightwork.observer.progress import RunProgress
 from lightwork.run.folder import create_run_dir, prepare_run_dir
+from lightwork.spec.job import Spec
+from lightwork.spec.plan import Plan
 from lightwork.team.rendezvous import Progress
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+
+#: The number of workers is -n's business, and the optimizer the script's.
+_SETTABLE = sorted({f.name for f in (*fields(Spec), *fields(Plan))} - {"optimizer", "world_size"})
 
 _EXAMPLES = """\
 examples:
@@ -36,8 +42,8 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "run",
         help="start a team of workers on this host",
-        description="Run SCRIPT on a team of workers of this host. Each holds the same model and takes other samples; the "
-        "weights do not depend on how many there are. Only the main worker's output is shown.",
+        description="Run SCRIPT on a team of workers of this host. Each holds the same model and takes other samples; "
+        "the weights do not depend on how many there are. Only the main worker's output is shown.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +51,11 @@ def add_parser(verbs: Verbs) -> None:
         "-n", "--workers", default="auto", metavar="N", help="workers: a number, or auto: cores / threads (default)"
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the spec or the plan, over the script's"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of the spec or the plan, over the script's",
     )
     parser.add_argument("--run-dir", metavar="DIR", help="where traces and logs go (default: runs/1, runs/2, ...)")
     parser.add_argument("--quiet", action="store_true", help="no progress: the script's own output, and errors")
@@ -83,6 +93,11 @@ def parse_settings(assignments: list[str]) -> dict[str, object]:
         name, equals, text = assignment.partition("=")
         if not (name and equals):
             raise SpecError(f"--set {assignment} is not NAME=VALUE. Write, for example, --set precision=bf16.")
+        if name not in _SETTABLE:
+            raise SpecError(
+                f"--set {name}=... names no field of the spec or the plan that can be set. They are "
+                f"{', '.join(_SETTABLE)}."
+            )
         try:
             settings[name] = json.loads(text)
         except json.JSONDecodeError:
@@ -137,14 +152,18 @@ def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int) -
 
 
 def _show_traceback(culprit: Ended, run_dir: Path) -> None:
-    """Show the culprit's traceback, unless it was the main worker, whose errors were shown as they came."""
-    log = log_of(run_dir, culprit.rank)
-    if culprit.rank != 0 and log.exists():
-        text = log.read_text(encoding="utf-8", errors="replace")
-        _, marker, traceback = text.rpartition("Traceback (most recent call last)")
-        if marker:
-            print(marker + traceback.rstrip(), file=sys.stderr)
-    _say(f"its log is {log}")
+    """Show the culprit's traceback, unless the main worker, whose errors were shown as they came, made the same."""
+    traceback = _traceback(log_of(run_dir, culprit.rank))
+    if traceback and traceback.splitlines()[-1] != (_traceback(log_of(run_dir, 0)) or "\n").splitlines()[-1]:
+        print(traceback, file=sys.stderr)
+    _say(f"its log is {log_of(run_dir, culprit.rank)}")
+
+
+def _traceback(log: Path) -> str:
+    """Return the last traceback in a log, empty if there is none."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    _, marker, rest = text.rpartition("Traceback (most recent call last)")
+    return marker + rest.rstrip() if marker else ""
 
 
 def _say(text: str) -> None:

@@ -86,9 +86,7 @@ class Buffers:
                 seen.add(id(tensor))
                 name = f"{module_name}.{key}" if module_name else key
                 start = self._memory.tensor("buffers", tensor.dtype, at, tensor.numel()).view(tensor.shape)
-                found.append(
-                    _Buffer(name, module, key, tensor, rules.get(name) or _default_rule(tensor), start)
-                )
+                found.append(_Buffer(name, module, key, tensor, rules.get(name) or _default_rule(tensor), start))
                 at += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
         return found
 
@@ -130,14 +128,17 @@ class Buffers:
             if now is None or now.shape != buffer.start.shape or now.dtype != buffer.start.dtype:
                 raise UsageError(
                     f"buffer {buffer.name} changed from {buffer.start.dtype} {tuple(buffer.start.shape)} to "
-                    f"{'None' if now is None else f'{now.dtype} {tuple(now.shape)}'} in a micro-batch. Buffers keep type and shape."
+                    f"{'None' if now is None else f'{now.dtype} {tuple(now.shape)}'} in a "
+                    "micro-batch. Buffers keep type and shape."
                 )
             if buffer.rule is None:
                 raise UsageError(
-                    f"buffer {buffer.name} ({buffer.start.dtype}) was written in a micro-batch, and there is no rule that "
-                    f"combines the micro-batches' values. Name one: distribute(..., buffers={{{buffer.name!r}: 'last'}})."
+                    f"buffer {buffer.name} ({buffer.start.dtype}) was written in a micro-batch, and "
+                    "there is no rule that "
+                    "combines the micro-batches' values. Name one: distribute(..., "
+                    f"buffers={{{buffer.name!r}: 'last'}})."
                 )
-            self._leaf(index, micro_batch).copy_(now)
+        """Make the step's buffers of what its micro-batches left, in the fixed tree. One worker does, at its end.
 
     def combine(self, weights: Sequence[float], micro_batch_size: int) -> None:
         """Make the step's buffers of what its micro-batches left, in the fixed tree. One worker does, at the step's end.
@@ -167,9 +168,7 @@ class Buffers:
         start = self._buffers[index].start
         first = self._buffers[0].start.data_ptr()
         offset = micro_batch * self._num_bytes + start.data_ptr() - first
-        return self._memory.tensor("buffers of micro-batches", start.dtype, offset, start.numel()).view(
-            start.shape
-        )
+        return self._memory.tensor("buffers of micro-batches", start.dtype, offset, start.numel()).view(start.shape)
 
     def _was_written(self, buffer: _Buffer) -> bool:
         if buffer.module._buffers[buffer.key] is not buffer.tensor:
@@ -210,8 +209,7 @@ def _combine(
             # In double precision, relative to a full micro-batch: exact for a single full one.
             shares = [weight / micro_batch_size for weight in weights]
             scaled = [
-                None if leaf is None else leaf.double() * share
-                for leaf, share in zip(leaves, shares, strict=True)
+                None if leaf is None else leaf.double() * share for leaf, share in zip(leaves, shares, strict=True)
             ]
             total = combine(scaled, operator.add)
             of_all = combine(shares, operator.add)

@@ -73,17 +73,13 @@ class StepResult:
 class Blueprint:
     """A model and its optimizer, laid out: what shared memory they need. Made before there is any."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, spec: Spec, world_size: int
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, spec: Spec, world_size: int) -> None:
         refuse_sparse_gradients(model.named_modules())
         self.model = model
         self.optimizer = optimizer
         self.spec = spec
         self.world_size = world_size
-        self.parameters, described = describe_parameters(
-            model, optimizer, spec, whole=not is_elementwise(optimizer)
-        )
+        self.parameters, described = describe_parameters(model, optimizer, spec, whole=not is_elementwise(optimizer))
         self.layout: Layout = lay_out(described)
         self.state_layout = StateLayout(self.layout, probe_state(optimizer, described))
         self.board_size = BoardSize(
@@ -185,9 +181,7 @@ class Engine:
         self._map = None
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._step_start = time.perf_counter()
-        settings = hash(
-            (hyper_parameters(self.optimizer), tuple(p.requires_grad for p in self.weights.parameters))
-        )
+        settings = hash((hyper_parameters(self.optimizer), tuple(p.requires_grad for p in self.weights.parameters)))
         return self.board.enter(step, num_micro_batches, settings, clip=self.spec.clip_grad_norm is not None)
 
     def begin_micro_batch(self, step: int, index: int) -> None:
@@ -280,7 +274,8 @@ class Engine:
         count = sum(len(group["params"]) for group in self.optimizer.param_groups)
         if count != self._num_optimized:
             raise SpecError(
-                f"the optimizer has {count} parameters, {count - self._num_optimized:+d} since distribute. Parameters can not be "
+                f"the optimizer has {count} parameters, {count - self._num_optimized:+d} since "
+                "distribute. Parameters can not be "
                 "added or removed during a run: add them before distribute, and freeze with requires_grad_(False)."
             )
 
@@ -307,9 +302,7 @@ class Engine:
             return step_map
         norm = math.sqrt(math.fsum(self.board.norms_squared()))
         scale = min(1.0, limit / (norm + CLIP_EPSILON))
-        self._map = StepMap(
-            step_map.num_micro_batches, step_map.places, step_map.touched, step_map.divisor, scale
-        )
+        self._map = StepMap(step_map.num_micro_batches, step_map.places, step_map.touched, step_map.divisor, scale)
         return self._map
 
     def _weights_of(self, step: int) -> list[float]:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lightwork.engine.memory import SharedMemory
 from lightwork.engine.weights import Weights, like
 from lightwork.errors import UsageError
+from lightwork.spec.layout import Block
 from lightwork.spec.tree import Node, fold
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,6 +32,7 @@ class Slots:
         self._layout = weights.layout
         self._num_slots = num_slots
         self._flat = memory.tensor("partial sums", torch.float32)
+        self._blocks: dict[tuple[int, int, bool, Block], torch.Tensor] = {}
         self._dtypes = [_DTYPES[p.dtype] for p in self._layout.parameters]
 
     @staticmethod
@@ -38,9 +40,7 @@ class Slots:
         """Return the bytes that the slots of all workers reserve."""
         return world_size * num_slots * numel * 4
 
-    def elements(
-        self, rank: int, slot: int, node: Node, parameter: int, start: int, end: int
-    ) -> torch.Tensor:
+    def elements(self, rank: int, slot: int, node: Node, parameter: int, start: int, end: int) -> torch.Tensor:
         """Return elements `start` to `end` of a parameter in the partial sum `node` of `rank`, flat."""
         first = (rank * self._num_slots + slot) * self._layout.numel + self._layout.offsets[parameter]
         dtype = self._dtypes[parameter]
@@ -48,6 +48,15 @@ class Slots:
             return self._flat[first + start : first + end]
         whole = self._flat[first : first + self._layout.parameters[parameter].numel]
         return whole.view(dtype)[start:end]
+
+    def block(self, rank: int, slot: int, node: Node, block: Block) -> torch.Tensor:
+        """Return the elements of a block in a partial sum, flat. The views are kept: making one "
+        "costs as much as a sum."""
+        key = (rank, slot, node.end - node.first > 1, block)
+        view = self._blocks.get(key)
+        if view is None:
+            view = self._blocks[key] = self.elements(rank, slot, node, block.parameter, block.start, block.end)
+        return view
 
 
 class Gradients:
@@ -104,7 +113,8 @@ class Gradients:
         return [self._held[n][0] for n in chain], slot, node
 
     def commit(self, slot: int, node: Node, touched: memoryview) -> None:
-        """Take the sum that `run` made in place of those that went into it; `touched` receives the leaf's parameters."""
+        """Take the sum that `run` made in place of those that went into it; `touched` receives the "
+        "leaf's parameters."""
         touched[:] = self._touched
         present = bytes(self._touched)
         for _, theirs in self._siblings:
@@ -121,14 +131,16 @@ class Gradients:
             parameter.grad = None
             if not self._open:
                 raise UsageError(
-                    "loss.backward() was called on a distributed model. Call step.backward(loss) instead: it scales the loss "
+                    "loss.backward() was called on a distributed model. Call step.backward(loss) "
+                    "instead: it scales the loss "
                     "and adds the gradients of all workers."
                 )
             if gradient is None or not trained:
                 return
             if self._touched[index]:
                 raise UsageError(
-                    f"parameter {self._names[index]} received its gradient in two pieces within one backward. This happens "
+                    f"parameter {self._names[index]} received its gradient in two pieces within one "
+                    "backward. This happens "
                     "with re-entrant activation checkpointing: pass use_reentrant=False."
                 )
             self._touched[index] = 1

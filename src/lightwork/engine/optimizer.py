@@ -14,8 +14,9 @@ gradients. They are refused by name.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +112,7 @@ def probe_state(
     """
     reason = next((why for cls, why in _REFUSED.items() if isinstance(optimizer, cls)), None)
     if reason is not None:
-        raise SpecError(
-            f"{type(optimizer).__name__} can not train data-parallel: {reason}. Use AdamW, SGD or another."
-        )
+        raise SpecError(f"{type(optimizer).__name__} can not train data-parallel: {reason}. Use AdamW, SGD or another.")
     found: dict[tuple[int, tuple[int, ...]], list[StateEntry]] = {}
     for parameter in parameters:
         if parameter.group is None:
@@ -138,27 +137,23 @@ def _probe(optimizer: optim.Optimizer, group_index: int, shape: tuple[int, ...])
         shadow.step()
     except Exception as error:
         raise SpecError(
-            f"{type(optimizer).__name__} failed on a scratch parameter of shape {shape}: {error}. Check its settings and "
+            f"{type(optimizer).__name__} failed on a scratch parameter of shape {shape}: {error}. "
+            "Check its settings and "
             "that its parameters have shapes that it supports."
         ) from error
     changed = [name for name, value in before.items() if value != shadow.param_groups[0].get(name)]
     if changed:
         raise SpecError(
-            f"{type(optimizer).__name__} changes its parameter groups in step() ({', '.join(changed)}), which a team can not "
+            f"{type(optimizer).__name__} changes its parameter groups in step() "
+            f"({', '.join(changed)}), which a team can not "
             "share. Use an optimizer that keeps its state by parameter."
         )
-    return [
-        _entry(optimizer, name, value, shape)
-        for name, value in shadow.state[scratch].items()
-        if value is not None
-    ]
+    return [_entry(optimizer, name, value, shape) for name, value in shadow.state[scratch].items() if value is not None]
 
 
 def _scratch_like(value: object, owner: torch.Tensor, shape: tuple[int, ...]) -> object:
     if isinstance(value, torch.Tensor):
-        return (
-            torch.zeros(shape, dtype=value.dtype) if value.shape == owner.shape else torch.zeros_like(value)
-        )
+        return torch.zeros(shape, dtype=value.dtype) if value.shape == owner.shape else torch.zeros_like(value)
     return value
 
 
@@ -168,14 +163,13 @@ def _entry(optimizer: optim.Optimizer, name: str, value: object, shape: tuple[in
     if isinstance(value, (bool, int, float)):
         return StateEntry(name, torch.float64, (), type(value))
     raise SpecError(
-        f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({name!r}). Tensors and numbers can be shared "
+        f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({name!r}). Tensors "
+        "and numbers can be shared "
         "by a team; use another optimizer."
     )
 
 
-def _shadow_of(
-    optimizer: optim.Optimizer, group: dict[str, Any], tensors: Sequence[torch.Tensor]
-) -> optim.Optimizer:
+def _shadow_of(optimizer: optim.Optimizer, group: dict[str, Any], tensors: Sequence[torch.Tensor]) -> optim.Optimizer:
     """Return a copy of `optimizer` with one parameter group: that of `group`, over `tensors`."""
     shadow: optim.Optimizer = object.__new__(type(optimizer))  # its own copy protocol would drop attributes
     shadow.__dict__.update(optimizer.__dict__)
@@ -190,7 +184,8 @@ def _shadow_of(
 
 
 class StateLayout:
-    """Where each block's state lies: a flat region for each entry of the parameters' own shape, one for all the rest."""
+    """Where each block's state lies: a flat region for each entry of the parameters' own shape, one "
+    "for all the rest."""
 
     def __init__(self, layout: Layout, entries: dict[tuple[int, tuple[int, ...]], list[StateEntry]]) -> None:
         self.flat: dict[str, torch.dtype] = {}
@@ -205,9 +200,7 @@ class StateLayout:
             for entry in entries[parameter.group, shape]:
                 if entry.shape is None:
                     self.flat[entry.name] = entry.dtype
-                    places.append(
-                        (entry, (layout.offsets[block.parameter] + block.start) * entry.dtype.itemsize)
-                    )
+                    places.append((entry, (layout.offsets[block.parameter] + block.start) * entry.dtype.itemsize))
                 else:
                     places.append((entry, self.odd_bytes))
                     num_bytes = max(1, torch.Size(entry.shape).numel()) * entry.dtype.itemsize
@@ -225,16 +218,19 @@ class BlockOptimizer:
         self._weights = weights
         self._layout = weights.layout
         self._state_layout = state_layout
-        self._flat = {
-            name: memory.tensor(f"state {name}", dtype) for name, dtype in state_layout.flat.items()
-        }
+        self._flat = {name: memory.tensor(f"state {name}", dtype) for name, dtype in state_layout.flat.items()}
         self._odd = memory.tensor("state odd")
         self._initialised = memory.region("state initialised")  # a byte for each block
+        # torch's classes wrap `step` for profilers and compilers, which costs as much as a small update itself.
+        bare = inspect.unwrap(type(optimizer).step) if is_elementwise(optimizer) else type(optimizer).step
+        self._step: Callable[[optim.Optimizer], object] = bare
         self._shadows: dict[int, tuple[optim.Optimizer, list[torch.Tensor]]] = {}
         self._views: dict[int, list[tuple[StateEntry, torch.Tensor]]] = {}  # of each block, made once
 
     def update(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take one optimizer step on the blocks of `bucket`; `gradients`, one for each, flat or None to skip it.
+
+        To be called without autograd (`torch.no_grad`).
 
         Shapes: as the blocks, or the whole parameter's.
         """
@@ -251,13 +247,14 @@ class BlockOptimizer:
                 tensor.grad = like(gradient, tensor) if gradient is not None else None
                 if chosen is old:
                     self._attach(shadow, tensor, index)
-            shadow.step()
+            self._step(shadow)
             for index in chosen:
                 tensors[index - first].grad = None
                 self._keep(shadow, tensors[index - first], index)
 
     def state_of(self, parameter: int) -> dict[str, torch.Tensor]:
-        """Return a parameter's whole state as tensors (views), empty before its first update. Numbers become float64."""
+        """Return a parameter's whole state as tensors (views), empty before its first update. "
+        "Numbers become float64."""
         blocks = [i for i, block in enumerate(self._layout.blocks) if block.parameter == parameter]
         if not blocks or not self._initialised[blocks[0]]:
             return {}
@@ -291,7 +288,8 @@ class BlockOptimizer:
                 if entry.shape is None:
                     if value.numel() != spec.numel:
                         raise SpecError(
-                            f"the optimizer's state {entry.name!r} for {spec.name} has {value.numel()} elements, the parameter "
+                            f"the optimizer's state {entry.name!r} for {spec.name} has "
+                            f"{value.numel()} elements, the parameter "
                             f"{spec.numel}."
                         )
                     value = self._flatten(value, parameter)[block.start : block.end].view(view.shape)
@@ -301,19 +299,14 @@ class BlockOptimizer:
     def _flatten(self, value: torch.Tensor, parameter: int) -> torch.Tensor:
         """Return a parameter-shaped tensor in the order in which the parameter's elements lie in memory."""
         flat = torch.empty(value.numel(), dtype=value.dtype)
-        like(flat, self._weights.parameters[parameter]).copy_(
-            value.view(self._weights.parameters[parameter].shape)
-        )
+        like(flat, self._weights.parameters[parameter]).copy_(value.view(self._weights.parameters[parameter].shape))
         return flat
 
     def _shadow(self, index: int) -> tuple[optim.Optimizer, list[torch.Tensor]]:
         bucket = self._layout.buckets[index]
         group = self._optimizer.param_groups[bucket.group]
         if index not in self._shadows:
-            tensors = [
-                self._block_tensor(self._layout.blocks[i])
-                for i in range(bucket.first_block, bucket.end_block)
-            ]
+            tensors = [self._block_tensor(self._layout.blocks[i]) for i in range(bucket.first_block, bucket.end_block)]
             self._shadows[index] = _shadow_of(self._optimizer, group, tensors), tensors
         shadow, tensors = self._shadows[index]
         fresh = {**group, "params": tensors}

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from lightwork.engine.gradients import Slots, present_nodes
@@ -46,8 +45,8 @@ class Updater:
         self._largest_block = max((b.end - b.start for b in self._layout.blocks), default=0)
         self._map: StepMap | None = None
         self._tree: Sum = Node(0, 1)
-        self._everywhere: list[bool] = []
-        self._nowhere: list[bool] = []
+        self._everywhere = b""  # by parameter: whether every micro-batch touched it
+        self._anywhere = b""  # ... any one
 
     def begin(self, step_map: StepMap) -> None:
         """Use `step_map` from now on."""
@@ -55,9 +54,9 @@ class Updater:
             return
         self._map = step_map
         self._tree = sum_of(step_map.num_micro_batches, step_map.places)
-        rows = np.array([np.frombuffer(row, dtype=np.uint8) for row in step_map.touched])
-        self._everywhere = (rows.min(axis=0) > 0).tolist()
-        self._nowhere = (rows.max(axis=0) == 0).tolist()
+        rows = [bytes(row) for row in step_map.touched]
+        self._everywhere = bytes(map(min, *rows)) if len(rows) > 1 else rows[0]
+        self._anywhere = bytes(map(max, *rows)) if len(rows) > 1 else rows[0]
 
     def gradients(self, bucket: int) -> list[torch.Tensor | None]:
         """Return the mean gradient of each block of a bucket, flat; None where no micro-batch touched the parameter."""
@@ -95,7 +94,7 @@ class Updater:
     def _gradient(self, block: Block, out: torch.Tensor) -> torch.Tensor | None:
         """Return the mean gradient of a block: in `out`, or in the slot where it lies already."""
         step_map = self._current()
-        if self._nowhere[block.parameter] or step_map.divisor == 0:
+        if not self._anywhere[block.parameter] or step_map.divisor == 0:
             return None
         tree: Sum | None = self._tree
         if not self._everywhere[block.parameter]:
@@ -114,7 +113,7 @@ class Updater:
     def _sum(self, tree: Sum, block: Block, out: torch.Tensor, depth: int) -> torch.Tensor:
         if isinstance(tree, Node):
             rank, slot = self._current().places[tree]
-            return self._slots.elements(rank, slot, tree, block.parameter, block.start, block.end)
+            return self._slots.block(rank, slot, tree, block)
         left = self._sum(tree[0], block, out, depth)
         right = self._sum(tree[1], block, self._temporary(depth, out.numel()), depth + 1)
         if left.dtype is torch.float32 and right.dtype is torch.float32:

@@ -63,7 +63,8 @@ def describe_parameters(
 def _check_supported(name: str, parameter: nn.Parameter) -> None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise SpecError(
-            f"parameter {name} is of a lazy module and has no shape yet. Run one batch through the model before distribute."
+            f"parameter {name} is of a lazy module and has no shape yet. Run one batch through the "
+            "model before distribute."
         )
     if parameter.device.type != "cpu":
         raise SpecError(
@@ -72,9 +73,7 @@ def _check_supported(name: str, parameter: nn.Parameter) -> None:
     if parameter.is_floating_point() and parameter.dtype not in (torch.float32, *_HALVES):
         raise SpecError(f"parameter {name} is {parameter.dtype}. Convert the model with model.float().")
     if parameter.is_complex() and parameter.requires_grad:
-        raise SpecError(
-            f"parameter {name} is {parameter.dtype}. Keep real and imaginary parts as two parameters."
-        )
+        raise SpecError(f"parameter {name} is {parameter.dtype}. Keep real and imaginary parts as two parameters.")
     if parameter.layout is not torch.strided:
         raise SpecError(f"parameter {name} is sparse. Use a dense parameter.")
 
@@ -103,9 +102,7 @@ class Weights:
         self.parameters = list(parameters)
         self.layout = layout
         self.masters = memory.tensor("masters", torch.float32, numel=layout.numel)
-        self._working = (
-            memory.tensor("working", torch.bfloat16, numel=layout.numel) if _needs_working(layout) else None
-        )
+        self._working = memory.tensor("working", torch.bfloat16, numel=layout.numel) if _needs_working(layout) else None
         self._versions: list[int] = []
 
     def attach(self, *, write: bool) -> None:
@@ -154,7 +151,8 @@ class Weights:
         if self._versions != [p._version for p in self.parameters]:
             index = next(i for i, p in enumerate(self.parameters) if p._version != self._versions[i])
             raise UsageError(
-                f"parameter {self.layout.parameters[index].name} was written {when}. Weights are shared by all workers and "
+                f"parameter {self.layout.parameters[index].name} was written {when}. Weights are "
+                "shared by all workers and "
                 "written by the update alone: put other writes into `with run.edit():`."
             )
 

@@ -33,7 +33,8 @@ class Script:
             return _status_of(end)
         except BaseException as error:
             # Through the hook: the run put itself there, to tell the other workers.
-            sys.excepthook(type(error), error, _own_frames(error.__traceback__))
+            own = _own_frames(error.__traceback__)
+            sys.excepthook(type(error), error.with_traceback(own), own)
             return 1
         return 0
 

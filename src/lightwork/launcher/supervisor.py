@@ -1,8 +1,8 @@
 """Supervision: waits for the workers of a team, passes on the main one's output, and ends all when one fails.
 
 What counts as a failure: a status other than 0, a signal, and an end with status 0 in the middle of training, or
-before `distribute` while others have joined. The first failure decides; a worker that says that it ended only because
-of another (EXIT_BECAUSE_OF_PEER) is believed for a moment, in which the other is looked for.
+before the end of `distribute` while others are in it or past it. The first failure decides; a worker that says that it
+ended only because of another (EXIT_BECAUSE_OF_PEER) is believed for a moment, in which the other is looked for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
@@ -65,6 +66,7 @@ class Ended:
 
     def describe(self) -> str:
         """Say how it ended."""
+        who = f"rank {self.rank} (pid {self.pid})"
         if self.status < 0:
             name = signal.Signals(-self.status).name
             hint = {
@@ -72,10 +74,10 @@ class Ended:
                 signal.SIGSEGV: " A crash in compiled code: run with python -X faulthandler.",
                 signal.SIGBUS: " Shared memory without room behind it: the host or its container is out of memory.",
             }.get(signal.Signals(-self.status), "")
-            return f"rank {self.rank} (pid {self.pid}) was killed by {name} {_where(self.progress)}.{hint}"
+            return f"{who} was killed by {name} {_where(self.progress)}.{hint}"
         if self.status == 0:
-            return f"rank {self.rank} (pid {self.pid}) exited with status 0 {_where(self.progress)}, while others need it."
-        return f"rank {self.rank} (pid {self.pid}) failed with exit status {self.status} {_where(self.progress)}."
+            return f"{who} exited with status 0 {_where(self.progress)}, while others need it."
+        return f"{who} failed with exit status {self.status} {_where(self.progress)}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,7 @@ class Outcome:
 def _where(progress: Progress) -> str:
     return {
         Progress.STARTED: "before it called lightwork.distribute",
+        Progress.JOINING: "in lightwork.distribute",
         Progress.JOINED: "after lightwork.distribute, before training",
         Progress.TRAINING: "in the middle of training",
         Progress.BETWEEN: "after a loop over run.steps",
@@ -109,6 +112,7 @@ class Supervisor:
         self._interrupted: int | None = None
         self._kill_at: float | None = None
         self._judge_at: float | None = None
+        self._logs: list[FileIO] = []
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -123,6 +127,7 @@ class Supervisor:
             sink.write(data)
             show(data)
 
+        self._logs.append(sink)
         self._selector.register(fd, selectors.EVENT_READ, pass_on)
 
     def run(self, timeout: float | None = None) -> Outcome:
@@ -152,7 +157,8 @@ class Supervisor:
                 kill_group(worker, signal.SIGKILL)
                 worker.join()
             self._close()
-        return Outcome(ended=tuple(sorted(self._ended, key=lambda e: e.rank)), culprit=self._culprit, interrupted=self._interrupted)
+        by_rank = tuple(sorted(self._ended, key=lambda ended: ended.rank))
+        return Outcome(ended=by_rank, culprit=self._culprit, interrupted=self._interrupted)
 
     def _look(self, seconds: float) -> bool:
         events = self._selector.select(seconds)
@@ -182,14 +188,15 @@ class Supervisor:
             del self._running[rank]
             ended = Ended(rank=rank, pid=worker.pid or 0, status=status, progress=self._rendezvous.progress(rank))
             self._ended.append(ended)
-            if self._is_failure(ended) and self._judge_at is None:
-                certain = status != EXIT_BECAUSE_OF_PEER
-                self._judge_at = time.monotonic() + (0.0 if certain else CAUSE_WINDOW)
-            elif self._is_failure(ended) and status != EXIT_BECAUSE_OF_PEER:
-                self._judge_at = 0.0
+        # One that ended early may become a failure later: when another one reaches `distribute`.
+        failures = [ended for ended in self._ended if self._is_failure(ended)]
+        if any(ended.status != EXIT_BECAUSE_OF_PEER for ended in failures):
+            self._judge_at = 0.0
+        elif failures and self._judge_at is None:
+            self._judge_at = time.monotonic() + CAUSE_WINDOW
 
     def _is_failure(self, ended: Ended) -> bool:
-        if ended.status != 0 or ended.progress is Progress.TRAINING:
+        if ended.status != 0 or ended.progress in (Progress.JOINING, Progress.TRAINING):
             return True
         ranks = range(len(self._workers))
         others_joined = any(self._rendezvous.progress(rank) > Progress.STARTED for rank in ranks)
@@ -232,3 +239,5 @@ class Supervisor:
             os.close(key.fd)
         self._selector.close()
         os.close(self._wake_write)
+        for log in self._logs:
+            log.close()

@@ -1,4 +1,4 @@
-"""The progress display: in a terminal a live one, elsewhere a line now and then. It reads the traces of a run directory."""
+"""The progress display: in a terminal a live one, elsewhere a line now and then. It reads a run directory's traces."""
 
 from __future__ import annotations
 
@@ -116,9 +116,7 @@ class RunProgress:
             return Group(Text("lightwork: starting ...", style="bright_black"))
         workers = Table.grid(padding=(0, 1))
         for rank, share in summary.shares().items():
-            workers.add_row(
-                Text(f"rank {rank}", style="bold"), _bar(share), Text(f"{share:4.0%}"), self._times(rank)
-            )
+            workers.add_row(Text(f"rank {rank}", style="bold"), _bar(share), Text(f"{share:4.0%}"), self._times(rank))
         head: list[Text | ProgressBar] = [Text(self.line(), style="bold")]
         if summary.total is not None:
             head.append(ProgressBar(total=max(1, summary.total), completed=summary.step + 1, width=60))

@@ -203,9 +203,7 @@ def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:
 def _say_hello(team: Team, spec: Spec) -> None:
     environment, rank = team.environment, team.rank
     if rank == 0 and environment.launcher is Launcher.PYTHON and sys.argv[0].endswith(".py"):
-        notice(
-            f"a team of one. For a larger one: lightwork run -n {os.cpu_count() or 2} {' '.join(sys.argv)}"
-        )
+        notice(f"a team of one. For a larger one: lightwork run -n {os.cpu_count() or 2} {' '.join(sys.argv)}")
     surplus = team.world_size - spec.num_micro_batches
     if rank == 0 and surplus > 0:
         names = (
@@ -214,7 +212,8 @@ def _say_hello(team: Team, spec: Spec) -> None:
             else f"ranks {spec.num_micro_batches} to {team.world_size - 1}"
         )
         notice(
-            f"{team.world_size} workers for {spec.num_micro_batches} micro-batches an update: {surplus} idle (they help with the "
+            f"{team.world_size} workers for {spec.num_micro_batches} micro-batches an update: "
+            f"{surplus} idle (they help with the "
             f"update, and take over from late workers). {names}. A smaller micro_batch employs them."
         )
     if rank != 0 and environment.launcher not in (Launcher.PYTHON, Launcher.LIGHTWORK):

@@ -47,6 +47,4 @@ def prepare_run_dir(folder: Path) -> None:
         for name in ("trace", "log"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"the run directory {folder} can not be written ({error}). Choose another run_dir."
-        ) from error
+        raise UsageError(f"the run directory {folder} can not be written ({error}). Choose another run_dir.") from error

@@ -90,7 +90,8 @@ class Team:
         for rank in self.peers.ended():
             if not self.board.has_left(rank):
                 raise RankLost(
-                    f"rank {rank} (pid {self.board.pid(rank)}) is gone; rank {self.rank} needs it in step {step}. Its process ended "
+                    f"rank {rank} (pid {self.board.pid(rank)}) is gone; rank {self.rank} needs it in "
+                    f"step {step}. Its process ended "
                     "in the middle of training; see its log."
                 )
         for rank in self._others():
@@ -98,7 +99,8 @@ class Team:
             if late and not self.board.has_left(rank):
                 call = self.transport.posted_last(rank)
                 raise Disagreement(
-                    f"rank {rank} calls {call} after step {self.board.entered(rank)} while rank {self.rank} is in step {step}. "
+                    f"rank {rank} calls {call} after step {self.board.entered(rank)} while rank "
+                    f"{self.rank} is in step {step}. "
                     "Every worker must make the same calls: take them out of conditions such as `if run.is_main`."
                 )
 
@@ -106,13 +108,15 @@ class Team:
         ended = self.peers.ended()
         if ended and ended[0] != self.rank:
             raise RankLost(
-                f"rank {ended[0]} (pid {self.board.pid(ended[0])}) has ended while rank {self.rank} waits for it in a collective "
+                f"rank {ended[0]} (pid {self.board.pid(ended[0])}) has ended while rank {self.rank} "
+                "waits for it in a collective "
                 "call. Every worker must make the same calls: take them out of conditions such as `if run.is_main`."
             )
         for rank in self._others():
             if self.board.activity(rank) is Activity.WAITING and not self.board.has_left(self.rank):
                 raise Disagreement(
-                    f"rank {self.rank} is in a collective call (save, digest, evaluate, ...) while {self.board.describe(rank)}. "
+                    f"rank {self.rank} is in a collective call (save, digest, evaluate, ...) while "
+                    f"{self.board.describe(rank)}. "
                     "Every worker must make the same calls: take them out of conditions such as `if run.is_main`."
                 )
 
@@ -140,8 +144,7 @@ class _Watch:
             busy = [
                 board.describe(rank)
                 for rank in range(self._team.world_size)
-                if rank != self._team.rank
-                and board.activity(rank) not in (Activity.WAITING, Activity.MEETING)
+                if rank != self._team.rank and board.activity(rank) not in (Activity.WAITING, Activity.MEETING)
             ]
             if busy:
                 notice(f"rank {self._team.rank} waits {self._where} for: {'; '.join(busy)}.")
@@ -154,9 +157,7 @@ def notice(text: str) -> None:
     print(f"lightwork: {text}", file=sys.stderr, flush=True)
 
 
-def join(
-    blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous: Rendezvous, run_number: int
-) -> Team:
+def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous: Rendezvous, run_number: int) -> Team:
     """Return this worker's team, once every worker has come.
 
     Raises: MemoryFull, Disagreement, TeamError.
@@ -183,9 +184,7 @@ def join(
     board = Board(rank, blueprint.board_size, memory.region("board"), lock, signal, steal=plan.steal)
     board.join(os.getpid())
     transport = HostTransport(rank, world_size, memory.region("mailboxes"), lock, signal)
-    team = Team(
-        environment, rendezvous, store, memory, signal, lock, board, transport, Peers(), socket.gethostname()
-    )
+    team = Team(environment, rendezvous, store, memory, signal, lock, board, transport, Peers(), socket.gethostname())
     team.meet("distribute")
     store.published()
     for other in range(world_size):
@@ -212,8 +211,10 @@ def _compare(what: str, ours: dict[str, object], theirs: dict[str, object], rank
     for name, value in ours.items():
         if theirs.get(name) != value:
             raise Disagreement(
-                f"rank {rank} differs from rank 0 at {what} in its {name}: {_short(theirs.get(name))} against {_short(value)}. All "
-                "workers must run the same script on the same data with the same settings; nothing in it may depend on the rank."
+                f"rank {rank} differs from rank 0 at {what} in its {name}: {_short(theirs.get(name))} "
+                f"against {_short(value)}. All "
+                "workers must run the same script on the same data with the same settings; nothing "
+                "in it may depend on the rank."
             )
 
 
@@ -231,10 +232,10 @@ def _check_room(blueprint: Blueprint, plan: Plan) -> None:
 def available_memory() -> int:
     """Return the bytes that the host, or this process's control group, has left."""
     available = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        with (
-            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
-            open("/sys/fs/cgroup/memory.current", encoding="ascii") as current,
-        ):
-            available = min(available, int(limit.read()) - int(current.read()))
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+        open("/sys/fs/cgroup/memory.current", encoding="ascii") as current,
+    ):
+        available = min(available, int(limit.read()) - int(current.read()))
     return available

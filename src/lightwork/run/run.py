@@ -142,13 +142,9 @@ class Run:
                 "run.steps was called inside a loop over run.steps. End the one before beginning the next."
             )
         source, sample_order = self._data(dataset, shuffle, order, drop_last)
-        return self._steps(
-            source, sample_order, 1 if epochs is None and max_steps is None else epochs, max_steps
-        )
+        return self._steps(source, sample_order, 1 if epochs is None and max_steps is None else epochs, max_steps)
 
-    def _steps(
-        self, source: Source, order: Order, epochs: int | None, max_steps: int | None
-    ) -> Iterator[Step]:
+    def _steps(self, source: Source, order: Order, epochs: int | None, max_steps: int | None) -> Iterator[Step]:
         if not self._begin_loop(order):
             return
         loader: Loader | None = None
@@ -294,10 +290,7 @@ class Run:
         Raises: UsageError when one has no state dict.
         """
         for name, value in objects.items():
-            if not (
-                callable(getattr(value, "state_dict", None))
-                and callable(getattr(value, "load_state_dict", None))
-            ):
+            if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
                 raise UsageError(
                     f"run.keep({name}=...): a {type(value).__name__} has no state_dict() and load_state_dict()."
                 )
@@ -337,7 +330,8 @@ class Run:
         self._engine.buffers.restore()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the model's state dict with full, plain tensors of its own: fp32 weights, named as the model names them."""
+        """Return the model's state dict with full, plain tensors of its own: fp32 weights, named as "
+        "the model names them."""
         self._refuse_in_step("state_dict")
         self._team.meet("state_dict")
         state = {name: value.detach().clone() for name, value in self._live_state().items()}
@@ -345,20 +339,17 @@ class Run:
         return state
 
     def digest(self) -> str:
-        """Return the SHA-256 of weights, buffers and optimizer state, as hexadecimal digits; the same on every worker."""
+        """Return the SHA-256 of weights, buffers and optimizer state, as hexadecimal digits; the "
+        "same on every worker."""
         self._refuse_in_step("digest")
         self._team.meet("digest")
         items = list(self._everything())
-        mine = {
-            name: _sha256(value) for i, (name, value) in enumerate(items) if i % self.world_size == self.rank
-        }
+        mine = {name: _sha256(value) for i, (name, value) in enumerate(items) if i % self.world_size == self.rank}
         parts = self._team.meet("digest (end)", json.dumps(mine).encode())
         hashes: dict[str, str] = {}
         for part in parts:
             hashes.update(json.loads(part))
-        return hashlib.sha256(
-            "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()
-        ).hexdigest()
+        return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write a checkpoint to the folder `path` (the run directory's, unless given) and return it.
@@ -420,7 +411,8 @@ class Run:
     def _refuse_in_step(self, call: str) -> None:
         if self._step is not None and self._step.begun and not self._step.finished:
             raise UsageError(
-                f"run.{call} was called inside the loop over the micro-batches of step {self._step.index}. Call it after that loop, "
+                f"run.{call} was called inside the loop over the micro-batches of step "
+                f"{self._step.index}. Call it after that loop, "
                 "when the update is done."
             )
 
@@ -449,10 +441,7 @@ class Run:
         return Checkpoint(
             model=self._live_state(),
             optimizer={name: entries for name, entries in state.items() if entries},
-            groups=[
-                {k: v for k, v in group.items() if k != "params"}
-                for group in self._engine.optimizer.param_groups
-            ],
+            groups=[{k: v for k, v in group.items() if k != "params"} for group in self._engine.optimizer.param_groups],
             spec=self.spec,
             position=self._position,
             kept={name: value.state_dict() for name, value in self._kept.items()},
@@ -461,9 +450,7 @@ class Run:
     def _check_fits(self, checkpoint: Checkpoint) -> None:
         other = differences(self.spec, checkpoint.spec)
         if other:
-            listed = "; ".join(
-                f"{name} is {ours!r}, was {theirs!r}" for name, (ours, theirs) in other.items()
-            )
+            listed = "; ".join(f"{name} is {ours!r}, was {theirs!r}" for name, (ours, theirs) in other.items())
             raise CheckpointError(
                 f"the checkpoint is of another spec: {listed}. Resume with the same settings; for its weights alone, "
                 "model.load_state_dict(lightwork.load(path)) before distribute."
@@ -477,7 +464,8 @@ class Run:
         for name, value in live.items():
             if value.shape != checkpoint[name].shape:
                 raise CheckpointError(
-                    f"the checkpoint is of another model: {name} is {tuple(value.shape)}, was {tuple(checkpoint[name].shape)}. "
+                    f"the checkpoint is of another model: {name} is {tuple(value.shape)}, was "
+                    f"{tuple(checkpoint[name].shape)}. "
                     "Build the model as it was saved."
                 )
         if len(checkpoint.groups) != len(self._engine.optimizer.param_groups):

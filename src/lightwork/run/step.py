@@ -114,7 +114,8 @@ class Step:
         micro = self._in_hand("step.backward")
         if micro.fold is not None:
             raise UsageError(
-                f"step.backward was called twice for micro-batch {micro.index} of step {self.index}. Add the losses up and "
+                f"step.backward was called twice for micro-batch {micro.index} of step {self.index}. "
+                "Add the losses up and "
                 "call it once."
             )
         micro.weight = float(len(micro.ids) if weight is None else weight)
@@ -126,8 +127,10 @@ class Step:
         micro.loss = float(loss.detach())
         if micro.weight and not math.isfinite(micro.loss):
             raise NonFiniteLoss(
-                f"the loss is {micro.loss} on rank {self._rank} in micro-batch {micro.index} of step {self.index}, samples "
-                f"{_some(micro.ids)}. No weight was changed by this step. Look at these samples, lower the learning rate, or "
+                f"the loss is {micro.loss} on rank {self._rank} in micro-batch {micro.index} of step "
+                f"{self.index}, samples "
+                f"{_some(micro.ids)}. No weight was changed by this step. Look at these samples, "
+                "lower the learning rate, or "
                 "set clip_grad_norm."
             )
         self._trace.span("forward", self.index, micro.index, micro.start, now)
@@ -195,7 +198,8 @@ class Step:
                 del batch
                 if micro.fold is None:
                     raise UsageError(
-                        f"step.backward was not called for micro-batch {micro.index} of step {self.index} (rank {self._rank}). "
+                        f"step.backward was not called for micro-batch {micro.index} of step "
+                        f"{self.index} (rank {self._rank}). "
                         "Call it once in the loop body; for nothing to learn from, with weight=0."
                     )
                 metrics = json.dumps(micro.metrics).encode() if micro.metrics else b""
@@ -244,18 +248,21 @@ class Step:
             )
         if loss.numel() != 1:
             raise UsageError(
-                f"the loss has shape {tuple(loss.shape)}, not a scalar. Take its mean over the micro-batch: loss.mean()."
+                f"the loss has shape {tuple(loss.shape)}, not a scalar. Take its mean over the "
+                "micro-batch: loss.mean()."
             )
         if weight and not loss.requires_grad:
             raise UsageError(
-                "the loss does not depend on any trainable parameter (no .grad_fn). Compute it from run.model's output, "
+                "the loss does not depend on any trainable parameter (no .grad_fn). Compute it from "
+                "run.model's output, "
                 "without torch.no_grad() or .detach()."
             )
 
     def _finished(self, what: str) -> StepResult:
         if self._result is None:
             raise UsageError(
-                f"{what} of step {self.index} is not known yet: it belongs to the whole global batch. Read it after the loop "
+                f"{what} of step {self.index} is not known yet: it belongs to the whole global batch. "
+                "Read it after the loop "
                 "`for ... in step:`."
             )
         return self._result

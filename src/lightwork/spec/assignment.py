@@ -21,8 +21,7 @@ def choose(rank: int, world_size: int, claims: Sequence[int], *, steal: bool) ->
     if own or not steal:
         return own
     open_by_rank = [
-        [i for i in share(other, world_size, num_micro_batches) if not claims[i]]
-        for other in range(world_size)
+        [i for i in share(other, world_size, num_micro_batches) if not claims[i]] for other in range(world_size)
     ]
     open_by_rank.sort(key=len, reverse=True)
     return [i for indices in open_by_rank for i in reversed(indices)]

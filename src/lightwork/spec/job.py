@@ -27,22 +27,16 @@ class Spec:
     precision: Precision = "fp32"  #: bf16: bf16 working weights and autocast, fp32 masters, sums and state
     clip_grad_norm: float | None = None  #: the largest L2 norm of the whole gradient
     threads: int = 1  #: of torch, a worker; a different number gives different bits
-    fp32_modules: tuple[
-        str, ...
-    ] = ()  #: modules that keep fp32 weights under bf16, by name (with all below them)
-    buffers: Mapping[str, BufferRule] = field(
-        default_factory=dict
-    )  #: how micro-batches' values become one, by name
+    fp32_modules: tuple[str, ...] = ()  #: modules that keep fp32 weights under bf16, by name (with all below them)
+    buffers: Mapping[str, BufferRule] = field(default_factory=dict)  #: how micro-batches' values become one, by name
     optimizer: str = ""  #: class and implementation, filled in by `distribute`
 
     def __post_init__(self) -> None:
         _check_count("global_batch", self.global_batch)
         _check_count("micro_batch", self.micro_batch)
         _check_count("threads", self.threads)
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise SpecError(
-                f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1. seed=0 is the default."
-            )
+        if not _is_count(self.seed) or not 0 <= self.seed < 2**63:
+            raise SpecError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1. seed=0 is the default.")
         if self.micro_batch > self.global_batch:
             raise SpecError(
                 f"micro_batch={self.micro_batch} is larger than global_batch={self.global_batch}. "
@@ -52,10 +46,8 @@ class Spec:
             raise SpecError(
                 f"precision={self.precision!r} is not known. Choose one of {', '.join(get_args(Precision))}."
             )
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            raise SpecError(
-                f"clip_grad_norm={self.clip_grad_norm!r} is not a positive number. None does not clip."
-            )
+        if self.clip_grad_norm is not None and not _is_positive(self.clip_grad_norm):
+            raise SpecError(f"clip_grad_norm={self.clip_grad_norm!r} is not a positive number. None does not clip.")
         for name, rule in self.buffers.items():
             if rule not in get_args(BufferRule):
                 raise SpecError(
@@ -80,9 +72,7 @@ class Spec:
         values = json.loads(text)
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise SpecError(
-                f"the spec has fields that this version does not know: {', '.join(sorted(unknown))}."
-            )
+            raise SpecError(f"the spec has fields that this version does not know: {', '.join(sorted(unknown))}.")
         return cls(**{**values, "fp32_modules": tuple(values.get("fp32_modules", ()))})
 
 
@@ -110,6 +100,14 @@ def differences(ours: Spec, theirs: Spec) -> dict[str, tuple[object, object]]:
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_count(value) or not _is_positive(value):
         raise SpecError(f"{name}={value!r} is not a positive whole number.")

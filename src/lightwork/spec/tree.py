@@ -71,9 +71,7 @@ def sum_of(num_leaves: int, held: Iterable[Node]) -> Sum:
         if node in available:
             return node
         if node.end - node.first == 1:
-            raise ValueError(
-                f"micro-batch {node.first} of {num_leaves} is in no partial sum {sorted(available)}"
-            )
+            raise ValueError(f"micro-batch {node.first} of {num_leaves} is in no partial sum {sorted(available)}")
         left, right = split(node)
         return expand(left), expand(right)
 

@@ -29,7 +29,7 @@ class Store(ABC, Generic[BufferT]):
 
     @abstractmethod
     def fileno(self) -> int | None:
-        """Return the descriptor behind the store, on which POSIX record locks may be taken; None where there is none."""
+        """Return the descriptor behind the store, for POSIX record locks; None where there is none."""
 
     @abstractmethod
     def published(self) -> None:

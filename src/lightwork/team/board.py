@@ -1,4 +1,4 @@
-"""The claims board: who has which micro-batch, which partial sums exist, who updates what. One for the workers of a host.
+"""The claims board of a host: who has which micro-batch, which partial sums exist, who updates what.
 
 A worker reports what it has finished and gets what to do next, in one visit under the team's lock. A step goes
 through three phases, and the visit that completes one opens the next:
@@ -166,8 +166,9 @@ class Board:
                 self._open(step, num_micro_batches, clip=clip)
             elif header[_MICRO_BATCHES] != num_micro_batches:
                 raise Disagreement(
-                    f"step {step} has {num_micro_batches} micro-batches for rank {self._rank} and {header[_MICRO_BATCHES]} "
-                    "for another worker. Every worker must pass the same data set to run.steps."
+                    f"step {step} has {num_micro_batches} micro-batches for rank {self._rank} and "
+                    f"{header[_MICRO_BATCHES]} for another worker. Every worker must pass the same data set to "
+                    "run.steps."
                 )
             self._set_rank(_SETTINGS, settings)
             self._set_rank(_ENTERED, step + 1)
@@ -262,9 +263,7 @@ class Board:
 
     def _claimable(self, count: int) -> int | None:
         """Return the best micro-batch that the visitor can take and still has a slot for."""
-        candidates = choose(
-            self._rank, self._size.world_size, self._claims[:count].tolist(), steal=self._steal
-        )
+        candidates = choose(self._rank, self._size.world_size, self._claims[:count].tolist(), steal=self._steal)
         if not candidates:
             return None
         held = self.held(self._rank)
@@ -290,8 +289,8 @@ class Board:
         odd = [rank for rank, settings in entered if settings != entered[0][1]]
         if odd:
             raise Disagreement(
-                f"at step {step} rank {odd[0]} has other learning rates, optimizer settings or trainable parameters than "
-                f"rank {entered[0][0]}. Schedulers and changes of requires_grad must run on every worker alike."
+                f"at step {step} rank {odd[0]} has other learning rates, optimizer settings or trainable parameters "
+                f"than rank {entered[0][0]}. Schedulers and changes of requires_grad must run on every worker alike."
             )
 
     # --- what a step left ---------------------------------------------------------------------------------------
@@ -322,7 +321,7 @@ class Board:
         return list(self._norms[: self._size.num_buckets])
 
     def touched(self, index: int) -> memoryview:
-        """Return a byte for each parameter: whether micro-batch `index` gave it a gradient. To be written by its owner."""
+        """Return a byte for each parameter, its claimant's to write: whether micro-batch `index` gave it a gradient."""
         size = self._size.num_parameters
         return self._touched[index * size : (index + 1) * size]
 
@@ -344,8 +343,8 @@ class Board:
         at = (step % 2 * self._size.num_micro_batches + index) * METRICS_BYTES
         if len(metrics) > METRICS_BYTES - 8:
             raise UsageError(
-                f"the metrics of micro-batch {index} of step {step} take {len(metrics)} bytes, more than {METRICS_BYTES - 8}. "
-                "step.add is for a few numbers; write larger things to a file."
+                f"the metrics of micro-batch {index} of step {step} take {len(metrics)} bytes, more than "
+                f"{METRICS_BYTES - 8}. step.add is for a few numbers; write larger things to a file."
             )
         struct.pack_into("<q", self._metrics, at, len(metrics))
         if metrics:
@@ -435,9 +434,7 @@ class Board:
     def _raise_if_failed(self) -> None:
         failed = self._header[_FAILED] - 1
         if failed >= 0 and failed != self._rank:
-            raise RankFailed(
-                f"rank {self._rank} ends because {self.describe(failed)} and failed; see its traceback."
-            )
+            raise RankFailed(f"rank {self._rank} ends because {self.describe(failed)} and failed; see its traceback.")
 
     def _set_rank(self, field: int, value: int) -> None:
         self._ranks[self._rank * _RANK_WORDS + field] = value

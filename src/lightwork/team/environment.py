@@ -72,9 +72,7 @@ def _number(variables: Mapping[str, str], *names: str, default: int | None = Non
             try:
                 return int(variables[name])
             except ValueError:
-                raise SpecError(
-                    f"{name}={variables[name]!r} is not a number. Unset it, or use a launcher."
-                ) from None
+                raise SpecError(f"{name}={variables[name]!r} is not a number. Unset it, or use a launcher.") from None
     return default
 
 
@@ -109,16 +107,13 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
     else:
         return common
     if rank is None or size is None:
-        raise SpecError(
-            f"{launcher.value} left a rank ({rank}) without a world size ({size}), or the reverse."
-        )
+        raise SpecError(f"{launcher.value} left a rank ({rank}) without a world size ({size}), or the reverse.")
     return replace(
         common,
         launcher=launcher,
         rank=rank,
         world_size=size,
-        local_rank=_number(env, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", default=rank)
-        or 0,
+        local_rank=_number(env, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", default=rank) or 0,
         local_world_size=_number(env, "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", default=size) or size,
         rendezvous_fd=_number(env, "LIGHTWORK_RENDEZVOUS_FD"),
         port=common.port if common.port is not None else _port_of_job(env, launcher),
@@ -127,13 +122,11 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
 
 
 def _port_of_job(env: Mapping[str, str], launcher: Launcher) -> int | None:
-    """Return a port that all tasks of one job agree on without talking: its identifier, folded into the ephemeral range."""
+    """Return a port that all tasks of one job agree on without talking: its identifier, folded into a range."""
     if launcher is Launcher.SLURM:
         identifier = f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_STEP_ID', '0')}"
     elif launcher is Launcher.MPI:
-        identifier = (
-            env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_JOBID") or "0"
-        )
+        identifier = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_JOBID") or "0"
     else:
         return None
     return 20_000 + zlib.crc32(identifier.encode()) % 30_000

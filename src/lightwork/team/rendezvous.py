@@ -23,17 +23,18 @@ JOIN_TIMEOUT = 300.0
 
 _MAX_WORKERS = 4096
 _RUNS_AT = _MAX_WORKERS
-_MESSAGE_AT = 2 * _MAX_WORKERS
-_PAGE_BYTES = 2 * _MAX_WORKERS + 1024 * 1024
+_MESSAGE_AT = _RUNS_AT + 8 * _MAX_WORKERS
+_PAGE_BYTES = _MESSAGE_AT + 16 * 1024 * 1024  # takes up what was written; a message is about 1 KiB
 
 
 class Progress(IntEnum):
     """How far a worker got; it moves forward only."""
 
     STARTED = 0  #: the process runs
-    JOINED = 1  #: `distribute` has returned
-    TRAINING = 2  #: it is inside `run.steps`
-    BETWEEN = 3  #: it has left `run.steps`, or has not entered it again
+    JOINING = 1  #: it is inside the first `distribute`, which needs all others
+    JOINED = 2  #: `distribute` has returned
+    TRAINING = 3  #: it is inside `run.steps`
+    BETWEEN = 4  #: it has left `run.steps`, or has not entered it again
 
 
 class Rendezvous(ABC):
@@ -58,7 +59,10 @@ class Rendezvous(ABC):
 
 @final
 class FileRendezvous(Rendezvous):
-    """A page inherited from `lightwork run`: a byte of progress for each rank, then a journal of `key=message` lines."""
+    """A page inherited from `lightwork run`.
+
+    It holds a byte of progress and a count of runs for each rank, then a journal of `key=message` lines.
+    """
 
     def __init__(self, fd: int, rank: int) -> None:
         self._page = mmap.mmap(fd, _PAGE_BYTES)
@@ -80,8 +84,12 @@ class FileRendezvous(Rendezvous):
 
     def next_run(self) -> int:
         """Count the runs of this process."""
-        self._page[_RUNS_AT + self._rank] += 1
-        return self._page[_RUNS_AT + self._rank]
+        if self.progress(self._rank) is Progress.STARTED:
+            self.report(Progress.JOINING)
+        at = _RUNS_AT + 8 * self._rank
+        number = int.from_bytes(self._page[at : at + 8], "little") + 1
+        self._page[at : at + 8] = number.to_bytes(8, "little")
+        return number
 
     def publish(self, key: str, message: str) -> None:
         """Append to the journal; only rank 0 does, so nothing can collide."""

@@ -10,7 +10,10 @@ Watch = Callable[[], None]
 
 
 class Transport(ABC):
-    """Moves small messages between all workers of a team. (Gradients do not pass here: on a host they are read in place.)"""
+    """Moves small messages between all workers of a team.
+
+    Gradients do not pass here: on a host they are read in place.
+    """
 
     @abstractmethod
     def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:

@@ -17,7 +17,8 @@ from lightwork.transport.signal import Signal
 #: Bytes of a payload that fit into one box.
 BOX_BYTES = 256 * 1024
 
-_HEADER = struct.Struct("<q48sq")  # number of the exchange, what, bytes of the whole payload
+_WHAT_BYTES = 48
+_HEADER = struct.Struct(f"<q{_WHAT_BYTES}sq")  # number of the exchange, what, bytes of the whole payload
 _STRIDE = _HEADER.size + BOX_BYTES
 
 #: Seconds between two calls of the watch.
@@ -50,6 +51,7 @@ class HostTransport(Transport):
 
     def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:
         """Write to the own box, wait for the others', read them; again while any payload is not complete."""
+        what = what.encode()[:_WHAT_BYTES].decode(errors="ignore")
         received = [b""] * self._world_size
         lengths = [1] * self._world_size
         start = 0
@@ -81,7 +83,7 @@ class HostTransport(Transport):
         at = self._box(self._rank)
         self._region[at + _HEADER.size : at + _HEADER.size + len(chunk)] = chunk
         with self._lock:
-            _HEADER.pack_into(self._region, at, self._count, what.encode()[:48], length)
+            _HEADER.pack_into(self._region, at, self._count, what.encode(), length)
             self._signal.notify()
 
     def _wait_for_all(self, watch: Watch) -> None:
@@ -96,10 +98,10 @@ class HostTransport(Transport):
 
     def _check(self, rank: int, what: str) -> None:
         theirs = self.posted(rank)
-        if theirs != what[:48]:
+        if theirs != what:
             raise Disagreement(
-                f"rank {self._rank} calls {what} while rank {rank} calls {theirs}. Every worker must make the same calls "
-                "in the same order: take them out of conditions such as `if run.is_main`."
+                f"rank {self._rank} calls {what} while rank {rank} calls {theirs}. Every worker must make the same "
+                "calls in the same order: take them out of conditions such as `if run.is_main`."
             )
 
     def _read(self, rank: int, received: int) -> tuple[int, bytes]:

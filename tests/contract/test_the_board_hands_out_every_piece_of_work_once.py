@@ -1,0 +1,315 @@
+"""The claims board, driven by fake workers in one process, each as fast or slow as the test says.
+
+The workers are generators that yield between a claim and its report, and a seed decides whose turn it is: any
+interleaving of visits can happen, and one that fails can be had again. Another test lets real threads race.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightwork.errors import Disagreement, RankFailed, UsageError
+from lightwork.spec.tree import Node, fold, sum_of
+from lightwork.store.private import PrivateStore
+from lightwork.team.board import METRICS_BYTES, Action, Activity, Board, BoardSize, Kind
+from lightwork.transport.signal import Signal
+
+_SIGNAL_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A team, its steps, and how late each worker is."""
+
+    world_size: int
+    num_micro_batches: int
+    num_buckets: int = 3
+    num_steps: int = 3
+    clip: bool = False
+    steal: bool = True
+    speeds: tuple[int, ...] = ()  #: by rank: turns that it gets for each one of a worker of speed 1
+    seed: int = 0
+
+    def size(self) -> BoardSize:
+        return BoardSize(
+            world_size=self.world_size,
+            num_micro_batches=self.num_micro_batches,
+            num_parameters=2,
+            num_buckets=self.num_buckets,
+        )
+
+    def boards(self, lock: threading.Lock | None = None) -> list[Board]:
+        size = self.size()
+        store = PrivateStore(_SIGNAL_BYTES + Board.num_bytes(size))
+        region = memoryview(store.buffer)[_SIGNAL_BYTES:]
+        lock = lock or threading.Lock()
+        return [
+            Board(rank, size, region, lock, Signal(store.buffer, 0), steal=self.steal)
+            for rank in range(self.world_size)
+        ]
+
+
+@dataclass
+class StepLog:
+    """What happened in one step; filled in by all workers."""
+
+    entered: set[int] = field(default_factory=set)
+    computed: list[tuple[int, int]] = field(default_factory=list)  # micro-batch, rank
+    measured: list[int] = field(default_factory=list)
+    updated: list[int] = field(default_factory=list)
+    committed: set[int] = field(default_factory=set)
+
+
+class Team:
+    """Fake workers on one board, and the checks that hold at every moment."""
+
+    def __init__(self, setting: Setting, lock: threading.Lock | None = None) -> None:
+        self.setting = setting
+        self.boards = setting.boards(lock)
+        self.logs = [StepLog() for _ in range(setting.num_steps)]
+
+    def worker(self, rank: int) -> Iterator[Kind]:
+        """Go through all steps as an engine does; yields what it is about to do, before it does it."""
+        board = self.boards[rank]
+        for step, log in enumerate(self.logs):
+            count = self.count(step)
+            log.entered.add(rank)
+            held: dict[Node, int] = {}
+            action = board.enter(step, count, 77, clip=self.setting.clip)
+            while action.kind is not Kind.COMMITTED:
+                yield action.kind
+                if action.kind is Kind.WAIT:
+                    action = board.visit(step)
+                elif action.kind is Kind.COMPUTE:
+                    action = self.compute(rank, step, action.item, held)
+                else:
+                    action = self.update(rank, step, action)
+            log.committed.add(rank)
+            assert board.committed == step + 1
+            assert board.records(step, count) == [(step + index / 8, 1.0 + index) for index in range(count)]
+            assert [board.metrics(step, index) for index in range(count)] == [
+                {"m": [index, 2]} for index in range(count)
+            ]
+            # Between two steps the user's code may read weights, for as long as it likes.
+            yield Kind.COMMITTED
+
+    def count(self, step: int) -> int:
+        """Return the micro-batches of a step: the last one is a short global batch."""
+        last = step == self.setting.num_steps - 1
+        return max(1, self.setting.num_micro_batches - 2) if last else self.setting.num_micro_batches
+
+    def compute(self, rank: int, step: int, index: int, held: dict[Node, int]) -> Action:
+        board, count, log = self.boards[rank], self.count(step), self.logs[step]
+        assert board.claimant(index) == rank
+        assert not log.updated, "no update begins before every micro-batch is done"
+        chain, node = fold(index, count, held)
+        used = set(held.values())
+        free = [slot for slot in range(self.setting.size().num_slots) if slot not in used]
+        assert free, "the number of held sums never exceeds the room for them"
+        freed = [held.pop(sibling) for sibling in chain]
+        held[node] = free[0]
+        log.computed.append((index, rank))
+        board.touched(index)[:] = bytes([1, index % 2])
+        metrics = b'{"m": [%d, 2]}' % index
+        return board.finished_micro_batch(
+            step,
+            index,
+            loss=step + index / 8,
+            weight=1.0 + index,
+            metrics=metrics,
+            freed=freed,
+            slot=free[0],
+            node=node,
+        )
+
+    def update(self, rank: int, step: int, action: Action) -> Action:
+        board, count, log = self.boards[rank], self.count(step), self.logs[step]
+        assert log.entered == set(range(self.setting.world_size)), "no update begins before all have entered"
+        assert sorted(index for index, _ in log.computed) == list(range(count))
+        held = [node for other in range(self.setting.world_size) for node in board.held(other).values()]
+        assert sorted(leaf for node in held for leaf in range(*node)) == list(range(count)), "each leaf in one sum"
+        sum_of(count, held)
+        assert [bytes(board.touched(index)) for index in range(count)] == [bytes([1, i % 2]) for i in range(count)]
+        if action.kind is Kind.MEASURE:
+            assert self.setting.clip
+            assert not log.updated, "no update begins before every norm is known"
+            log.measured.append(action.item)
+            return board.finished_bucket(step, action, float(action.item))
+        if self.setting.clip:
+            assert board.norms_squared() == [float(bucket) for bucket in range(self.setting.num_buckets)]
+        log.updated.append(action.item)
+        return board.finished_bucket(step, action, None)
+
+    def run(self) -> None:
+        """Let all workers run to their end, in an order that seed and speeds decide."""
+        chance = random.Random(self.setting.seed)
+        running = {rank: self.worker(rank) for rank in range(self.setting.world_size)}
+        speeds = self.setting.speeds or (1,) * self.setting.world_size
+        turns = 0
+        while running:
+            ranks = list(running)
+            rank = chance.choices(ranks, [speeds[rank] for rank in ranks])[0]
+            if next(running[rank], None) is None:
+                del running[rank]
+            turns += 1
+            assert turns < 1_000_000, "nobody can go on"
+
+    def check(self) -> None:
+        """Check what must have happened once all is done."""
+        setting = self.setting
+        for step, log in enumerate(self.logs):
+            assert sorted(index for index, _ in log.computed) == list(range(self.count(step)))
+            assert sorted(log.updated) == list(range(setting.num_buckets + 1)), "every bucket once, and the buffers"
+            assert sorted(log.measured) == (list(range(setting.num_buckets)) if setting.clip else [])
+            assert log.committed == set(range(setting.world_size))
+
+
+team_sizes = st.integers(1, 7)
+
+
+@given(
+    st.builds(
+        Setting,
+        world_size=team_sizes,
+        num_micro_batches=st.integers(1, 24),
+        num_buckets=st.integers(0, 5),
+        clip=st.booleans(),
+        steal=st.booleans(),
+        speeds=st.tuples(*[st.sampled_from([1, 1, 10, 1000])] * 7),
+        seed=st.integers(0, 2**32),
+    )
+)
+@settings(max_examples=80, deadline=None)
+def test_whole_steps_at_any_speeds_do_each_piece_of_work_once_and_in_order(setting: Setting) -> None:
+    team = Team(setting)
+    team.run()
+    team.check()
+
+
+@given(st.integers(2, 6), st.integers(2, 24), st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_without_stealing_everyone_computes_its_own_share(world_size: int, count: int, seed: int) -> None:
+    team = Team(Setting(world_size=world_size, num_micro_batches=count, steal=False, num_steps=1, seed=seed))
+    team.run()
+    count = team.count(0)
+    for index, rank in team.logs[0].computed:
+        assert rank * count // world_size <= index < (rank + 1) * count // world_size
+
+
+def test_a_late_worker_is_relieved_of_what_it_has_not_started() -> None:
+    team = Team(Setting(world_size=2, num_micro_batches=8, num_steps=2, speeds=(1, 10_000), seed=1))
+    team.run()
+    team.check()
+    for_the_late = [index for index, rank in team.logs[0].computed if rank == 0]
+    assert len(for_the_late) <= 1
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_threads_that_race_do_each_piece_of_work_once(clip: bool) -> None:
+    setting = Setting(world_size=4, num_micro_batches=16, num_buckets=6, num_steps=40, clip=clip)
+    team = Team(setting)
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            for _ in team.worker(rank):
+                pass
+        except BaseException as error:
+            errors.append(error)
+            team.boards[rank].fail()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(setting.world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    team.check()
+
+
+def test_different_settings_are_named_before_any_update() -> None:
+    a, b = Setting(world_size=2, num_micro_batches=2, steal=False).boards()
+    assert a.enter(0, 2, 1, clip=False) == Action(Kind.COMPUTE, 0)
+    finish(a, 0, 0)
+    assert b.enter(0, 2, 2, clip=False) == Action(Kind.COMPUTE, 1)
+    with pytest.raises(Disagreement, match=r"at step 0 rank 1 has other learning rates.* than rank 0"):
+        finish(b, 0, 1)
+
+
+def finish(board: Board, step: int, index: int, metrics: bytes = b"") -> Action:
+    return board.finished_micro_batch(
+        step, index, loss=1.0, weight=1.0, metrics=metrics, freed=[], slot=0, node=Node(index, index + 1)
+    )
+
+
+def test_different_numbers_of_micro_batches_are_named() -> None:
+    a, b = Setting(world_size=2, num_micro_batches=4).boards()
+    a.enter(0, 4, 1, clip=False)
+    with pytest.raises(Disagreement, match="step 0 has 3 micro-batches for rank 1 and 4 for another worker"):
+        b.enter(0, 3, 1, clip=False)
+
+
+def test_a_worker_that_failed_stops_the_others_and_is_described() -> None:
+    a, b = Setting(world_size=2, num_micro_batches=4).boards()
+    b.join(4711)
+    assert b.enter(0, 4, 1, clip=False).kind is Kind.COMPUTE
+    assert a.describe(1) == "rank 1 (pid 4711) computes micro-batch 2 of step 0"
+    b.fail()
+    b.raise_if_failed()
+    for call in (lambda: a.enter(0, 4, 1, clip=False), lambda: a.take_evaluation(1), a.raise_if_failed):
+        with pytest.raises(
+            RankFailed, match=r"rank 0 ends because rank 1 \(pid 4711\) computes micro-batch 2 of step 0"
+        ):
+            call()
+
+
+def test_a_worker_that_left_its_loop_is_not_waited_for_once_it_meets_or_ends() -> None:
+    for excuse in (Activity.MEETING, Activity.ENDED):
+        a, b = Setting(world_size=2, num_micro_batches=1, num_buckets=1).boards()
+        b.leave(left=True)
+        assert a.anyone_left()
+        assert a.enter(0, 1, 1, clip=False) == Action(Kind.COMPUTE, 0)
+        assert finish(a, 0, 0).kind is Kind.WAIT, "it may still read weights in code after the loop"
+        b.announce(excuse)
+        action = a.visit(0)
+        while action.kind is not Kind.COMMITTED:
+            assert action.kind is Kind.UPDATE
+            action = a.finished_bucket(0, action, None)
+
+
+def test_batches_of_an_evaluation_are_each_given_once_and_a_new_one_begins_anew() -> None:
+    boards = Setting(world_size=3, num_micro_batches=1).boards()
+    assert [board.take_evaluation(1) for board in boards * 2] == list(range(6))
+    assert [board.take_evaluation(2) for board in boards] == [0, 1, 2]
+
+
+def test_metrics_that_do_not_fit_are_refused() -> None:
+    (board,) = Setting(world_size=1, num_micro_batches=2).boards()
+    board.enter(0, 2, 1, clip=False)
+    with pytest.raises(UsageError, match=f"take {METRICS_BYTES} bytes, more than {METRICS_BYTES - 8}"):
+        finish(board, 0, 0, metrics=b" " * METRICS_BYTES)
+
+
+def test_every_activity_has_words() -> None:
+    (board,) = Setting(world_size=1, num_micro_batches=2).boards()
+    words = set()
+    for activity in Activity:
+        board.show(activity, 3)
+        assert board.activity(0) is activity
+        words.add(board.describe(0))
+    assert len(words) == len(Activity)
+
+
+def test_a_resumed_board_goes_on_at_its_step() -> None:
+    team = Team(Setting(world_size=2, num_micro_batches=4, num_steps=1))
+    for board in team.boards:
+        board.resume_at(7)
+    assert team.boards[1].committed == 7
+    assert team.boards[0].enter(7, 4, 1, clip=False).kind is Kind.COMPUTE
