@@ -28,7 +28,7 @@ MARK = "Traceback (most recent call last)"
 def test_an_exception_in_one_worker_is_shown_once_and_ends_the_others_at_once(tmp_path: Path) -> None:
     # The other one trains on for a minute, with a loading child, if nobody ends it.
     text = script(
-        'if run.rank == 1 and step.index == 2: print("the end is near"); raise KeyError("kaboom")\n'
+        'if run.rank == 1 and step.index >= 2: print("the end is near"); raise KeyError("kaboom")\n'
         "        time.sleep(0.05)",
         max_steps=150,
     ).replace("run.steps(dataset,", "run.steps(torch.utils.data.DataLoader(dataset, num_workers=1),")
@@ -68,7 +68,7 @@ def group_members(leaders: list[int]) -> list[int]:
 @pytest.mark.parametrize("place", ["before distribute", "in the loop"])
 def test_an_exception_that_every_worker_raises_is_shown_once(tmp_path: Path, place: str) -> None:
     mischief = 'raise ValueError("all of us")'
-    text = HEAD + mischief + "\n" if place == "before distribute" else script(f"if step.index == 1: {mischief}")
+    text = HEAD + mischief + "\n" if place == "before distribute" else script(f"if step.index >= 1: {mischief}")
     result = lightwork_run(tmp_path, text, workers="3")
     assert result.status == 1, result.text
     assert result.err.count(MARK) == 1, result.text
@@ -86,7 +86,7 @@ def test_an_exception_that_every_worker_raises_is_shown_once(tmp_path: Path, pla
     ],
 )
 def test_a_worker_that_leaves_in_mid_run_is_named(tmp_path: Path, mischief: str, status: int, words: str) -> None:
-    result = lightwork_run(tmp_path, script(f"if run.rank == 1 and step.index == 3: {mischief}", max_steps=100_000))
+    result = lightwork_run(tmp_path, script(f"if run.rank == 1 and step.index >= 3: {mischief}", max_steps=100_000))
     assert result.status == status, result.text
     assert f"lightwork: rank 1 (pid {result.pids()[1]}) {words}" in result.err, result.text
     assert MARK not in result.err, result.text
@@ -104,7 +104,7 @@ def test_interrupting_the_launcher_ends_everything_with_a_message(tmp_path: Path
     # The first time one of them does not listen; the second time nobody is asked.
     text = script(
         "if run.rank == 1: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "        if step.index == 3:\n"
+        "        if step.index >= 3:\n"
         '            time.sleep(0.6); print("in step 3", flush=True); time.sleep(60)',
         max_steps=100,
     )

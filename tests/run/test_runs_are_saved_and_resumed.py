@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def test_a_resumed_run_has_the_digests_of_one_that_never_stopped(name: str, befo
     (whole,) = run_team(1, lambda: train(case))
     for stop_after in (2, 3):  # in the middle and at the end of an epoch
         folder = new_folder()
-        first = run_team(before, lambda: interrupted(case, folder, stop_after))[0]
-        second = run_team(after, lambda: interrupted(case, folder, stop_after=99))[0]
+        first = run_team(before, partial(interrupted, case, folder, stop_after))[0]
+        second = run_team(after, partial(interrupted, case, folder, 99))[0]
         assert first + second == whole
 
 
@@ -204,7 +205,7 @@ def test_an_object_that_needs_pickle_is_refused_and_the_old_checkpoint_kept() ->
         run.save(folder)
         run.keep(odd=Odd())
         with pytest.raises(
-            lightwork.CheckpointError, match="odd.inner is a object, which can not be saved without pickle"
+            lightwork.CheckpointError, match=r"odd\.inner is a object, which can not be saved without pickle"
         ):
             run.save(folder)
         with pytest.raises(lightwork.UsageError, match="has no state_dict"):

@@ -133,15 +133,13 @@ class Buffers:
                 )
             if buffer.rule is None:
                 raise UsageError(
-                    f"buffer {buffer.name} ({buffer.start.dtype}) was written in a micro-batch, and "
-                    "there is no rule that "
-                    "combines the micro-batches' values. Name one: distribute(..., "
-                    f"buffers={{{buffer.name!r}: 'last'}})."
+                    f"buffer {buffer.name} ({buffer.start.dtype}) was written in a micro-batch, and no rule combines "
+                    f"the micro-batches' values. Name one: distribute(..., buffers={{{buffer.name!r}: 'last'}})."
                 )
-        """Make the step's buffers of what its micro-batches left, in the fixed tree. One worker does, at its end.
+            self._leaf(index, micro_batch).copy_(now)
 
     def combine(self, weights: Sequence[float], micro_batch_size: int) -> None:
-        """Make the step's buffers of what its micro-batches left, in the fixed tree. One worker does, at the step's end.
+        """Make the step's buffers of what its micro-batches left, in the fixed tree. One worker does, at its end.
 
         `weights` are those of the micro-batches; one of weight 0 counts for nothing.
         """
