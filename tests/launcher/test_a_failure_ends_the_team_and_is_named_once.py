@@ -35,7 +35,8 @@ def test_an_exception_in_one_worker_is_shown_once_and_ends_the_others_at_once(tm
     (tmp_path / "train.py").write_text(text)
     process = start(tmp_path, "-m", "lightwork", "run", "-n", "3", "train.py")
     run_dir = tmp_path / "runs" / "1"
-    wait_until(lambda: (run_dir / "roster.json").exists())
+    trace = run_dir / "trace" / "rank0.jsonl"
+    wait_until(lambda: trace.exists() and '"name": "steps"' in trace.read_text())
     everything = group_members(pids_of(run_dir))
     result = finish(process, run_dir)
     assert result.status == 1, result.text

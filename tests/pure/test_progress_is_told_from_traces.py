@@ -117,6 +117,26 @@ def test_a_trace_is_read_by_the_progress_display(tmp_path: Path, capsysbinary: p
     assert b"by 2 workers" in err
 
 
+def test_in_a_terminal_the_display_stays_away_from_a_line_that_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    progress = RunProgress(tmp_path, 1, quiet=False)
+    progress.write_out(b"from the script\n")
+    out, err = capsysbinary.readouterr()
+    assert out == b"from the script\n"
+    assert b"starting" in err, "the display is back below it"
+    progress.write_out(b"half a li")
+    capsysbinary.readouterr()
+    monkeypatch.setattr("lightwork.observer.progress.REFRESH_SECONDS", 0.0)
+    progress.tick()
+    assert b"starting" not in capsysbinary.readouterr().err
+    progress.write_out(b"ne\n")
+    assert b"starting" in capsysbinary.readouterr().err
+    progress.close(finished=False)
+
+
 def test_a_trace_names_spans_counters_and_events_as_documented(tmp_path: Path) -> None:
     path = tmp_path / "rank0.jsonl"
     trace = Trace(path)

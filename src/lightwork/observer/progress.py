@@ -137,13 +137,10 @@ class RunProgress:
             self._live.stop()
         stream.buffer.write(data)
         stream.buffer.flush()
-        if self._live is not None:
-            ends_line = data.endswith(b"\n")
-            if ends_line:
-                self._live.start()
-                self._live.update(self._render(), refresh=True)
-            else:
-                self._live.start()
+        # After a line that is not complete they stay away: they would take it with them when they go.
+        if self._live is not None and data.endswith(b"\n"):
+            self._live.start()
+            self._live.update(self._render(), refresh=True)
 
 
 def _bar(share: float) -> ProgressBar:

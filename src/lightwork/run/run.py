@@ -21,7 +21,7 @@ from lightwork.checkpoint.checkpoint import Checkpoint, Position
 from lightwork.data.batch import count_tokens
 from lightwork.data.loader import Loader
 from lightwork.data.order import CustomOrder, Order
-from lightwork.data.source import Source, source_of
+from lightwork.data.source import Source, source_for_evaluation, source_of
 from lightwork.engine.engine import Engine
 from lightwork.errors import CheckpointError, UsageError
 from lightwork.run.evaluation import Evaluation
@@ -277,7 +277,7 @@ class Run:
         Each sample comes once, on one of the workers, in micro-batches; random state and buffers are left alone.
         """
         self._refuse_in_step("evaluate")
-        source = source_of(dataset, seed=self.spec.seed, shuffle=False)
+        source = source_for_evaluation(dataset, seed=self.spec.seed)
         order = source.order(global_batch=_EVERYTHING, micro_batch=self.spec.micro_batch, drop_last=False)
         self._evaluations += 1
         return Evaluation(self._team, self._engine, source, order, self._evaluations)
