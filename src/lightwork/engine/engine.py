@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import operator
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -181,7 +182,9 @@ class Engine:
         self._map = None
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._step_start = time.perf_counter()
-        settings = hash((hyper_parameters(self.optimizer), tuple(p.requires_grad for p in self.weights.parameters)))
+        # Not `hash`, which differs between processes for strings.
+        trainable = [p.requires_grad for p in self.weights.parameters]
+        settings = zlib.crc32(repr((hyper_parameters(self.optimizer), trainable)).encode())
         return self.board.enter(step, num_micro_batches, settings, clip=self.spec.clip_grad_norm is not None)
 
     def begin_micro_batch(self, step: int, index: int) -> None:

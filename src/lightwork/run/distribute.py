@@ -146,7 +146,7 @@ def _check_arguments(model: object, optimizer: object) -> None:
 
 def _overridden(settings: Mapping[str, object], **values: Any) -> dict[str, Any]:
     """Return the spec's fields: those of the call, with those that the command line sets in their place."""
-    known = {f.name for f in fields(Spec)} | {f.name for f in fields(Plan)} - {"world_size"}
+    known = {f.name for f in fields(Spec)} | {f.name for f in fields(Plan)} - {"world_size", "optimizer"}
     for name in settings:
         if name not in known:
             raise SpecError(

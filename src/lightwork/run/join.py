@@ -28,7 +28,7 @@ from lightwork.store.mapped import MappedStore, check_room, create_store, open_s
 from lightwork.team.board import Activity, Board
 from lightwork.team.environment import Environment
 from lightwork.team.peers import Peers
-from lightwork.team.rendezvous import Rendezvous
+from lightwork.team.rendezvous import JOIN_TIMEOUT, Rendezvous
 from lightwork.transport.host import HostTransport
 from lightwork.transport.lock import FileLock
 from lightwork.transport.signal import Signal
@@ -75,6 +75,24 @@ class Team:
         received = self.transport.exchange(what, payload, _Watch(self, f"in {what}", self._check_meeting))
         self.board.show(Activity.OUTSIDE)
         return received
+
+    def meet_first(self) -> None:
+        """Meet for the first time, when a worker that will never come can not be watched yet.
+
+        Raises: RankLost when one has not come after `JOIN_TIMEOUT` seconds.
+        """
+        deadline = time.monotonic() + JOIN_TIMEOUT
+
+        def check() -> None:
+            missing = [rank for rank in range(self.world_size) if not self.board.pid(rank)]
+            if missing and time.monotonic() > deadline:
+                raise RankLost(
+                    f"rank {missing[0]} has not called lightwork.distribute, {JOIN_TIMEOUT:.0f} s after rank {self.rank}. Every "
+                    "worker must reach it; see the log of that worker."
+                )
+
+        self.board.announce(Activity.MEETING)
+        self.transport.exchange("distribute", b"", check)
 
     def meet_equal(self, what: str, values: dict[str, object]) -> None:
         """Meet, and raise Disagreement naming the first value in which a worker differs from rank 0."""
@@ -185,7 +203,7 @@ def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous:
     board.join(os.getpid())
     transport = HostTransport(rank, world_size, memory.region("mailboxes"), lock, signal)
     team = Team(environment, rendezvous, store, memory, signal, lock, board, transport, Peers(), socket.gethostname())
-    team.meet("distribute")
+    team.meet_first()
     store.published()
     for other in range(world_size):
         if other != rank:
