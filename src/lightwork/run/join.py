@@ -87,8 +87,8 @@ class Team:
             missing = [rank for rank in range(self.world_size) if not self.board.pid(rank)]
             if missing and time.monotonic() > deadline:
                 raise RankLost(
-                    f"rank {missing[0]} has not called lightwork.distribute, {JOIN_TIMEOUT:.0f} s after rank {self.rank}. Every "
-                    "worker must reach it; see the log of that worker."
+                    f"rank {missing[0]} has not called lightwork.distribute, {JOIN_TIMEOUT:.0f} s after rank "
+                    f"{self.rank}. Every worker must reach it; see the log of that worker."
                 )
 
         self.board.announce(Activity.MEETING)
