@@ -181,6 +181,7 @@ def main():
     if args.compare:
         return compare(report, json.loads(args.compare.read_text()))
     if args.digests and run.is_main:
+        args.digests.parent.mkdir(parents=True, exist_ok=True)
         args.digests.write_text(json.dumps(report, indent=2))
 
     with run.evaluate(validation) as evaluation:

@@ -117,10 +117,12 @@ class RunProgress:
         workers = Table.grid(padding=(0, 1))
         for rank, share in summary.shares().items():
             workers.add_row(Text(f"rank {rank}", style="bold"), _bar(share), Text(f"{share:4.0%}"), self._times(rank))
-        head: list[Text | ProgressBar] = [Text(self.line(), style="bold")]
+        lines = Table.grid()  # a bar by itself does not end its line
+        lines.add_row(Text(self.line(), style="bold"))
         if summary.total is not None:
-            head.append(ProgressBar(total=max(1, summary.total), completed=summary.step + 1, width=60))
-        return Group(*head, workers)
+            lines.add_row(ProgressBar(total=max(1, summary.total), completed=summary.step + 1, width=60))
+        lines.add_row(workers)
+        return Group(lines)
 
     def _times(self, rank: int) -> Text:
         seconds = self._summary.workers[rank].seconds
