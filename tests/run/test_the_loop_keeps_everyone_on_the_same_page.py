@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -381,3 +384,36 @@ def test_activation_checkpointing_changes_no_bit(reentrant: bool) -> None:
 
     assert run_team(1, lambda: job(True)) == run_team(1, lambda: job(False))
     assert run_team(2, lambda: job(True)) == run_team(2, lambda: job(False))
+
+
+def test_a_worker_that_is_stopped_for_a_while_is_waited_for_and_not_blamed() -> None:
+    def job() -> str:
+        run = tiny_run()
+        other = run._team.board.pid(1)
+
+        def pause() -> None:
+            for _ in range(6):
+                time.sleep(0.03)
+                os.kill(other, signal.SIGSTOP)
+                time.sleep(0.35)  # longer than a waiting worker waits before it looks after the others
+                os.kill(other, signal.SIGCONT)
+
+        if run.is_main:
+            threading.Thread(target=pause).start()
+        for step in run.steps(Numbered(64), epochs=12):
+            for _, x in step:
+                step.backward(run.model(x).mean())
+            digest = run.digest()
+            time.sleep(0.01)
+        return digest
+
+    (alone,) = run_team(1, undisturbed)
+    assert run_team(2, job) == [alone] * 2
+
+
+def undisturbed() -> str:
+    run = tiny_run()
+    for step in run.steps(Numbered(64), epochs=12):
+        for _, x in step:
+            step.backward(run.model(x).mean())
+    return run.digest()

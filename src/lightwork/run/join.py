@@ -12,8 +12,10 @@ import json
 import os
 import platform
 import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -36,6 +38,8 @@ from lightwork.units import format_bytes
 
 #: Bytes at the start of the memory for the signal's number, a cache line of its own.
 _SIGNAL_BYTES = 64
+
+_SAME_CALLS = "Every worker must make the same calls: take them out of conditions such as `if run.is_main`."
 
 #: Seconds after which a waiting worker says whom it waits for.
 NAME_AFTER_SECONDS = 10.0
@@ -108,34 +112,32 @@ class Team:
         for rank in self.peers.ended():
             if not self.board.has_left(rank):
                 raise RankLost(
-                    f"rank {rank} (pid {self.board.pid(rank)}) is gone; rank {self.rank} needs it in "
-                    f"step {step}. Its process ended "
-                    "in the middle of training; see its log."
+                    f"rank {rank} (pid {self.board.pid(rank)}) is gone; rank {self.rank} needs it in step {step}. Its "
+                    "process ended in the middle of training; see its log."
                 )
         for rank in self._others():
-            late = self.board.entered(rank) < step and self.board.activity(rank) is Activity.MEETING
-            if late and not self.board.has_left(rank):
-                call = self.transport.posted_last(rank)
+            # Only in an exchange that this worker has not entered: otherwise it is just slow to wake from one.
+            calls_alone = self.board.activity(rank) is Activity.MEETING and self.transport.is_ahead(rank)
+            if calls_alone and self.board.entered(rank) < step and not self.board.has_left(rank):
                 raise Disagreement(
-                    f"rank {rank} calls {call} after step {self.board.entered(rank)} while rank "
-                    f"{self.rank} is in step {step}. "
-                    "Every worker must make the same calls: take them out of conditions such as `if run.is_main`."
+                    f"rank {rank} calls {self.transport.posted_last(rank)} after step {self.board.entered(rank)} while "
+                    f"rank {self.rank} is in step {step}. {_SAME_CALLS}"
                 )
 
     def _check_meeting(self) -> None:
-        ended = self.peers.ended()
-        if ended and ended[0] != self.rank:
-            raise RankLost(
-                f"rank {ended[0]} (pid {self.board.pid(ended[0])}) has ended while rank {self.rank} "
-                "waits for it in a collective "
-                "call. Every worker must make the same calls: take them out of conditions such as `if run.is_main`."
-            )
-        for rank in self._others():
-            if self.board.activity(rank) is Activity.WAITING and not self.board.has_left(self.rank):
+        missing = [rank for rank in self._others() if self.transport.posted(rank) is None]
+        for rank in self.peers.ended():
+            if rank in missing:
+                raise RankLost(
+                    f"rank {rank} (pid {self.board.pid(rank)}) has ended while rank {self.rank} waits for it in a "
+                    f"collective call. {_SAME_CALLS}"
+                )
+        for rank in missing:
+            # Only in a step that is still open: otherwise it is just slow to wake from its end.
+            if self.board.waits_in_open_step(rank) and not self.board.has_left(self.rank):
                 raise Disagreement(
                     f"rank {self.rank} is in a collective call (save, digest, evaluate, ...) while "
-                    f"{self.board.describe(rank)}. "
-                    "Every worker must make the same calls: take them out of conditions such as `if run.is_main`."
+                    f"{self.board.describe(rank)}. {_SAME_CALLS}"
                 )
 
     def _others(self) -> list[int]:
@@ -145,7 +147,7 @@ class Team:
 class _Watch:
     """Looks after the others while this worker waits; names those that it waits for after a while."""
 
-    def __init__(self, team: Team, where: str, check: object) -> None:
+    def __init__(self, team: Team, where: str, check: Callable[[], None]) -> None:
         self._team = team
         self._where = where
         self._check = check
@@ -153,8 +155,7 @@ class _Watch:
 
     def __call__(self) -> None:
         self._team.board.raise_if_failed()
-        if callable(self._check):
-            self._check()
+        self._check()
         now = time.monotonic()
         if now > self._named_at:
             self._named_at = now + 6 * NAME_AFTER_SECONDS
@@ -170,8 +171,6 @@ class _Watch:
 
 def notice(text: str) -> None:
     """Tell the user something that is not an error."""
-    import sys
-
     print(f"lightwork: {text}", file=sys.stderr, flush=True)
 
 

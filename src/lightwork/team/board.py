@@ -373,6 +373,11 @@ class Board:
         """Return what `rank` is doing."""
         return Activity(self._ranks[rank * _RANK_WORDS + _ACTIVITY])
 
+    def waits_in_open_step(self, rank: int) -> bool:
+        """Return whether `rank` waits in a step that is not done yet."""
+        at = rank * _RANK_WORDS
+        return self.activity(rank) is Activity.WAITING and self._ranks[at + _DETAIL] >= self._header[_COMMITTED]
+
     def join(self, pid: int) -> None:
         """Put this worker on the board."""
         self._set_rank(_PID, pid)

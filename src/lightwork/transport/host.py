@@ -70,10 +70,18 @@ class HostTransport(Transport):
         count, what, _ = _HEADER.unpack_from(self._region, self._box(rank))
         return bytes(what).rstrip(b"\0").decode() if count == self._count else None
 
+    def is_ahead(self, rank: int) -> bool:
+        """Return whether `rank` has entered an exchange that this worker has not."""
+        return self._last(rank)[0] > self._count
+
     def posted_last(self, rank: int) -> str:
         """Return the last exchange that `rank` has posted."""
+        return self._last(rank)[1].rstrip(b"\0").decode()
+
+    def _last(self, rank: int) -> tuple[int, bytes, int]:
         boxes = [_HEADER.unpack_from(self._region, (rank * 2 + box) * _STRIDE) for box in range(2)]
-        return bytes(max(boxes)[1]).rstrip(b"\0").decode()
+        count, what, length = max(boxes)
+        return count, what, length
 
     def _box(self, rank: int) -> int:
         return (rank * 2 + self._count % 2) * _STRIDE
