@@ -146,7 +146,7 @@ def compare(ours, theirs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--digests", type=Path, metavar="FILE", help="write the first 3 steps' digests")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="train 3 steps, compare their digests")
