@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -11,6 +12,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from lightwork.errors import SpecError, UsageError
 from lightwork.launcher.local import launch, log_of, preload
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 
 #: The number of workers is -n's business, and the optimizer the script's.
 _SETTABLE = sorted({f.name for f in (*fields(Spec), *fields(Plan))} - {"optimizer", "world_size"})
+
+#: Bytes at the end of a log in which a traceback is looked for, and lines of it that are shown if there is none.
+_TAIL_BYTES = 256 * 1024
+_TAIL_LINES = 5
 
 _EXAMPLES = """\
 examples:
@@ -58,7 +65,9 @@ def add_parser(verbs: Verbs) -> None:
         help="a field of the spec or the plan, over the script's",
     )
     parser.add_argument("--run-dir", metavar="DIR", help="where traces and logs go (default: runs/1, runs/2, ...)")
-    parser.add_argument("--quiet", action="store_true", help="no progress: the script's own output, and errors")
+    parser.add_argument(
+        "--quiet", "--no-progress", action="store_true", help="no progress: the script's own output, and errors"
+    )
     parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's arguments")
@@ -75,15 +84,22 @@ def carry_out(options: argparse.Namespace) -> int:
     _check_script(script)
     run_dir = (Path(options.run_dir) if options.run_dir else create_run_dir(Path("runs"))).absolute()
     prepare_run_dir(run_dir)
-    preload()
-    display = RunProgress(run_dir, num_workers, quiet=options.quiet)
+    logged = {rank: _size(log_of(run_dir, rank)) for rank in range(num_workers)}
+    try:
+        preload()
+    except KeyboardInterrupt:
+        _say("interrupted by SIGINT before the workers were started.")
+        return 128 + signal.SIGINT
+    display = RunProgress(run_dir, num_workers, quiet=options.quiet, live=_is_drawable(), skip_existing=True)
     finished = False
     try:
         outcome = launch(script, num_workers, run_dir=run_dir, settings=settings, display=display)
         finished = outcome.culprit is None and outcome.interrupted is None
+    except BrokenPipeError:
+        return _conclude_unheard(run_dir)
     finally:
         display.close(finished=finished)
-    return _conclude(outcome, script, run_dir, display.last_step)
+    return _conclude(outcome, script, run_dir, display.last_step, logged)
 
 
 def parse_settings(assignments: list[str]) -> dict[str, object]:
@@ -118,19 +134,32 @@ def count_workers(workers: str, settings: dict[str, object]) -> int:
 
 def _check_script(script: Script) -> None:
     if script.is_module:
-        try:
-            found = importlib.util.find_spec(script.target)
-        except (ImportError, ValueError):
-            found = None
         sys.path.insert(0, os.getcwd())
-        if found is None and importlib.util.find_spec(script.target.partition(".")[0]) is None:
+        if not _is_module(script.target):
             raise UsageError(f"there is no module {script.target}. Give a script's path, or -m and a module's name.")
     elif not Path(script.target).is_file():
         raise UsageError(f"there is no script {script.target} in {os.getcwd()}. Give the path of a Python file.")
 
 
-def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int) -> int:
-    """Say how a team ended that did not end well, and return the exit status."""
+def _is_module(name: str) -> bool:
+    """Return whether there is such a module, without importing its packages: they are the workers' to import."""
+    first, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(first)
+    except ValueError:
+        return False
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = importlib.machinery.PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    return spec is not None
+
+
+def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int, logged: dict[int, int]) -> int:
+    """Say how a team ended that did not end well, and return the exit status.
+
+    `logged` is the size in bytes that each log had before: an earlier run's traceback is not this one's.
+    """
     if outcome.interrupted is not None:
         name = signal.Signals(outcome.interrupted).name
         where = f"after step {last_step}" if last_step >= 0 else "before the first step"
@@ -139,7 +168,7 @@ def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int) -
     culprit = outcome.culprit
     if culprit is not None:
         _say(f"{culprit.describe()} The others were ended.")
-        _show_traceback(culprit, run_dir)
+        _show_traceback(culprit, run_dir, logged)
         return culprit.exit_status or 1
     if all(ended.progress is Progress.STARTED for ended in outcome.ended):
         copies = "It ran" if len(outcome.ended) == 1 else f"{len(outcome.ended)} copies of it ran, each for itself"
@@ -151,19 +180,49 @@ def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int) -
     return 0
 
 
-def _show_traceback(culprit: Ended, run_dir: Path) -> None:
+def _conclude_unheard(run_dir: Path) -> int:
+    """Say that nobody reads the output any more (`lightwork run ... | head`), and return the exit status."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # what is still in its buffer
+    try:
+        _say(f"the reader of the output has closed it. All workers were ended; logs are in {run_dir / 'log'}.")
+    except BrokenPipeError:
+        os.dup2(nowhere, sys.stderr.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def _show_traceback(culprit: Ended, run_dir: Path, logged: dict[int, int]) -> None:
     """Show the culprit's traceback, unless the main worker, whose errors were shown as they came, made the same."""
-    traceback = _traceback(log_of(run_dir, culprit.rank))
-    if traceback and traceback.splitlines()[-1] != (_traceback(log_of(run_dir, 0)) or "\n").splitlines()[-1]:
+    traceback = _traceback(log_of(run_dir, culprit.rank), logged[culprit.rank])
+    if not traceback and culprit.status > 0 and culprit.rank != 0:
+        traceback = "\n".join(_tail(log_of(run_dir, culprit.rank), logged[culprit.rank]).splitlines()[-_TAIL_LINES:])
+    if traceback and traceback.splitlines()[-1] != (_traceback(log_of(run_dir, 0), logged[0]) or "\n").splitlines()[-1]:
         print(traceback, file=sys.stderr)
     _say(f"its log is {log_of(run_dir, culprit.rank)}")
 
 
-def _traceback(log: Path) -> str:
-    """Return the last traceback in a log, empty if there is none."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    _, marker, rest = text.rpartition("Traceback (most recent call last)")
+def _traceback(log: Path, start: int) -> str:
+    """Return the last traceback in a log after byte `start`, empty if there is none."""
+    _, marker, rest = _tail(log, start).rpartition("Traceback (most recent call last)")
     return marker + rest.rstrip() if marker else ""
+
+
+def _tail(log: Path, start: int) -> str:
+    """Return what a log holds after byte `start`, at most the last `_TAIL_BYTES`."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def _is_drawable() -> bool:
+    """Return whether standard error is a terminal whose cursor moves; FORCE_COLOR does not make a log file one."""
+    return sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
 
 
 def _say(text: str) -> None:

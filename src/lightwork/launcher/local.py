@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from lightwork.launcher.process import start_worker
@@ -37,10 +39,9 @@ def launch(
     The main worker's output goes to `display`; every worker's is kept in `run_dir`/log.
     """
     rendezvous_fd = FileRendezvous.create()
-    out_read, out_write = os.pipe()
-    err_read, err_write = os.pipe()
-    workers = []
-    for rank in range(num_workers):
+    supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), display)
+
+    def start(rank: int) -> BaseProcess:
         environment = Environment(
             rank=rank,
             world_size=num_workers,
@@ -50,19 +51,21 @@ def launch(
             run_dir=str(run_dir),
             settings=settings,
         )
+        log = log_of(run_dir, rank)
         if rank == 0:
-            workers.append(start_worker(environment, script.run, stdout=out_write, stderr=err_write))
-            continue
-        log = os.open(log_of(run_dir, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        workers.append(start_worker(environment, script.run, stdout=log, stderr=log))
-        os.close(log)
-    os.close(out_write)
-    os.close(err_write)
-    supervisor = Supervisor(workers, FileRendezvous(rendezvous_fd, 0), display)
-    supervisor.forward(out_read, log_of(run_dir, 0), error=False)
-    supervisor.forward(err_read, log_of(run_dir, 0), error=True)
+            stdout, stderr = supervisor.forward(log, error=False), supervisor.forward(log, error=True)
+        else:
+            stdout = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            stderr = os.dup(stdout)
+        try:
+            return start_worker(environment, script.run, stdout=stdout, stderr=stderr)
+        finally:
+            # Of the pipes the main worker alone keeps this end: they end with it.
+            os.close(stdout)
+            os.close(stderr)
+
     try:
-        return supervisor.run()
+        return supervisor.run([functools.partial(start, rank) for rank in range(num_workers)])
     finally:
         os.close(rendezvous_fd)
 

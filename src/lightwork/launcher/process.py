@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
@@ -27,9 +28,14 @@ def start_worker(environment: Environment, main: Callable[[], int], *, stdout: i
 
     `stdout` and `stderr` are descriptors that become the worker's; standard input is empty.
     """
-    arguments = (os.getpid(), environment, main, stdout, stderr)
-    process = multiprocessing.get_context("fork").Process(target=_be_worker, args=arguments)
-    process.start()
+    # Held until the worker has handlers of its own: it would take a signal that ends it for one to this process.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        arguments = (os.getpid(), mask, environment, main, stdout, stderr)
+        process = multiprocessing.get_context("fork").Process(target=_be_worker, args=arguments)
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if process.pid is not None:
         with contextlib.suppress(OSError):  # the worker does the same; whoever comes first
             os.setpgid(process.pid, process.pid)
@@ -43,7 +49,20 @@ def kill_group(process: BaseProcess, number: int) -> None:
             os.killpg(process.pid, number)
 
 
-def _be_worker(parent: int, environment: Environment, main: Callable[[], int], stdout: int, stderr: int) -> None:
+def group_lives(process: BaseProcess) -> bool:
+    """Return whether something that a worker started still runs, or the worker itself."""
+    if process.pid is None:
+        return False
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _be_worker(
+    parent: int, mask: set[int], environment: Environment, main: Callable[[], int], stdout: int, stderr: int
+) -> None:
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
     if sys.platform == "linux":
@@ -54,6 +73,11 @@ def _be_worker(parent: int, environment: Environment, main: Callable[[], int], s
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    # At the descriptor too, not only sys.stdin: what a worker starts would read from the terminal, and be stopped.
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.environ.update(environment.variables())
@@ -63,5 +87,6 @@ def _be_worker(parent: int, environment: Environment, main: Callable[[], int], s
     try:
         status = main()
     finally:
+        threading._shutdown()  # type: ignore[attr-defined]  # as Python ends: first threads, then exit handlers
         atexit._run_exitfuncs()
     sys.exit(status)

@@ -49,9 +49,12 @@ def _status_of(end: SystemExit) -> int:
 
 
 def _own_frames(trace: TracebackType | None) -> TracebackType | None:
-    """Return the traceback from the script's first frame on, without those of runpy and of this file."""
+    """Return the traceback from the script's first frame on, without those of runpy and of this file.
+
+    None for a script that could not be parsed: it has no frame.
+    """
     hidden = {__file__, runpy.__file__, "<frozen runpy>"}
-    while trace is not None and trace.tb_next is not None:
+    while trace is not None:
         (frame,) = traceback.extract_tb(trace, limit=1)
         if frame.filename not in hidden:
             break

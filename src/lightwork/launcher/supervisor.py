@@ -12,7 +12,7 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from multiprocessing.process import BaseProcess
@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Protocol
 
 from lightwork.errors import EXIT_BECAUSE_OF_PEER
-from lightwork.launcher.process import kill_group
+from lightwork.launcher.process import group_lives, kill_group
 from lightwork.team.rendezvous import FileRendezvous, Progress
 
 #: Seconds between SIGTERM and SIGKILL after a failure, and after an interruption.
 GRACE_AFTER_FAILURE = 2.0
 GRACE_AFTER_INTERRUPT = 5.0
+
+#: Seconds for which what a worker leaves running may go on: Python's resource tracker frees its shared memory then.
+GRACE_AFTER_END = 0.5
 
 #: Seconds in which the cause is looked for when a worker says that another one failed.
 CAUSE_WINDOW = 1.0
@@ -68,13 +71,13 @@ class Ended:
         """Say how it ended."""
         who = f"rank {self.rank} (pid {self.pid})"
         if self.status < 0:
-            name = signal.Signals(-self.status).name
-            hint = {
+            hints: dict[int, str] = {
                 signal.SIGKILL: " The kernel's out-of-memory killer does this: see dmesg, or use fewer workers.",
                 signal.SIGSEGV: " A crash in compiled code: run with python -X faulthandler.",
                 signal.SIGBUS: " Shared memory without room behind it: the host or its container is out of memory.",
-            }.get(signal.Signals(-self.status), "")
-            return f"{who} was killed by {name} {_where(self.progress)}.{hint}"
+            }
+            hint = hints.get(-self.status, "")
+            return f"{who} was killed by {_signal_name(-self.status)} {_where(self.progress)}.{hint}"
         if self.status == 0:
             return f"{who} exited with status 0 {_where(self.progress)}, while others need it."
         return f"{who} failed with exit status {self.status} {_where(self.progress)}."
@@ -87,6 +90,13 @@ class Outcome:
     ended: tuple[Ended, ...]
     culprit: Ended | None  #: the first failure, None when all went well
     interrupted: int | None  #: the signal that this process was sent
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal: only the first and the last have names
+        return f"signal {number}"
 
 
 def _where(progress: Progress) -> str:
@@ -102,11 +112,12 @@ def _where(progress: Progress) -> str:
 class Supervisor:
     """The workers of one team, from the fork to the end of the last."""
 
-    def __init__(self, workers: Sequence[BaseProcess], rendezvous: FileRendezvous, display: Display) -> None:
+    def __init__(self, rendezvous: FileRendezvous, display: Display) -> None:
         self._rendezvous = rendezvous
         self._display = display
-        self._workers = workers
-        self._running = dict(enumerate(workers))
+        self._num_workers = 0
+        self._running: dict[int, BaseProcess] = {}
+        self._leftovers: list[tuple[BaseProcess, float]] = []
         self._ended: list[Ended] = []
         self._culprit: Ended | None = None
         self._interrupted: int | None = None
@@ -118,8 +129,8 @@ class Supervisor:
         os.set_blocking(self._wake_write, False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, "wake")
 
-    def forward(self, fd: int, log: Path, *, error: bool) -> None:
-        """Pass on what comes through `fd` to the display and to the file `log`."""
+    def forward(self, log: Path, *, error: bool) -> int:
+        """Return a descriptor, the caller's, from which all that is written goes to the display and the file `log`."""
         sink = log.open("ab", buffering=0)
         show = self._display.write_error if error else self._display.write_out
 
@@ -128,13 +139,21 @@ class Supervisor:
             show(data)
 
         self._logs.append(sink)
+        fd, write_end = os.pipe()
         self._selector.register(fd, selectors.EVENT_READ, pass_on)
+        return write_end
 
-    def run(self, timeout: float | None = None) -> Outcome:
-        """Wait until every worker has ended. Blocks: at most `timeout` seconds, then they are killed."""
+    def run(self, starts: Sequence[Callable[[], BaseProcess]], timeout: float | None = None) -> Outcome:
+        """Start a worker by each of `starts`, in the order of ranks, and wait until every one has ended.
+
+        A signal that comes while they are started is heard; if one can not be started, those that were are killed.
+
+        Blocks: at most `timeout` seconds, then they are killed.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         before = self._catch_signals()
         try:
+            self._start(starts)
             while self._running:
                 self._look(TICK)
                 self._reap()
@@ -145,6 +164,7 @@ class Supervisor:
                     self._send(signal.SIGKILL)
                 if deadline is not None and now > deadline:
                     self._send(signal.SIGKILL)
+                self._end_leftovers(now)
                 self._display.tick()
             self._judge()
             self._drain()
@@ -152,13 +172,24 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(-1)
-            self._send(signal.SIGKILL)
-            for worker in self._workers:  # a worker that ended may have left something running
+            for worker in self._running.values():
                 kill_group(worker, signal.SIGKILL)
                 worker.join()
+            while any(group_lives(worker) for worker, _ in self._leftovers):
+                self._end_leftovers(time.monotonic())
+                time.sleep(0.01)
             self._close()
         by_rank = tuple(sorted(self._ended, key=lambda ended: ended.rank))
         return Outcome(ended=by_rank, culprit=self._culprit, interrupted=self._interrupted)
+
+    def _start(self, starts: Sequence[Callable[[], BaseProcess]]) -> None:
+        for rank, start in enumerate(starts):
+            if self._interrupted is not None:
+                break
+            self._running[rank] = start()
+            self._num_workers += 1
+        if self._interrupted is not None:  # the signal found only those that were there
+            self._send(signal.SIGTERM)
 
     def _look(self, seconds: float) -> bool:
         events = self._selector.select(seconds)
@@ -172,6 +203,7 @@ class Supervisor:
                 key.data(data)
             else:
                 self._selector.unregister(key.fd)
+                os.close(key.fd)
         return any(key.data != "wake" for key, _ in events)
 
     def _drain(self) -> None:
@@ -186,6 +218,7 @@ class Supervisor:
             if status is None:
                 continue
             del self._running[rank]
+            self._leftovers.append((worker, time.monotonic() + GRACE_AFTER_END))
             ended = Ended(rank=rank, pid=worker.pid or 0, status=status, progress=self._rendezvous.progress(rank))
             self._ended.append(ended)
         # One that ended early may become a failure later: when another one reaches `distribute`.
@@ -198,7 +231,7 @@ class Supervisor:
     def _is_failure(self, ended: Ended) -> bool:
         if ended.status != 0 or ended.progress in (Progress.JOINING, Progress.TRAINING):
             return True
-        ranks = range(len(self._workers))
+        ranks = range(self._num_workers)
         others_joined = any(self._rendezvous.progress(rank) > Progress.STARTED for rank in ranks)
         return ended.progress is Progress.STARTED and others_joined
 
@@ -211,6 +244,13 @@ class Supervisor:
             if self._culprit is not None:
                 self._end(GRACE_AFTER_FAILURE)
 
+    def _end_leftovers(self, now: float) -> None:
+        # Not at the end of the run: by then a group's number may be that of another program's.
+        for worker, deadline in list(self._leftovers):
+            if now > deadline:
+                kill_group(worker, signal.SIGKILL)
+                self._leftovers.remove((worker, deadline))
+
     def _end(self, grace: float) -> None:
         self._send(signal.SIGTERM)
         self._kill_at = time.monotonic() + grace
@@ -221,7 +261,7 @@ class Supervisor:
 
     def _catch_signals(self) -> dict[int, signal.Handlers | None]:
         def on_signal(number: int, frame: object) -> None:
-            if self._interrupted is None:
+            if self._interrupted is None and self._culprit is None:
                 self._interrupted = number
                 self._end(GRACE_AFTER_INTERRUPT)
             else:

@@ -5,6 +5,7 @@ For tests, benchmarks and notebooks: as `lightwork run`, without a script.
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
@@ -12,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,8 @@ def fork_team(
     """
     rendezvous_fd = FileRendezvous.create()
     with tempfile.TemporaryDirectory(prefix="lightwork-team-") as folder:
-        workers = []
-        for rank in range(num_workers):
+
+        def start(rank: int) -> BaseProcess:
             environment = Environment(
                 rank=rank,
                 world_size=num_workers,
@@ -69,10 +71,13 @@ def fork_team(
                 run_dir=run_dir,
                 settings=settings or {},
             )
-            answer = Path(folder) / f"{rank}"
-            workers.append(start_worker(environment, _answering(function, answer), stdout=1, stderr=2))
-        outcome = Supervisor(workers, FileRendezvous(rendezvous_fd, 0), _Silence()).run(timeout)
-        os.close(rendezvous_fd)
+            return start_worker(environment, _answering(function, Path(folder) / f"{rank}"), stdout=1, stderr=2)
+
+        supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), _Silence())
+        try:
+            outcome = supervisor.run([functools.partial(start, rank) for rank in range(num_workers)], timeout)
+        finally:
+            os.close(rendezvous_fd)
         return [_result(ended.rank, ended.status, Path(folder) / f"{ended.rank}") for ended in outcome.ended]
 
 

@@ -20,6 +20,12 @@ from lightwork.units import format_count, format_seconds
 #: Seconds between two refreshes of the live display; each costs a few milliseconds of a core that a worker may need.
 REFRESH_SECONDS = 0.5
 
+#: Refreshes between which output waits for the next one, when there is much of it: drawing costs more than writing.
+_WRITES_PER_REFRESH = 2
+
+#: Bytes of traces that are parsed in a refresh, of all workers together (about 10 ms per MB of a core, 2026-11).
+_READ_BYTES = 64 * 1024
+
 #: Seconds between two plain lines, where there is no terminal.
 LINE_SECONDS = 10.0
 
@@ -32,16 +38,46 @@ class RunProgress:
     Owns: the bottom lines of the terminal, until `close`.
     """
 
-    def __init__(self, run_dir: Path, num_workers: int, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        num_workers: int,
+        *,
+        quiet: bool,
+        live: bool | None = None,
+        skip_existing: bool = False,
+    ) -> None:
+        """Begin to show a run.
+
+        `live` says whether standard error is a terminal to draw on; left out, rich decides, which FORCE_COLOR
+        persuades. With `skip_existing` what the run directory holds already, from an earlier run, is not looked at.
+        """
         self._run_dir = run_dir
         self._quiet = quiet
         self._console = Console(stderr=True)
-        self._tails = [Tail(run_dir / "trace" / f"rank{rank}.jsonl") for rank in range(num_workers)]
+        self._tails = [
+            Tail(
+                run_dir / "trace" / f"rank{rank}.jsonl",
+                max_read=max(_READ_BYTES // num_workers, 16 * 1024),
+                keep='"name": "steps"' if rank == 0 else None,
+                skip_existing=skip_existing,
+            )
+            for rank in range(num_workers)
+        ]
         self._summary = Summary()
         self._shown_at = time.monotonic()
+        self._pending: list[tuple[TextIO, bytes]] = []
+        self._wrote_at = 0.0
         self._live: Live | None = None
-        if self._console.is_terminal and not quiet:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False)
+        if (self._console.is_terminal if live is None else live) and not quiet:
+            # No redirection: workers are forked from here, and would inherit streams that wrap and draw.
+            self._live = Live(
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
             self._live.start()
 
     @property
@@ -60,6 +96,8 @@ class RunProgress:
     def tick(self) -> None:
         """Refresh, if it is time to."""
         now = time.monotonic()
+        if now - self._wrote_at >= REFRESH_SECONDS / _WRITES_PER_REFRESH:
+            self._flush()
         if self._quiet or now - self._shown_at < (REFRESH_SECONDS if self._live else LINE_SECONDS):
             return
         self._shown_at = now
@@ -77,6 +115,7 @@ class RunProgress:
 
     def close(self, *, finished: bool) -> None:
         """Take the display away; if the run came to its end, with one line on what it did."""
+        self._flush()
         self.update()
         if self._live is not None:
             self._live.stop()
@@ -90,7 +129,9 @@ class RunProgress:
         parts = [f"step {summary.step + 1}{'' if summary.total is None else f'/{summary.total}'}"]
         if summary.loss is not None:
             parts.append(f"loss {summary.loss:.4g}")
-        parts.append(self._rate())
+        if summary.grad_norm is not None:
+            parts.append(f"grad norm {summary.grad_norm:.3g}")
+        parts.append(_rate(summary.rates()))
         if summary.seconds_left is not None:
             parts.append(f"time left {format_seconds(summary.seconds_left)}")
         return "  ".join(part for part in parts if part)
@@ -98,17 +139,12 @@ class RunProgress:
     def final_line(self) -> str:
         """Return what the run did, on one line."""
         summary = self._summary
-        seconds = (summary.last_time or 0.0) - (summary.first_time or 0.0)
+        rate = _rate(summary.mean_rates())
         return (
-            f"lightwork: {summary.done} steps in {format_seconds(seconds)} by {len(self._tails)} "
-            f"worker{'s' if len(self._tails) > 1 else ''}, {self._rate()}; traces and logs in {_short(self._run_dir)}"
+            f"lightwork: {summary.done} steps in {format_seconds(summary.seconds)} by {len(self._tails)} "
+            f"worker{'s' if len(self._tails) > 1 else ''}{', ' if rate else ''}{rate}; "
+            f"traces and logs in {_short(self._run_dir)}"
         )
-
-    def _rate(self) -> str:
-        samples, tokens = self._summary.rates()
-        if tokens:
-            return f"{format_count(tokens)} tokens/s"
-        return f"{format_count(samples)} samples/s" if samples else ""
 
     def _render(self) -> Group:
         summary = self._summary
@@ -133,16 +169,34 @@ class RunProgress:
         return text
 
     def _write(self, stream: TextIO, data: bytes) -> None:
-        if self._live is not None:
+        self._pending.append((stream, data))
+        if self._live is None or time.monotonic() - self._wrote_at >= REFRESH_SECONDS / _WRITES_PER_REFRESH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        if self._live is not None and self._live.is_started:
             # The live lines are taken away first, and come back below what is written.
             self._live.update(Text(""), refresh=True)
             self._live.stop()
-        stream.buffer.write(data)
-        stream.buffer.flush()
+        data = b""
+        for stream, data in pending:
+            stream.buffer.write(data)
+            stream.buffer.flush()
+        self._wrote_at = time.monotonic()
         # After a line that is not complete they stay away: they would take it with them when they go.
         if self._live is not None and data.endswith(b"\n"):
             self._live.start()
             self._live.update(self._render(), refresh=True)
+
+
+def _rate(rates: tuple[float, float]) -> str:
+    samples, tokens = rates
+    if tokens:
+        return f"{format_count(tokens)} tokens/s"
+    return f"{format_count(samples)} samples/s" if samples else ""
 
 
 def _bar(share: float) -> ProgressBar:

@@ -46,33 +46,40 @@ class Summary:
     workers: dict[int, WorkerSummary] = field(default_factory=dict)
     started: float | None = None
     _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    _amounts: dict[int, tuple[int, int]] = field(default_factory=dict)  # step -> samples, tokens
+    _amounts: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # step -> samples, tokens, workers
+    _newest: int = -1
     first_time: float | None = None
     last_time: float | None = None
 
     def feed(self, rank: int, record: dict[str, Any]) -> None:
         """Take in one record of a worker's trace."""
         worker = self.workers.setdefault(rank, WorkerSummary())
-        if record["kind"] == "span":
+        kind, name = record.get("kind"), record.get("name")
+        if kind == "span":
             activity = ACTIVITY_OF.get(record["name"])
             if activity is not None:
                 worker.add_seconds(activity, record["seconds"])
-        elif record["kind"] == "event" and record["name"] == "steps" and rank == 0:
+        elif kind == "event" and name == "steps" and rank == 0:
             self.first, self.total = record["first"], record["total"]
             self.first_time = self.first_time or record["at"]
-        elif record["kind"] == "event" and record["name"] == "step":
+        elif kind == "event" and name == "step":
             self._feed_step(rank, worker, record)
 
     def _feed_step(self, rank: int, worker: WorkerSummary, record: dict[str, Any]) -> None:
         step = record["step"]
         worker.micro_batches.append(len(record["micro_batches"]))
-        samples, tokens = self._amounts.get(step, (0, 0))
-        self._amounts[step] = (samples + record["samples"], tokens + record["tokens"])
-        for old in [s for s in self._amounts if s < step - WINDOW]:
-            del self._amounts[old]
+        if step > self._newest:
+            self._newest = step
+            while self._amounts and (oldest := next(iter(self._amounts))) < step - WINDOW:
+                del self._amounts[oldest]
+        if step >= self._newest - WINDOW:
+            samples, tokens, reports = self._amounts.get(step, (0, 0, 0))
+            self._amounts[step] = (samples + record["samples"], tokens + record["tokens"], reports + 1)
         if rank == 0:
             self.step, self.loss, self.grad_norm = step, record["loss"], record["grad_norm"]
             self._times.append((step, record["at"]))
+            if self.first_time is None:
+                self.first_time = record["at"]
             self.last_time = record["at"]
 
     @property
@@ -90,8 +97,21 @@ class Summary:
 
     def rates(self) -> tuple[float, float]:
         """Return samples and tokens a second over the last steps; 0 where unknown."""
-        seconds = self.seconds_per_step
-        complete = [amounts for step, amounts in self._amounts.items() if step <= self.step]
+        return self._rates(self.seconds_per_step)
+
+    def mean_rates(self) -> tuple[float, float]:
+        """Return samples and tokens a second over this whole run, with the last steps' amounts for all; 0: unknown."""
+        return self._rates(self.seconds / self.done if self.done else None)
+
+    @property
+    def seconds(self) -> float:
+        """The time from the first step's beginning to the last one's end; 0 where either is unknown."""
+        return 0.0 if self.first_time is None or self.last_time is None else self.last_time - self.first_time
+
+    def _rates(self, seconds: float | None) -> tuple[float, float]:
+        # Traces are not read up to the same step: one that some worker has not told of yet would count too little.
+        most = max((reports for _, _, reports in self._amounts.values()), default=0)
+        complete = [(samples, tokens) for samples, tokens, reports in self._amounts.values() if reports == most]
         if not seconds or not complete:
             return 0.0, 0.0
         samples = sum(s for s, _ in complete) / len(complete)
