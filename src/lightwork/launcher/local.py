@@ -45,8 +45,6 @@ def launch(
         environment = Environment(
             rank=rank,
             world_size=num_workers,
-            local_rank=rank,
-            local_world_size=num_workers,
             rendezvous_fd=rendezvous_fd,
             run_dir=str(run_dir),
             settings=settings,

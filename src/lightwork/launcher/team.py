@@ -65,8 +65,6 @@ def fork_team(
             environment = Environment(
                 rank=rank,
                 world_size=num_workers,
-                local_rank=rank,
-                local_world_size=num_workers,
                 rendezvous_fd=rendezvous_fd,
                 run_dir=run_dir,
                 settings=settings or {},

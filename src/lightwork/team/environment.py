@@ -55,8 +55,8 @@ class Environment:
         variables = {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "LOCAL_RANK": str(self.rank),  # its teams are on one host
+            "LOCAL_WORLD_SIZE": str(self.world_size),
             "LIGHTWORK_SETTINGS": json.dumps(dict(self.settings)),
         }
         if self.rendezvous_fd is not None:
