@@ -80,3 +80,21 @@ def test_a_script_that_never_reaches_distribute_is_told_so(tmp_path: Path) -> No
     assert result.out == "hello\n"
     assert "train.py ended without calling lightwork.distribute. 2 copies of it ran" in result.err
     assert "global_batch" in result.err, "it says what to do"
+
+
+COMPILED_LATER = """
+print("before", "torch._dynamo" in sys.modules)
+import torch._dynamo
+later = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
+later.zero_grad()
+kept_out = torch.optim.Optimizer.zero_grad.__wrapped__.__dynamo_disable
+print("after", len(later.state_dict()["param_groups"]), kept_out.__module__)
+"""
+
+
+def test_training_leaves_torchs_compiler_out_until_the_script_imports_it(tmp_path: Path) -> None:
+    result = lightwork_run(tmp_path, script(end=COMPILED_LATER))
+    assert result.status == 0, result.text
+    before, after = result.out.splitlines()
+    assert before == "before False"
+    assert after == "after 1 torch._dynamo.eval_frame", "torch's own way, as soon as there is a compiler"

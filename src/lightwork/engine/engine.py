@@ -152,6 +152,7 @@ class Engine:
         self._num_optimized = sum(len(group["params"]) for group in blueprint.optimizer.param_groups)
         self._num_micro_batches = 0
         self._map: StepMap | None = None
+        self._settings: tuple[object, int] = (None, 0)
         self._seconds = {"wait": 0.0, "reduce": 0.0, "update": 0.0}
         self._step_start = 0.0
         self.compute: Compute
@@ -182,10 +183,8 @@ class Engine:
         self._map = None
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._step_start = time.perf_counter()
-        # Not `hash`, which differs between processes for strings.
-        trainable = [p.requires_grad for p in self.weights.parameters]
-        settings = zlib.crc32(repr((hyper_parameters(self.optimizer), trainable)).encode())
-        return self.board.enter(step, num_micro_batches, settings, clip=self.spec.clip_grad_norm is not None)
+        clip = self.spec.clip_grad_norm is not None
+        return self.board.enter(step, num_micro_batches, self._settings_hash(), clip=clip)
 
     def begin_micro_batch(self, step: int, index: int) -> None:
         """Set the random state and the buffers from which micro-batch `index` is computed, whoever does."""
@@ -281,6 +280,14 @@ class Engine:
                 "distribute. Parameters can not be "
                 "added or removed during a run: add them before distribute, and freeze with requires_grad_(False)."
             )
+
+    def _settings_hash(self) -> int:
+        """Return a hash of all that must be the same on every worker and may change between steps."""
+        settings = (hyper_parameters(self.optimizer), [p.requires_grad for p in self.weights.parameters])
+        if settings != self._settings[0]:  # mostly they are as they were, and this takes as long as a small product
+            # Not `hash`, which differs between processes for strings.
+            self._settings = settings, zlib.crc32(repr(settings).encode())
+        return self._settings[1]
 
     def _step_map(self, step: int) -> StepMap:
         """Return the map of the step's partial sums; only while holding a claim, so that the step stays open."""

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lightwork.engine.memory import SharedMemory
 from lightwork.engine.weights import Weights, like
 from lightwork.errors import UsageError
-from lightwork.spec.layout import Block
+from lightwork.spec.layout import Span
 from lightwork.spec.tree import Node, fold
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,7 +32,7 @@ class Slots:
         self._layout = weights.layout
         self._num_slots = num_slots
         self._flat = memory.tensor("partial sums", torch.float32)
-        self._blocks: dict[tuple[int, int, bool, Block], torch.Tensor] = {}
+        self._views: dict[tuple[int, int, bool, int], torch.Tensor] = {}
         self._dtypes = [_DTYPES[p.dtype] for p in self._layout.parameters]
 
     @staticmethod
@@ -49,13 +49,21 @@ class Slots:
         whole = self._flat[first : first + self._layout.parameters[parameter].numel]
         return whole.view(dtype)[start:end]
 
-    def block(self, rank: int, slot: int, node: Node, block: Block) -> torch.Tensor:
-        """Return the elements of a block in a partial sum, flat. The views are kept: making one "
-        "costs as much as a sum."""
-        key = (rank, slot, node.end - node.first > 1, block)
-        view = self._blocks.get(key)
-        if view is None:
-            view = self._blocks[key] = self.elements(rank, slot, node, block.parameter, block.start, block.end)
+    def span(self, rank: int, slot: int, node: Node, span: Span) -> torch.Tensor:
+        """Return the elements of a span in a partial sum, flat; of several blocks, if all are fp32 there.
+
+        The views are kept: making one costs as much as a sum.
+        """
+        key = (rank, slot, node.end - node.first > 1, span.start)
+        view = self._views.get(key)
+        if view is None or view.numel() != span.numel:
+            first = span.blocks[0]
+            if len(span.blocks) == 1:
+                view = self.elements(rank, slot, node, first.parameter, first.start, first.end)
+            else:
+                start = (rank * self._num_slots + slot) * self._layout.numel
+                view = self._flat[start + span.start : start + span.end]
+            self._views[key] = view
         return view
 
 
@@ -113,8 +121,7 @@ class Gradients:
         return [self._held[n][0] for n in chain], slot, node
 
     def commit(self, slot: int, node: Node, touched: memoryview) -> None:
-        """Take the sum that `run` made in place of those that went into it; `touched` receives the "
-        "leaf's parameters."""
+        """Take the sum that `run` made in place of those that went into it; `touched` gets the leaf's parameters."""
         touched[:] = self._touched
         present = bytes(self._touched)
         for _, theirs in self._siblings:

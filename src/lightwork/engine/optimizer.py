@@ -26,7 +26,7 @@ from torch import optim
 from lightwork.engine.memory import SharedMemory
 from lightwork.engine.weights import Weights, like
 from lightwork.errors import SpecError
-from lightwork.spec.layout import Block, Bucket, Layout, ParameterSpec
+from lightwork.spec.layout import Block, Layout, ParameterSpec
 
 _ELEMENTWISE: tuple[type[optim.Optimizer], ...] = (
     optim.SGD,
@@ -134,7 +134,8 @@ def _probe(optimizer: optim.Optimizer, group_index: int, shape: tuple[int, ...])
         shadow.state[scratch] = {name: _scratch_like(value, owner, shape) for name, value in existing.items()}
     before = {name: value for name, value in shadow.param_groups[0].items() if name != "params"}
     try:
-        shadow.step()
+        with torch.no_grad():
+            _bare_step(optimizer)(shadow)
     except Exception as error:
         raise SpecError(
             f"{type(optimizer).__name__} failed on a scratch parameter of shape {shape}: {error}. "
@@ -183,9 +184,53 @@ def _shadow_of(optimizer: optim.Optimizer, group: dict[str, Any], tensors: Seque
     return shadow
 
 
+def _bare_step(optimizer: optim.Optimizer) -> Callable[[optim.Optimizer], object]:
+    """Return the class's `step`, to be called without autograd.
+
+    torch's own classes wrap it for profilers and compilers: that costs as much as a small update itself, and imports
+    torch._dynamo. What another class wraps it for is not known, and kept.
+    """
+    step: Callable[[optim.Optimizer], object] = type(optimizer).step
+    return inspect.unwrap(step) if is_elementwise(optimizer) else step
+
+
+def _has_plain_adam_kernel(optimizer: optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Return whether an update is nothing but torch's fused kernel of Adam or AdamW, with numbers as settings."""
+    plain = isinstance(group.get("lr"), float) and all(isinstance(beta, float) for beta in group.get("betas", (None,)))
+    return plain and type(optimizer) in (optim.Adam, optim.AdamW) and _implementation(optimizer, group) == "fused"
+
+
+def _fused_adam(
+    group: dict[str, Any],
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    state: dict[str, list[torch.Tensor]],
+) -> None:
+    """Do what `step` of Adam and AdamW does with `fused=True`, of which a small update spends three quarters in Python.
+
+    (Two-layer perceptron, 2026-11: 190 us by `step`, 45 by this.)
+    """
+    torch._foreach_add_(state["step"], 1)
+    kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    kernel(
+        parameters,
+        gradients,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state.get("max_exp_avg_sq", []),
+        state["step"],
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+    )
+
+
 class StateLayout:
-    """Where each block's state lies: a flat region for each entry of the parameters' own shape, one "
-    "for all the rest."""
+    """Where each block's state lies: a flat region for each entry of the parameters' shape, one for the rest."""
 
     def __init__(self, layout: Layout, entries: dict[tuple[int, tuple[int, ...]], list[StateEntry]]) -> None:
         self.flat: dict[str, torch.dtype] = {}
@@ -221,11 +266,10 @@ class BlockOptimizer:
         self._flat = {name: memory.tensor(f"state {name}", dtype) for name, dtype in state_layout.flat.items()}
         self._odd = memory.tensor("state odd")
         self._initialised = memory.region("state initialised")  # a byte for each block
-        # torch's classes wrap `step` for profilers and compilers, which costs as much as a small update itself.
-        bare = inspect.unwrap(type(optimizer).step) if is_elementwise(optimizer) else type(optimizer).step
-        self._step: Callable[[optim.Optimizer], object] = bare
+        self._step = _bare_step(optimizer)
         self._shadows: dict[int, tuple[optim.Optimizer, list[torch.Tensor]]] = {}
         self._views: dict[int, list[tuple[StateEntry, torch.Tensor]]] = {}  # of each block, made once
+        self._lists: dict[int, tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]] = {}  # of each bucket
 
     def update(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take one optimizer step on the blocks of `bucket`; `gradients`, one for each, flat or None to skip it.
@@ -234,8 +278,15 @@ class BlockOptimizer:
 
         Shapes: as the blocks, or the whole parameter's.
         """
+        spec = self._layout.buckets[bucket]
+        group, first = self._optimizer.param_groups[spec.group], spec.first_block
+        present = [gradient for gradient in gradients if gradient is not None]
+        is_new = 0 in bytes(self._initialised[first : spec.end_block])
+        if len(present) == len(gradients) and not is_new and _has_plain_adam_kernel(self._optimizer, group):
+            parameters, state = self._lists_of(bucket)
+            _fused_adam(group, parameters, present, state)
+            return
         shadow, tensors = self._shadow(bucket)
-        first = self._layout.buckets[bucket].first_block
         indices = [first + i for i, gradient in enumerate(gradients) if gradient is not None]
         old = [i for i in indices if self._initialised[i]]
         # New blocks in a call of their own: a fused kernel takes its list for new or old as a whole.
@@ -253,8 +304,10 @@ class BlockOptimizer:
                 self._keep(shadow, tensors[index - first], index)
 
     def state_of(self, parameter: int) -> dict[str, torch.Tensor]:
-        """Return a parameter's whole state as tensors (views), empty before its first update. "
-        "Numbers become float64."""
+        """Return a parameter's whole state as tensors (views), empty before its first update.
+
+        Numbers become float64.
+        """
         blocks = [i for i, block in enumerate(self._layout.blocks) if block.parameter == parameter]
         if not blocks or not self._initialised[blocks[0]]:
             return {}
@@ -355,14 +408,22 @@ class BlockOptimizer:
                 state[entry.name] = view
         self._initialised[index] = 1
 
+    def _lists_of(self, bucket: int) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
+        """Return the blocks of a bucket and each entry of their state, block by block."""
+        lists = self._lists.get(bucket)
+        if lists is None:
+            spec = self._layout.buckets[bucket]
+            state: dict[str, list[torch.Tensor]] = defaultdict(list)
+            for index in range(spec.first_block, spec.end_block):
+                for entry, view in self._views_of(index):
+                    state[entry.name].append(view)
+            blocks = self._layout.blocks[spec.first_block : spec.end_block]
+            lists = self._lists[bucket] = [self._block_tensor(block) for block in blocks], dict(state)
+        return lists
+
     def _views_of(self, index: int) -> list[tuple[StateEntry, torch.Tensor]]:
         views = self._views.get(index)
         if views is None:
             places = self._state_layout.of_block[index]
             views = self._views[index] = [(entry, self._view(index, entry, offset)) for entry, offset in places]
         return views
-
-
-def bucket_elements(layout: Layout, bucket: Bucket) -> int:
-    """Return the elements of a bucket's blocks."""
-    return sum(block.end - block.start for block in layout.blocks[bucket.first_block : bucket.end_block])

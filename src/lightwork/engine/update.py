@@ -7,15 +7,15 @@ weight, clip, take the optimizer's step, write the working weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lightwork.engine.gradients import Slots, present_nodes
-from lightwork.engine.optimizer import BlockOptimizer, bucket_elements
+from lightwork.engine.optimizer import BlockOptimizer
 from lightwork.engine.weights import Weights
-from lightwork.spec.layout import Block
+from lightwork.spec.layout import Span, span_of, spans_of
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
 
 
@@ -30,6 +30,10 @@ class StepMap:
     scale: float  #: of clipping, 1 for none
 
 
+#: A span, its place in the scratch memory, and those of its blocks.
+_Space = tuple[Span, torch.Tensor, list[tuple[Span, torch.Tensor]]]
+
+
 class Updater:
     """Measures and updates buckets."""
 
@@ -38,15 +42,16 @@ class Updater:
         self._layout = weights.layout
         self._slots = slots
         self._optimizer = optimizer
-        largest = max((bucket_elements(self._layout, bucket) for bucket in self._layout.buckets), default=0)
-        depth = 8  # temporaries of a sum, made when a tree needs them
-        self._scratch = torch.empty(largest)
-        self._temporaries: list[torch.Tensor | None] = [None] * depth
-        self._largest_block = max((b.end - b.start for b in self._layout.blocks), default=0)
+        spans = [spans_of(self._layout, bucket) for bucket in self._layout.buckets]
+        self._scratch = torch.empty(max((sum(s.numel for s in of_bucket) for of_bucket in spans), default=0))
+        self._spaces = [list(self._lay_out(of_bucket)) for of_bucket in spans]
+        self._temporaries: list[torch.Tensor] = []  # of a sum, made when a tree needs them
+        self._largest = max((s.numel for of_bucket in spans for s in of_bucket), default=0)
         self._map: StepMap | None = None
         self._tree: Sum = Node(0, 1)
         self._everywhere = b""  # by parameter: whether every micro-batch touched it
         self._anywhere = b""  # ... any one
+        self._has_leaves = True  # whether a worker holds the gradient of a single micro-batch
 
     def begin(self, step_map: StepMap) -> None:
         """Use `step_map` from now on."""
@@ -57,15 +62,18 @@ class Updater:
         rows = [bytes(row) for row in step_map.touched]
         self._everywhere = bytes(map(min, *rows)) if len(rows) > 1 else rows[0]
         self._anywhere = bytes(map(max, *rows)) if len(rows) > 1 else rows[0]
+        self._has_leaves = any(node.end - node.first == 1 for node in step_map.places)
 
     def gradients(self, bucket: int) -> list[torch.Tensor | None]:
         """Return the mean gradient of each block of a bucket, flat; None where no micro-batch touched the parameter."""
+        step_map = self._current()
         gradients: list[torch.Tensor | None] = []
-        at = 0
-        for block in self._blocks(bucket):
-            size = block.end - block.start
-            gradients.append(self._gradient(block, self._scratch[at : at + size]))
-            at += size
+        for span, space, parts in self._spaces[bucket]:
+            if step_map.divisor and self._is_uniform(span):
+                self._average(self._tree, span, space)
+                gradients += [out for _, out in parts]
+            else:
+                gradients += [self._gradient(part, out) for part, out in parts]
         return gradients
 
     def apply(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> float:
@@ -77,7 +85,9 @@ class Updater:
                 if gradient is not None:
                     gradient.mul_(step_map.scale)
         self._optimizer.update(bucket, gradients)
-        for block, gradient in zip(self._blocks(bucket), gradients, strict=True):
+        spec = self._layout.buckets[bucket]
+        blocks = self._layout.blocks[spec.first_block : spec.end_block]
+        for block, gradient in zip(blocks, gradients, strict=True):
             if gradient is not None:
                 self._weights.publish(block.parameter, block.start, block.end)
         return squared
@@ -87,35 +97,52 @@ class Updater:
             raise ValueError("no step map: begin() comes before buckets")
         return self._map
 
-    def _blocks(self, bucket: int) -> Sequence[Block]:
-        spec = self._layout.buckets[bucket]
-        return self._layout.blocks[spec.first_block : spec.end_block]
+    def _lay_out(self, spans: Sequence[Span]) -> Iterator[_Space]:
+        """Give each span of a bucket, and each of its blocks, its place in the scratch memory."""
+        at = 0
+        for span in spans:
+            space = self._scratch[at : at + span.numel]
+            at += span.numel
+            parts = [span_of(self._layout, block) for block in span.blocks]
+            yield span, space, [(part, space[part.start - span.start : part.end - span.start]) for part in parts]
 
-    def _gradient(self, block: Block, out: torch.Tensor) -> torch.Tensor | None:
-        """Return the mean gradient of a block: in `out`, or in the slot where it lies already."""
+    def _is_uniform(self, span: Span) -> bool:
+        """Return whether the span's partial sums can be added as one: there everywhere, in one type."""
+        if self._has_leaves and not all(self._layout.parameters[b.parameter].dtype == "float32" for b in span.blocks):
+            return False
+        return all(self._everywhere[b.parameter] for b in span.blocks)
+
+    def _gradient(self, span: Span, out: torch.Tensor) -> torch.Tensor | None:
+        """Put the mean gradient of a span of one block into `out`; None where there is none."""
         step_map = self._current()
-        if not self._anywhere[block.parameter] or step_map.divisor == 0:
+        parameter = span.blocks[0].parameter
+        if not self._anywhere[parameter] or step_map.divisor == 0:
             return None
         tree: Sum | None = self._tree
-        if not self._everywhere[block.parameter]:
-            tree = without_absent(self._tree, present_nodes(step_map.touched, block.parameter))
+        if not self._everywhere[parameter]:
+            tree = without_absent(self._tree, present_nodes(step_map.touched, parameter))
         if tree is None:
             return None
-        total = self._sum(tree, block, out, 0)
-        if total.dtype is not torch.float32:
-            total = out.copy_(total)
-        if step_map.divisor != 1.0:
-            total = torch.div(total, step_map.divisor, out=out)
-        elif step_map.scale != 1.0 and total.data_ptr() != out.data_ptr():
-            total = out.copy_(total)  # clipping scales in place, and must not do so in the slot
-        return total
+        self._average(tree, span, out)
+        return out
 
-    def _sum(self, tree: Sum, block: Block, out: torch.Tensor, depth: int) -> torch.Tensor:
+    def _average(self, tree: Sum, span: Span, out: torch.Tensor) -> None:
+        total = self._sum(tree, span, out, 0)
+        divisor = self._current().divisor
+        if total.dtype is torch.float32 and divisor != 1.0:
+            torch.div(total, divisor, out=out)
+            return
+        if total.data_ptr() != out.data_ptr():
+            out.copy_(total)
+        if divisor != 1.0:
+            out.div_(divisor)
+
+    def _sum(self, tree: Sum, span: Span, out: torch.Tensor, depth: int) -> torch.Tensor:
         if isinstance(tree, Node):
             rank, slot = self._current().places[tree]
-            return self._slots.block(rank, slot, tree, block)
-        left = self._sum(tree[0], block, out, depth)
-        right = self._sum(tree[1], block, self._temporary(depth, out.numel()), depth + 1)
+            return self._slots.span(rank, slot, tree, span)
+        left = self._sum(tree[0], span, out, depth)
+        right = self._sum(tree[1], span, self._temporary(depth, span.numel), depth + 1)
         if left.dtype is torch.float32 and right.dtype is torch.float32:
             return torch.add(left, right, out=out)
         # `add` with `out` would round the sum of two bf16 leaves to bf16.
@@ -125,11 +152,8 @@ class Updater:
 
     def _temporary(self, depth: int, size: int) -> torch.Tensor:
         while depth >= len(self._temporaries):
-            self._temporaries.append(None)
-        kept = self._temporaries[depth]
-        if kept is None:
-            kept = self._temporaries[depth] = torch.empty(self._largest_block)
-        return kept[:size]
+            self._temporaries.append(torch.empty(self._largest))
+        return self._temporaries[depth][:size]
 
 
 def norm_squared(gradients: Sequence[torch.Tensor | None]) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -15,20 +17,41 @@ from lightwork.launcher.supervisor import Display, Outcome, Supervisor
 from lightwork.team.environment import Environment
 from lightwork.team.rendezvous import FileRendezvous
 
+#: Where torch._compile keeps the version of a function that the compiler leaves alone.
+_COMPILER_KEPT_OUT = "__dynamo_disable"
+
 
 def preload() -> None:
-    """Import what every worker will need, once: they share its pages, and none of them waits for it again.
-
-    torch's optimizers import torch._dynamo when the first one is made, 70 MB and two seconds a worker (2026-11).
-    """
-    import torch._dynamo
-    import torch.optim  # noqa: F401
+    """Import what every worker will need, once: they share its pages, and none of them waits for it again."""
+    import torch
 
     import lightwork  # noqa: F401
 
+    of_class = torch.optim.Optimizer
+    for method in (of_class.add_param_group, of_class.zero_grad, of_class.state_dict, of_class.load_state_dict):
+        _leave_compiler_out(method)
+    # Whatever else torch puts off until the first optimizer is made.
+    torch.optim.SGD([torch.zeros(1)])
     # Objects that no collection looks at are not written to, so their pages stay shared.
     gc.collect()
     gc.freeze()
+
+
+def _leave_compiler_out(method: Callable[..., object]) -> None:
+    """Let a method of torch's optimizers run without torch._dynamo, as long as nothing else has imported that.
+
+    They import it only to tell it to keep out of them: a second and 70 MB a worker (2026-11), for nothing where
+    nothing is compiled.
+    """
+    function = inspect.unwrap(method)
+
+    def run(*args: object, **kwargs: object) -> object:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        vars(function).pop(_COMPILER_KEPT_OUT, None)  # from now on torch sees to it
+        return method(*args, **kwargs)
+
+    vars(function)[_COMPILER_KEPT_OUT] = run
 
 
 def launch(

@@ -42,8 +42,7 @@ class Evaluation:
         self._no_grad = torch.no_grad()
 
     def add(self, name: str, value: float | torch.Tensor, weight: float | None = None) -> None:
-        """Add a value for the batch in hand; `ev[name]` becomes the mean, weighted by `weight` "
-        "(samples, unless given)."""
+        """Add a value for the batch in hand; `ev[name]` becomes the mean weighted by `weight`, else by samples."""
         if self._index < 0:
             raise UsageError(
                 "add was called outside the loop over the evaluation. Call it in the body of `for ... in ev:`."

@@ -330,8 +330,7 @@ class Run:
         self._engine.buffers.restore()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the model's state dict with full, plain tensors of its own: fp32 weights, named as "
-        "the model names them."""
+        """Return the model's state dict with full, plain tensors of its own: fp32 weights, under the model's names."""
         self._refuse_in_step("state_dict")
         self._team.meet("state_dict")
         state = {name: value.detach().clone() for name, value in self._live_state().items()}
@@ -339,8 +338,7 @@ class Run:
         return state
 
     def digest(self) -> str:
-        """Return the SHA-256 of weights, buffers and optimizer state, as hexadecimal digits; the "
-        "same on every worker."""
+        """Return the SHA-256 of weights, buffers and optimizer state, in hexadecimal digits; the same everywhere."""
         self._refuse_in_step("digest")
         self._team.meet("digest")
         items = list(self._everything())

@@ -112,3 +112,36 @@ def _bundle(parameters: Sequence[ParameterSpec], blocks: Sequence[Block]) -> Ite
         size += block.end - block.start
     if blocks:
         yield Bucket(_group(parameters, blocks[first]), first, len(blocks))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where neighbouring blocks of one bucket lie in the flat memory: `start` to `end`, with the gaps between them."""
+
+    start: int
+    end: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def numel(self) -> int:
+        """The number of elements, gaps included."""
+        return self.end - self.start
+
+
+def span_of(layout: Layout, block: Block) -> Span:
+    """Return where one block lies."""
+    start = layout.offsets[block.parameter] + block.start
+    return Span(start, start + block.end - block.start, (block,))
+
+
+def spans_of(layout: Layout, bucket: Bucket) -> list[Span]:
+    """Return where a bucket's blocks lie, small neighbours joined as far as they are no longer than a large block."""
+    spans: list[Span] = []
+    for block in layout.blocks[bucket.first_block : bucket.end_block]:
+        span = span_of(layout, block)
+        last = spans[-1] if spans else None
+        if last and span.start - last.end < ALIGNMENT and span.end - last.start <= BLOCK:
+            spans[-1] = Span(last.start, span.end, last.blocks + span.blocks)
+        else:
+            spans.append(span)
+    return spans
