@@ -55,6 +55,7 @@ class Competitor:
     batch: int | None = None
     micro_batch: int | None = None
     slowdown: float = 1.0
+    settings: Sequence[str] = ()  #: of `lightwork run --set`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +141,15 @@ VARIANTS = (
 
 
 def lightwork(
-    micro_batch: int, *, name: str = "lightwork", workers: int | None = None, batch: int | None = None
+    micro_batch: int,
+    *settings: str,
+    name: str = "lightwork",
+    workers: int | None = None,
+    batch: int | None = None,
 ) -> Competitor:
-    return Competitor(name=name, program="team", micro_batch=micro_batch, workers=workers, batch=batch)
+    return Competitor(
+        name=name, program="team", micro_batch=micro_batch, workers=workers, batch=batch, settings=settings
+    )
 
 
 def compute(micro_batch: int) -> Competitor:
@@ -286,6 +293,53 @@ CASES = (
         claims=[Claim(text="step over the undisturbed", ours="rank 1 slowed 3 x", theirs=["lightwork"], bar=1.60)],
     ),
     Case(
+        name="group-fp32",
+        model="mid",
+        precision="fp32",
+        batch=2,
+        steps=12,
+        competitors=[
+            lightwork(1, "transport=group"),
+            lightwork(1, "transport=group", "placement=zero1", name="lightwork/zero1"),
+            *peers(("ddp", "zero1", "fsdp2")),
+        ],
+        claims=[
+            Claim(text="step over DDP's, replicated", ours="lightwork", theirs=["ddp"], bar=1.0),
+            Claim(
+                text="step over ZeroRedundancyOptimizer's, ZeRO-1", ours="lightwork/zero1", theirs=["zero1"], bar=1.0
+            ),
+        ],
+        keep=("ddp", "zero1", "fsdp2"),
+    ),
+    Case(
+        name="group-bf16",
+        model="mid",
+        precision="bf16",
+        batch=2,
+        steps=15,
+        competitors=[
+            lightwork(1, "transport=group", "wire=bf16"),
+            lightwork(1, "transport=group", "wire=bf16", "placement=zero1", name="lightwork/zero1"),
+            *peers((*BF16_DDP, "zero1", "fsdp2")),
+        ],
+        claims=[
+            Claim(text="step over DDP's, replicated", ours="lightwork", theirs=BF16_DDP, bar=1.0),
+            Claim(
+                text="step over ZeroRedundancyOptimizer's, ZeRO-1", ours="lightwork/zero1", theirs=["zero1"], bar=1.0
+            ),
+        ],
+        keep=(*BF16_DDP, "zero1", "fsdp2"),
+    ),
+    Case(
+        name="recompute",
+        model="mid",
+        precision="bf16",
+        batch=16,
+        steps=8,
+        competitors=[lightwork(8), lightwork(8, "activations=recompute", name="recompute")],
+        claims=[Claim(text="step over that which keeps activations", ours="recompute", theirs=["lightwork"], bar=1.35)],
+    ),
+    Case(
         name="peer-settings-2",
         model="mid",
         precision="bf16",
@@ -325,7 +379,8 @@ def command_of(case: Case, competitor: Competitor, steps: int, out: Path) -> lis
         arguments += ["--micro-batch", str(competitor.micro_batch)]
     if competitor.program == "team":
         arguments += ["--slowdown", str(competitor.slowdown)]
-        return [program("lightwork"), "run", "-n", str(workers), str(HERE / "team.py"), *arguments]
+        settings = [part for setting in competitor.settings for part in ("--set", setting)]
+        return [program("lightwork"), "run", "-n", str(workers), *settings, str(HERE / "team.py"), *arguments]
     if competitor.program == "peer":
         arguments += ["--peer", competitor.name]
     script = str(HERE / f"{competitor.program}.py")

@@ -7,7 +7,7 @@ drops the newest and says at the end how many. Readers (progress, reports) see o
 The records, one JSON object a line:
 
     {"kind": "span", "name": N, "step": S, "micro": I, "start": T, "seconds": D}
-        N: load, forward, backward (of micro-batch I), wait, reduce, update (of the whole step, no "micro")
+        N: load, forward, backward (of micro-batch I), wait, exchange, reduce, update (of the whole step, no "micro")
     {"kind": "counter", "name": N, "step": S, "value": V}
     {"kind": "event", "name": N, "at": T, ...}             start, steps, step, evaluate, save, end and what they carry
 

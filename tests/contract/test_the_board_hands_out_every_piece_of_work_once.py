@@ -82,7 +82,7 @@ class Team:
             count = self.count(step)
             log.entered.add(rank)
             held: dict[Node, int] = {}
-            action = board.enter(step, count, 77, clip=self.setting.clip)
+            action = board.enter(step, count, 77, measure=self.setting.clip)
             while action.kind is not Kind.COMMITTED:
                 yield action.kind
                 if action.kind is Kind.WAIT:
@@ -135,7 +135,7 @@ class Team:
         assert sorted(index for index, _ in log.computed) == list(range(count))
         held = [node for other in range(self.setting.world_size) for node in board.held(other).values()]
         assert sorted(leaf for node in held for leaf in range(*node)) == list(range(count)), "each leaf in one sum"
-        sum_of(count, held)
+        sum_of(Node(0, count), held)
         assert [bytes(board.touched(index)) for index in range(count)] == [bytes([1, i % 2]) for i in range(count)]
         if action.kind is Kind.MEASURE:
             assert self.setting.clip
@@ -236,9 +236,9 @@ def test_threads_that_race_do_each_piece_of_work_once(clip: bool) -> None:
 
 def test_different_settings_are_named_before_any_update() -> None:
     a, b = Setting(world_size=2, num_micro_batches=2, steal=False).boards()
-    assert a.enter(0, 2, 1, clip=False) == Action(Kind.COMPUTE, 0)
+    assert a.enter(0, 2, 1, measure=False) == Action(Kind.COMPUTE, 0)
     finish(a, 0, 0)
-    assert b.enter(0, 2, 2, clip=False) == Action(Kind.COMPUTE, 1)
+    assert b.enter(0, 2, 2, measure=False) == Action(Kind.COMPUTE, 1)
     with pytest.raises(Disagreement, match=r"at step 0 rank 1 has other learning rates.* than rank 0"):
         finish(b, 0, 1)
 
@@ -251,19 +251,19 @@ def finish(board: Board, step: int, index: int, metrics: bytes = b"") -> Action:
 
 def test_different_numbers_of_micro_batches_are_named() -> None:
     a, b = Setting(world_size=2, num_micro_batches=4).boards()
-    a.enter(0, 4, 1, clip=False)
+    a.enter(0, 4, 1, measure=False)
     with pytest.raises(Disagreement, match="step 0 has 3 micro-batches for rank 1 and 4 for another worker"):
-        b.enter(0, 3, 1, clip=False)
+        b.enter(0, 3, 1, measure=False)
 
 
 def test_a_worker_that_failed_stops_the_others_and_is_described() -> None:
     a, b = Setting(world_size=2, num_micro_batches=4).boards()
     b.join(4711)
-    assert b.enter(0, 4, 1, clip=False).kind is Kind.COMPUTE
+    assert b.enter(0, 4, 1, measure=False).kind is Kind.COMPUTE
     assert a.describe(1) == "rank 1 (pid 4711) computes micro-batch 2 of step 0"
     b.fail()
     b.raise_if_failed()
-    for call in (lambda: a.enter(0, 4, 1, clip=False), lambda: a.take_evaluation(1), a.raise_if_failed):
+    for call in (lambda: a.enter(0, 4, 1, measure=False), lambda: a.take_evaluation(1), a.raise_if_failed):
         with pytest.raises(
             RankFailed, match=r"rank 0 ends because rank 1 \(pid 4711\) computes micro-batch 2 of step 0"
         ):
@@ -275,7 +275,7 @@ def test_a_worker_that_left_its_loop_is_not_waited_for_once_it_meets_or_ends() -
         a, b = Setting(world_size=2, num_micro_batches=1, num_buckets=1).boards()
         b.leave(left=True)
         assert a.anyone_left()
-        assert a.enter(0, 1, 1, clip=False) == Action(Kind.COMPUTE, 0)
+        assert a.enter(0, 1, 1, measure=False) == Action(Kind.COMPUTE, 0)
         assert finish(a, 0, 0).kind is Kind.WAIT, "it may still read weights in code after the loop"
         b.announce(excuse)
         action = a.visit(0)
@@ -292,7 +292,7 @@ def test_batches_of_an_evaluation_are_each_given_once_and_a_new_one_begins_anew(
 
 def test_metrics_that_do_not_fit_are_refused() -> None:
     (board,) = Setting(world_size=1, num_micro_batches=2).boards()
-    board.enter(0, 2, 1, clip=False)
+    board.enter(0, 2, 1, measure=False)
     with pytest.raises(UsageError, match=f"take {METRICS_BYTES} bytes, more than {METRICS_BYTES - 8}"):
         finish(board, 0, 0, metrics=b" " * METRICS_BYTES)
 
@@ -312,4 +312,4 @@ def test_a_resumed_board_goes_on_at_its_step() -> None:
     for board in team.boards:
         board.resume_at(7)
     assert team.boards[1].committed == 7
-    assert team.boards[0].enter(7, 4, 1, clip=False).kind is Kind.COMPUTE
+    assert team.boards[0].enter(7, 4, 1, measure=False).kind is Kind.COMPUTE

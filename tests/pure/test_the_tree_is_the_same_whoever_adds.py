@@ -62,9 +62,11 @@ def test_any_order_on_any_workers_makes_the_expression_of_the_tree(
     assert sorted(leaf for node in held for leaf in range(*node)) == list(range(count)), "every leaf once"
 
     expected = combine(values, lambda left, right: f"({left}+{right})")
-    assert evaluate(sum_of(count, held), held) == expected
+    assert evaluate(sum_of(Node(0, count), held), held) == expected
     # An absent node is one in which no leaf has a value: taking it out changes nothing.
-    present = without_absent(sum_of(count, held), lambda node: any(values[leaf] is not None for leaf in range(*node)))
+    present = without_absent(
+        sum_of(Node(0, count), held), lambda node: any(values[leaf] is not None for leaf in range(*node))
+    )
     assert (None if present is None else evaluate(present, held)) == expected
 
 
@@ -114,5 +116,5 @@ def test_known_trees_are_as_documented() -> None:
 
 
 def test_a_missing_leaf_is_named() -> None:
-    with pytest.raises(ValueError, match="micro-batch 3 of 4 is in no partial sum"):
-        sum_of(4, [Node(0, 2), Node(2, 3)])
+    with pytest.raises(ValueError, match="micro-batch 3 of \\(0, 4\\) is in no partial sum"):
+        sum_of(Node(0, 4), [Node(0, 2), Node(2, 3)])

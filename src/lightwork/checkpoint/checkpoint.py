@@ -59,6 +59,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     spec: Spec
     position: Position
     kept: dict[str, Any] = field(default_factory=dict)
+    loss_scale: tuple[float, ...] = ()  #: of fp16: scale, steps since it changed, steps skipped
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.model[name]
@@ -116,6 +117,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         "position": asdict(checkpoint.position),
         "groups": [take_apart(group, kept_tensors, f"group{i}") for i, group in enumerate(checkpoint.groups)],
         "kept": kept,
+        "loss_scale": checkpoint.loss_scale,
         "aliases": aliases,
     }
     for name, tensors in (("model", model), ("optimizer", state), ("kept", kept_tensors)):
@@ -169,6 +171,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             groups=[put_together(group, tensors["kept"]) for group in manifest["groups"]],
             spec=Spec.from_json(json.dumps(manifest["spec"])),
             position=Position(**manifest["position"]),
+            loss_scale=tuple(manifest.get("loss_scale", ())),
             kept={name: put_together(value, tensors["kept"]) for name, value in manifest["kept"].items()},
         )
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:

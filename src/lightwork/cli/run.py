@@ -9,9 +9,8 @@ import json
 import os
 import signal
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 
@@ -21,15 +20,11 @@ from lightwork.launcher.script import Script
 from lightwork.launcher.supervisor import Ended, Outcome
 from lightwork.observer.progress import RunProgress
 from lightwork.run.folder import create_run_dir, prepare_run_dir
-from lightwork.spec.job import Spec
-from lightwork.spec.plan import Plan
+from lightwork.spec.plan import SETTABLE, Carriage
 from lightwork.team.rendezvous import Progress
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
-
-#: The number of workers is -n's business, and the optimizer the script's.
-_SETTABLE = sorted({f.name for f in (*fields(Spec), *fields(Plan))} - {"optimizer", "world_size"})
 
 #: Bytes at the end of a log in which a traceback is looked for, and lines of it that are shown if there is none.
 _TAIL_BYTES = 256 * 1024
@@ -64,6 +59,11 @@ def add_parser(verbs: Verbs) -> None:
         metavar="NAME=VALUE",
         help="a field of the spec or the plan, over the script's",
     )
+    parser.add_argument(
+        "--transport",
+        choices=get_args(Carriage),
+        help="host: workers share one memory (default); group: each has its own, as if on a machine by itself",
+    )
     parser.add_argument("--run-dir", metavar="DIR", help="where traces and logs go (default: runs/1, runs/2, ...)")
     parser.add_argument(
         "--quiet", "--no-progress", action="store_true", help="no progress: the script's own output, and errors"
@@ -79,6 +79,8 @@ def carry_out(options: argparse.Namespace) -> int:
     Raises: UsageError or SpecError for arguments that make no sense.
     """
     settings = parse_settings(options.set)
+    if options.transport is not None:
+        settings["transport"] = options.transport
     num_workers = count_workers(options.workers, settings)
     script = Script(target=options.script, arguments=tuple(options.arguments), is_module=options.is_module)
     _check_script(script)
@@ -109,10 +111,10 @@ def parse_settings(assignments: list[str]) -> dict[str, object]:
         name, equals, text = assignment.partition("=")
         if not (name and equals):
             raise SpecError(f"--set {assignment} is not NAME=VALUE. Write, for example, --set precision=bf16.")
-        if name not in _SETTABLE:
+        if name not in SETTABLE:
             raise SpecError(
                 f"--set {name}=... names no field of the spec or the plan that can be set. They are "
-                f"{', '.join(_SETTABLE)}."
+                f"{', '.join(SETTABLE)}."
             )
         try:
             settings[name] = json.loads(text)

@@ -158,6 +158,28 @@ class Buffers:
             buffer.start.copy_(combined)
             self._generations[index] += 1
 
+    def changes(self, micro_batches: range) -> bytes:
+        """Return what these micro-batches, of this host, left in the buffers."""
+        return b"".join(bytes(part) for m in micro_batches for part in self._parts(m) if len(part))
+
+    def take_changes(self, micro_batches: range, received: bytes) -> None:
+        """Write down what another host's micro-batches left."""
+        at = 0
+        for m in micro_batches:
+            row, leaves = self._parts(m, received[at : at + len(self._buffers)])
+            row[:] = received[at : at + len(row)]
+            at += len(row)
+            leaves[:] = received[at : at + len(leaves)]
+            at += len(leaves)
+
+    def _parts(self, micro_batch: int, row: bytes | None = None) -> tuple[memoryview, memoryview]:
+        """Return the row of changes of a micro-batch and, if there is any (by `row`, unless None), its buffers."""
+        count = len(self._buffers)
+        own = self._changed[micro_batch * count : (micro_batch + 1) * count]
+        size = self._num_bytes if any(own if row is None else row) else 0
+        region = self._memory.region("buffers of micro-batches")
+        return own, region[micro_batch * self._num_bytes : micro_batch * self._num_bytes + size]
+
     def values(self) -> dict[str, torch.Tensor]:
         """Return the shared buffers by name."""
         return {buffer.name: buffer.start for buffer in self._buffers}

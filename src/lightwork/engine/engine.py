@@ -4,7 +4,8 @@ The order of a step, and who carries it out:
 
     enter          the board opens the step; buffers and random state are set       (here, `random`, `buffers`)
     micro-batch    user code computes a loss; `backward` folds its gradients         (`precision`, `gradients`)
-    measure        with clipping: the norm of each bucket's gradient                 (`update`)
+    exchange       with several hosts: partial sums become one on every host         (`exchange`)
+    measure        with clipping or loss scaling: the norm of each bucket's gradient (`update`, `scaling`)
     update         partial sums to gradients to weights, bucket by bucket            (`update`, `optimizer`)
     leave          the results of the step are read from the board                   (here)
 
@@ -17,14 +18,16 @@ import math
 import operator
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from lightwork.engine.activations import Activations
 from lightwork.engine.buffers import Buffers
+from lightwork.engine.exchange import Exchange
 from lightwork.engine.gradients import Gradients, Slots
 from lightwork.engine.memory import MemoryMap, SharedMemory
 from lightwork.engine.optimizer import (
@@ -36,16 +39,23 @@ from lightwork.engine.optimizer import (
 )
 from lightwork.engine.precision import Compute
 from lightwork.engine.random import seed_everything
+from lightwork.engine.residency import Residency
+from lightwork.engine.scaling import LossScale
 from lightwork.engine.update import StepMap, Updater
 from lightwork.engine.update import norm_squared as norm_squared_of
 from lightwork.engine.weights import Weights, describe_parameters, refuse_sparse_gradients
 from lightwork.errors import SpecError
+from lightwork.spec.hosts import Hosts
 from lightwork.spec.job import Spec
-from lightwork.spec.layout import Layout, lay_out
+from lightwork.spec.layout import Block, Layout, lay_out, span_of
+from lightwork.spec.plan import Placement
 from lightwork.spec.seeds import derive
 from lightwork.spec.tree import Node, combine
-from lightwork.team.board import Action, Activity, Board, BoardSize, Kind
+from lightwork.team.board import Action, Activity, Board, BoardSize, Kind, Phase
 from lightwork.trace import Trace
+from lightwork.transport.base import Carrier
+
+DTYPES_OF_WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 #: Seconds between two looks at the other workers' health while waiting.
 WATCH_SECONDS = 0.2
@@ -68,27 +78,51 @@ class StepResult:
     loss: float  #: weighted mean over the global batch
     grad_norm: float  #: L2, before clipping
     weight: float
+    skipped: bool  #: the gradient was not finite, and the weights are as they were (loss scaling)
     metrics: Mapping[str, float]
 
 
 class Blueprint:
     """A model and its optimizer, laid out: what shared memory they need. Made before there is any."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, spec: Spec, world_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        spec: Spec,
+        hosts: Hosts,
+        host: int = 0,
+        placement: Placement = "replicate",
+    ) -> None:
         refuse_sparse_gradients(model.named_modules())
         self.model = model
         self.optimizer = optimizer
         self.spec = spec
-        self.world_size = world_size
+        self.sharded = placement != "replicate" and len(hosts) > 1
+        self.hosts = hosts
+        self.host = host
+        self.world_size = hosts.sizes[host]
         self.parameters, described = describe_parameters(model, optimizer, spec, whole=not is_elementwise(optimizer))
         self.layout: Layout = lay_out(described)
         self.state_layout = StateLayout(self.layout, probe_state(optimizer, described))
         self.board_size = BoardSize(
-            world_size=world_size,
+            world_size=self.world_size,
             num_micro_batches=spec.num_micro_batches,
             num_parameters=len(described),
             num_buckets=len(self.layout.buckets),
+            num_hosts=len(hosts),
         )
+
+    def regions_on_disk(self, offload: Mapping[str, str]) -> frozenset[str]:
+        """Return the regions of the shared memory that `offload` puts on disk."""
+        narrow = any(p.dtype != "float32" for p in self.layout.parameters)
+        parts = {
+            # Under fp32 the masters are the working weights.
+            "optimizer": [*(["masters"] if narrow else []), *(f"state {name}" for name in self.state_layout.flat)],
+            "weights": ["working"] if narrow else ["masters"],
+            "gradients": ["partial sums"],
+        }
+        return frozenset(region for part, place in offload.items() if place == "disk" for region in parts[part])
 
     def reserve(self, memory_map: MemoryMap) -> None:
         """Reserve the regions of the engine."""
@@ -98,26 +132,35 @@ class Blueprint:
         memory_map.reserve("working", numel * 2)
         for name, dtype in self.state_layout.flat.items():
             memory_map.reserve(f"state {name}", numel * dtype.itemsize)
+        LossScale.reserve(memory_map)
         memory_map.reserve("state odd", self.state_layout.odd_bytes)
         memory_map.reserve("state initialised", len(self.layout.blocks))
         for name, size in Buffers.reservations(self.model, self.spec.num_micro_batches).items():
             memory_map.reserve(name, size)
-        slots = Slots.num_bytes(self.world_size, self.board_size.num_slots, numel)
+        slots = Slots.num_bytes(self.world_size, self.board_size.num_places, numel, DTYPES_OF_WIRE[self.spec.wire])
         memory_map.reserve("partial sums", slots)
 
     def expected_bytes(self) -> dict[str, int]:
-        """Return the bytes that training will really take, by what they are for."""
+        """Return the bytes of shared memory that training will really take, by the parts that can be offloaded."""
         trained = sum(p.numel for p in self.layout.parameters if p.group is not None)
         low = sum(p.numel for p in self.layout.parameters if p.dtype != "float32")
-        active = min(self.world_size, self.spec.num_micro_batches)
-        of_worker = -(-self.spec.num_micro_batches // active)
-        if of_worker == 1:
+        shards = len(self.hosts) if self.sharded else 1
+        of_host = len(self.hosts.micro_batches(self.host, self.spec.num_micro_batches))
+        active = max(1, min(self.world_size, of_host))
+        of_worker = -(-of_host // active)
+        if self.spec.wire == "bf16":
+            sums = active * trained * 2 * (1 if of_worker == 1 else of_worker.bit_length() + 1)
+        elif of_worker == 1:
             sums = active * (trained * 4 - min(low, trained) * 2)
         else:
             sums = active * trained * 4 * (of_worker.bit_length() + 1)
+        if len(self.hosts) > 1:
+            sums += trained * DTYPES_OF_WIRE[self.spec.wire].itemsize  # the sum over all hosts
+        masters = low * 4 if trained else 0
+        state = sum(trained * dtype.itemsize for dtype in self.state_layout.flat.values())
         return {
-            "weights": self.layout.numel * 4 - (0 if trained else low * 4) + low * 2,
-            "optimizer state": sum(trained * dtype.itemsize for dtype in self.state_layout.flat.values()),
+            "weights": (self.layout.numel - low) * 4 + low * 2,
+            "optimizer": (masters + state) // shards,
             "gradients": sums,
         }
 
@@ -133,6 +176,9 @@ class Engine:
         board: Board,
         signal: Waiter,
         trace: Trace,
+        *,
+        activations: Mapping[str, str] | None = None,
+        carrier: Carrier | None = None,
     ) -> None:
         size = blueprint.board_size
         self.spec = blueprint.spec
@@ -142,18 +188,41 @@ class Engine:
         self.weights = Weights(blueprint.parameters, blueprint.layout, memory)
         self.buffers = Buffers(blueprint.model, blueprint.spec.buffers, memory)
         self.state = BlockOptimizer(blueprint.optimizer, self.weights, blueprint.state_layout, memory)
+        self._memory = memory
+        self._sharded = blueprint.sharded
+        self._hosts, self._host = blueprint.hosts, blueprint.host
         self._rank = rank
         self._world_size = blueprint.world_size
         self._signal = signal
         self._trace = trace
-        slots = Slots(memory, self.weights, size.num_slots)
-        self._gradients = Gradients(rank, self.weights, slots, size.num_slots)
+        slots = Slots(memory, self.weights, size.num_places, DTYPES_OF_WIRE[self.spec.wire])
+        self._activations = dict(activations or {}) | dict.fromkeys(self.spec.int8_activations, "int8")
+        self._wrapped: Activations | None = None
+        self._total_slot = size.num_places - 1
+        wire = DTYPES_OF_WIRE[self.spec.wire].itemsize
+        regions = {"masters": 4, "working": 2, "partial sums": wire, **dict(self.state.regions)}
+        self.residency = Residency(memory, self.weights, regions, size.world_size * size.num_places)
+        self._gradients = Gradients(rank, self.weights, slots, size.num_slots, self.residency.folded)
+        self._exchange: Exchange | None = None  # the leader's
+        if carrier is not None:
+            self._exchange = Exchange(
+                blueprint.hosts,
+                carrier,
+                board,
+                self.weights.layout,
+                slots,
+                self.buffers,
+                sharded=blueprint.sharded,
+            )
+        self.loss_scale = LossScale(memory, enabled=self.spec.precision == "fp16")
+        self._measures = self.loss_scale.enabled or self.spec.clip_grad_norm is not None
         self._updater = Updater(self.weights, slots, self.state)
         self._num_optimized = sum(len(group["params"]) for group in blueprint.optimizer.param_groups)
         self._num_micro_batches = 0
         self._map: StepMap | None = None
         self._settings: tuple[object, int] = (None, 0)
-        self._seconds = {"wait": 0.0, "reduce": 0.0, "update": 0.0}
+        phases = ("wait", "exchange", "reduce", "update") if carrier is not None else ("wait", "reduce", "update")
+        self._seconds = dict.fromkeys(phases, 0.0)
         self._step_start = 0.0
         self.compute: Compute
 
@@ -167,11 +236,69 @@ class Engine:
                 state = self.optimizer.state.get(parameter)
                 if state and self.weights.layout.parameters[index].group is not None:
                     self.state.load_state(index, dict(state))
-        self.compute = Compute(self.spec.precision, self.weights, self.model)
+        self.residency.watch(self.model)
+        self._wrapped = Activations(self.model, self._activations, self.weights.masters)
+        self.compute = Compute(self.spec.precision, self.weights, self.model, complete=not self._sharded)
+
+    def take_from_first_host(self) -> None:
+        """Make the shared memory of the first host that of all: weights, buffers and state. Called by the leaders."""
+        if self._exchange is not None:
+            self._exchange.broadcast(self._memory, ("masters", "working", "buffers"))
+            self.weights.accept_versions()
+            self.release()
+
+    def gather(self) -> None:
+        """Bring the masters and state that are sharded to every host, until `release`. Called by the leaders."""
+        if not self._sharded:
+            return
+        exchange = self._between_hosts()
+        own = bytes(self.state.initialised)
+        for host, theirs in enumerate(exchange.exchange_bytes("state", own)):
+            for bucket, spec in enumerate(self.weights.layout.buckets):
+                if self._hosts.owner(bucket) == host:
+                    self.state.initialised[spec.first_block : spec.end_block] = theirs[
+                        spec.first_block : spec.end_block
+                    ]
+
+        def tensors_of(bucket: int) -> Iterator[torch.Tensor]:
+            spec = self.weights.layout.buckets[bucket]
+            for index in range(spec.first_block, spec.end_block):
+                span = span_of(self.weights.layout, self.weights.layout.blocks[index])
+                yield self.weights.masters[span.start : span.end]
+                if self.state.initialised[index]:
+                    yield from self.state.flat_views(index)
+
+        exchange.share(tensors_of)
+
+    def release(self) -> None:
+        """Give back the memory of masters and state that other hosts own. Called by the leaders."""
+        if not self._sharded:
+            return
+        for bucket in range(len(self.weights.layout.buckets)):
+            if self._hosts.owner(bucket) == self._host:
+                continue
+            for block in self._blocks(bucket):
+                span = span_of(self.weights.layout, block)
+                if self.weights.layout.parameters[block.parameter].dtype != "float32":
+                    self._memory.release("masters", span.start * 4, span.end * 4)
+                for region, size in self.state.regions:
+                    self._memory.release(region, span.start * size, span.end * size)
+
+    def _blocks(self, bucket: int) -> Sequence[Block]:
+        spec = self.weights.layout.buckets[bucket]
+        return self.weights.layout.blocks[spec.first_block : spec.end_block]
+
+    def _between_hosts(self) -> Exchange:
+        if self._exchange is None:
+            raise ValueError("this worker does not speak to other hosts")
+        return self._exchange
 
     def detach(self) -> None:
         """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
         self._gradients.close()
+        self.residency.close()
+        if self._wrapped is not None:
+            self._wrapped.close()
 
     # --- the phases of a step -----------------------------------------------------------------------------------
 
@@ -183,24 +310,23 @@ class Engine:
         self._map = None
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._step_start = time.perf_counter()
-        clip = self.spec.clip_grad_norm is not None
-        return self.board.enter(step, num_micro_batches, self._settings_hash(), clip=clip)
+        return self.board.enter(step, num_micro_batches, self._settings_hash(), measure=self._measures)
 
     def begin_micro_batch(self, step: int, index: int) -> None:
         """Set the random state and the buffers from which micro-batch `index` is computed, whoever does."""
         self.buffers.restore()
         seed_everything(derive(self.spec.seed, "micro-batch", step, index))
 
-    def backward(self, index: int, loss: torch.Tensor, weight: float) -> tuple[list[int], int, Node]:
+    def backward(self, step: int, index: int, loss: torch.Tensor, weight: float) -> tuple[list[int], int, Node]:
         """Run backward of a micro-batch's mean loss and fold its gradients; a weight of 0 makes none.
 
         The loss is scaled by weight / micro_batch, and the sum divided by the same of the whole batch: exact for a
-        single full micro-batch.
+        single full micro-batch. (And both by the loss scale, a power of two.)
         """
         self.buffers.capture(index)
         if weight == 0:
             return self._gradients.run(index, self._num_micro_batches, None)
-        share = weight / self.spec.micro_batch
+        share = weight / self.spec.micro_batch * self.loss_scale.of(step)
         scaled = loss if share == 1.0 else loss * share
         with self.compute.backward():
             fold = self._gradients.run(index, self._num_micro_batches, scaled.backward)
@@ -233,6 +359,31 @@ class Engine:
         self._seconds["wait"] += time.perf_counter() - start
         return self.board.visit(step)
 
+    def exchange(self, step: int, phase: Phase) -> Action:
+        """Exchange with the other hosts what `phase` is for, and return what to do next. The leader's work.
+
+        Raises: Disagreement when another host is elsewhere; RankLost when it is gone.
+        """
+        start = time.perf_counter()
+        exchange = self._between_hosts()
+        total: tuple[int, Node] | None = None
+        with torch.no_grad():
+            match phase:
+                case Phase.EXCHANGE:
+                    count = self._num_micro_batches
+                    exchange.records(step, count)
+                    touched = [self.board.touched(index) for index in range(count)]
+                    node = exchange.partial_sums(count, self._places(), touched, self._total_slot)
+                    total = self._total_slot, node
+                case Phase.AGREE:
+                    exchange.norms()
+                case Phase.GATHER:
+                    exchange.share(lambda bucket: self.weights.stretches(self._blocks(bucket)))
+                    if not self._measures:
+                        exchange.norms()
+        self._seconds["exchange"] += time.perf_counter() - start
+        return self.board.finished_exchange(step, total)
+
     def process(self, step: int, action: Action) -> Action:
         """Measure or update the claimed bucket, or combine the buffers, and return what to do next."""
         start = time.perf_counter()
@@ -241,8 +392,11 @@ class Engine:
         with torch.no_grad():
             if action.kind is Kind.UPDATE and action.item == len(self.weights.layout.buckets):
                 self.buffers.combine(self._weights_of(step), self.spec.micro_batch)
-            else:
+                if self.loss_scale.enabled:
+                    self.loss_scale.advance(step, finite=self._is_finite())
+            elif action.kind is Kind.MEASURE or self._is_finite():
                 self._updater.begin(self._clipped(step_map, action.kind))
+                self.residency.fetch_bucket(action.item + self._world_size)
                 gradients = self._updater.gradients(action.item)
                 reduced = time.perf_counter()
                 self._seconds["reduce"] += reduced - start
@@ -251,7 +405,8 @@ class Engine:
                     norm_squared = norm_squared_of(gradients)
                 else:
                     norm = self._updater.apply(action.item, gradients)
-                    norm_squared = norm if self.spec.clip_grad_norm is None else None
+                    self.residency.updated(action.item)
+                    norm_squared = None if self._measures else norm
         self._seconds["update"] += time.perf_counter() - start
         return self.board.finished_bucket(step, action, norm_squared)
 
@@ -266,7 +421,8 @@ class Engine:
         self.board.show(Activity.BETWEEN)
         return StepResult(
             loss=weighted_mean(records),
-            grad_norm=math.sqrt(math.fsum(self.board.norms_squared())),
+            grad_norm=self._grad_norm(),
+            skipped=not self._is_finite(),
             weight=combine([weight for _, weight in records], operator.add) or 0.0,
             metrics=combine_metrics(metrics),
         )
@@ -295,25 +451,33 @@ class Engine:
             total = combine(self._weights_of(step), operator.add) or 0.0
             self._map = StepMap(
                 num_micro_batches=self._num_micro_batches,
-                places={
-                    node: (rank, slot)
-                    for rank in range(self._world_size)
-                    for slot, node in self.board.held(rank).items()
-                },
+                places=self._places(),
                 touched=tuple(self.board.touched(index) for index in range(self._num_micro_batches)),
-                divisor=total / self.spec.micro_batch,
+                divisor=total / self.spec.micro_batch * self.loss_scale.of(step),
                 scale=1.0,
             )
         return self._map
+
+    def _places(self) -> dict[Node, tuple[int, int]]:
+        """Return where the partial sums of this host lie: worker and slot, by node."""
+        return {node: (rank, slot) for rank in range(self._world_size) for slot, node in self.board.held(rank).items()}
 
     def _clipped(self, step_map: StepMap, kind: Kind) -> StepMap:
         limit = self.spec.clip_grad_norm
         if limit is None or kind is Kind.MEASURE or step_map.scale != 1.0:
             return step_map
-        norm = math.sqrt(math.fsum(self.board.norms_squared()))
+        norm = self._grad_norm()
         scale = min(1.0, limit / (norm + CLIP_EPSILON))
         self._map = StepMap(step_map.num_micro_batches, step_map.places, step_map.touched, step_map.divisor, scale)
         return self._map
+
+    def _grad_norm(self) -> float:
+        squares = self.board.norms_squared()
+        return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
+
+    def _is_finite(self) -> bool:
+        """Return whether the step's measured gradient may be used: always, where losses are not scaled."""
+        return not self.loss_scale.enabled or math.isfinite(self._grad_norm())
 
     def _weights_of(self, step: int) -> list[float]:
         return [weight for _, weight in self.board.records(step, self._num_micro_batches)]

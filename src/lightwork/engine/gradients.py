@@ -6,7 +6,8 @@ cache, writes the result into a free slot, and lets the gradient go. The sibling
 the new sum: a worker killed in the middle of a fold has lost one micro-batch, not its earlier ones.
 
 A slot has 4 bytes for each element of the layout. The gradient of a single micro-batch lies there in the type of the
-working weight, a sum of two or more in fp32, a parameter always at the same place.
+working weight, a sum of two or more in fp32, a parameter always at the same place. With wire format bf16 everything
+is rounded to it as it is made, and a slot has 2 bytes for each element.
 """
 
 from __future__ import annotations
@@ -17,40 +18,49 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from lightwork.engine.memory import SharedMemory
-from lightwork.engine.weights import Weights, like
+from lightwork.engine.weights import DTYPES, Weights, like
 from lightwork.errors import UsageError
 from lightwork.spec.layout import Span
 from lightwork.spec.tree import Node, fold
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Slots:
     """The partial sums of all workers of the host, as flat tensors."""
 
-    def __init__(self, memory: SharedMemory, weights: Weights, num_slots: int) -> None:
+    def __init__(self, memory: SharedMemory, weights: Weights, num_slots: int, wire: torch.dtype) -> None:
         self._layout = weights.layout
         self._num_slots = num_slots
-        self._flat = memory.tensor("partial sums", torch.float32)
+        self.wire = wire
+        self._flat = memory.tensor("partial sums", wire)
         self._views: dict[tuple[int, int, bool, int], torch.Tensor] = {}
-        self._dtypes = [_DTYPES[p.dtype] for p in self._layout.parameters]
+        self._dtypes = [DTYPES[p.dtype] for p in self._layout.parameters]
 
     @staticmethod
-    def num_bytes(world_size: int, num_slots: int, numel: int) -> int:
+    def num_bytes(world_size: int, num_slots: int, numel: int, wire: torch.dtype) -> int:
         """Return the bytes that the slots of all workers reserve."""
-        return world_size * num_slots * numel * 4
+        return world_size * num_slots * numel * wire.itemsize
+
+    def dtype(self, node: Node, parameter: int) -> torch.dtype:
+        """Return the type of a parameter in the partial sum `node`."""
+        is_sum = node.end - node.first > 1
+        return self.wire if is_sum or self.wire is not torch.float32 else self._dtypes[parameter]
 
     def elements(self, rank: int, slot: int, node: Node, parameter: int, start: int, end: int) -> torch.Tensor:
         """Return elements `start` to `end` of a parameter in the partial sum `node` of `rank`, flat."""
         first = (rank * self._num_slots + slot) * self._layout.numel + self._layout.offsets[parameter]
-        dtype = self._dtypes[parameter]
-        if node.end - node.first > 1 or dtype is torch.float32:
+        dtype = self.dtype(node, parameter)
+        if dtype is self.wire:
             return self._flat[first + start : first + end]
         whole = self._flat[first : first + self._layout.parameters[parameter].numel]
         return whole.view(dtype)[start:end]
 
+    def stretch(self, rank: int, slot: int, start: int, end: int) -> torch.Tensor:
+        """Return elements `start` to `end` of the layout in a partial sum, which are all in the wire format there."""
+        first = (rank * self._num_slots + slot) * self._layout.numel
+        return self._flat[first + start : first + end]
+
     def span(self, rank: int, slot: int, node: Node, span: Span) -> torch.Tensor:
-        """Return the elements of a span in a partial sum, flat; of several blocks, if all are fp32 there.
+        """Return the elements of a span in a partial sum, flat; of several blocks, if all have the wire format there.
 
         The views are kept: making one costs as much as a sum.
         """
@@ -61,8 +71,7 @@ class Slots:
             if len(span.blocks) == 1:
                 view = self.elements(rank, slot, node, first.parameter, first.start, first.end)
             else:
-                start = (rank * self._num_slots + slot) * self._layout.numel
-                view = self._flat[start + span.start : start + span.end]
+                view = self.stretch(rank, slot, span.start, span.end)
             self._views[key] = view
         return view
 
@@ -70,7 +79,11 @@ class Slots:
 class Gradients:
     """This worker's side of the slots: hooks on its parameters and the fold in progress."""
 
-    def __init__(self, rank: int, weights: Weights, slots: Slots, num_slots: int) -> None:
+    def __init__(
+        self, rank: int, weights: Weights, slots: Slots, num_slots: int, folded: Callable[[int], None]
+    ) -> None:
+        """`folded` is called with each parameter whose gradient has been folded."""
+        self._folded = folded
         self._rank = rank
         self._weights = weights
         self._slots = slots
@@ -152,11 +165,18 @@ class Gradients:
                 )
             self._touched[index] = 1
             self._receive(index, gradient)
+            self._folded(index)
 
         return receive
 
     def _receive(self, index: int, gradient: torch.Tensor) -> None:
         target = self._target[index]
+        if self._slots.wire is not torch.float32:
+            target.copy_(gradient)
+            for views, present in self._siblings:
+                if present[index]:
+                    torch.add(views[index], target, out=target)
+            return
         started = False
         for views, present in self._siblings:
             if not present[index]:

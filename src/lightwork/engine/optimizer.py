@@ -321,6 +321,28 @@ class BlockOptimizer:
                 state[entry.name] = self._view(blocks[0], entry, offset)
         return state
 
+    @property
+    def regions(self) -> list[tuple[str, int]]:
+        """The regions of the shared memory with state of the parameters' shape, and the bytes of an element."""
+        return [(f"state {name}", flat.itemsize) for name, flat in self._flat.items()]
+
+    @property
+    def initialised(self) -> memoryview:
+        """A byte for each block: whether it has been updated."""
+        return self._initialised
+
+    def flat_views(self, index: int) -> list[torch.Tensor]:
+        """Return each entry of a block's state, contiguous, in shared memory."""
+        block = self._layout.blocks[index]
+        views = []
+        for entry, offset in self._state_layout.of_block[index]:
+            if entry.shape is None:
+                first = offset // entry.dtype.itemsize
+                views.append(self._flat[entry.name][first : first + block.end - block.start])
+            else:
+                views.append(self._view(index, entry, offset).view(-1))
+        return views
+
     def load_state(self, parameter: int, state: dict[str, torch.Tensor | float]) -> None:
         """Write a parameter's whole state; empty makes it new.
 

@@ -1,7 +1,7 @@
-"""Precision of the computation: under bf16, autocast around the user's loop body, over bf16 working weights.
+"""Precision of the computation: under bf16 or fp16, autocast around the user's loop body, over such working weights.
 
 Losses, and whatever else autocast keeps in fp32, stay fp32. A region in which the user's code switches autocast off
-asks for fp32 weights: there `MasterWeights` hands out the fp32 masters in place of the bf16 working weights.
+asks for fp32 weights: there `MasterWeights` hands out the fp32 masters in place of the working weights.
 """
 
 from __future__ import annotations
@@ -16,32 +16,35 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightwork.engine.weights import Weights
+from lightwork.engine.weights import DTYPES, NARROW, Weights
+from lightwork.errors import UsageError
 from lightwork.spec.job import Precision
 
 
 class _Master(torch.autograd.Function):
-    """The fp32 master in place of a bf16 weight; its gradient goes to the weight, rounded to bf16."""
+    """The fp32 master in place of a narrow weight; its gradient goes to the weight, rounded to its type."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = weight.dtype
         return master.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0].to(torch.bfloat16), None
+        return gradients[0].to(ctx.dtype), None
 
 
 class MasterWeights(TorchFunctionMode):
-    """While active, replaces bf16 weights by their masters in every torch function called with autocast off."""
+    """While active, replaces narrow weights by their masters in every torch function called with autocast off."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, *, complete: bool) -> None:
         super().__init__()
+        self._complete = complete
         self._masters = {
             # `.data`: all views of the shared memory have one count of writes, and autograd checks it.
             id(parameter): weights.master_view(index).data
             for index, parameter in enumerate(weights.parameters)
-            if parameter.dtype == torch.bfloat16
+            if parameter.dtype in (torch.bfloat16, torch.float16)
         }
         self.used = False
 
@@ -59,6 +62,11 @@ class MasterWeights(TorchFunctionMode):
         leaves, tree = pytree.tree_flatten((args, kwargs))
         if not any(id(leaf) in self._masters for leaf in leaves) or _is_attribute(func):
             return func(*args, **kwargs)
+        if not self._complete:
+            raise UsageError(
+                "the model switches autocast off and uses weights there, which takes their fp32 masters, and placement "
+                "zero1 shares these out among the hosts. Name the module in fp32_modules, or choose replicate."
+            )
         self.used = True
         for at, leaf in enumerate(leaves):
             if id(leaf) in self._masters:
@@ -79,8 +87,10 @@ class Compute:
     each worker, and stays on where it was needed, or where the code of a module mentions autocast.
     """
 
-    def __init__(self, precision: Precision, weights: Weights, model: nn.Module) -> None:
-        self._masters = MasterWeights(weights) if precision == "bf16" else None
+    def __init__(self, precision: Precision, weights: Weights, model: nn.Module, *, complete: bool) -> None:
+        """`complete` is False where this host does not hold all masters."""
+        self._dtype = DTYPES[NARROW.get(precision, "float32")]
+        self._masters = MasterWeights(weights, complete=complete) if precision in NARROW else None
         classes = {cls for module in model.modules() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
         functions = (f for cls in classes - {nn.Module} for f in vars(cls).values() if isinstance(f, FunctionType))
         self._watched = any(_mentions_autocast(function.__code__) for function in functions)
@@ -93,7 +103,7 @@ class Compute:
             yield
             return
         self._bodies += 1
-        with self._masters if self._is_watched else contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16):
+        with self._masters if self._is_watched else contextlib.nullcontext(), torch.autocast("cpu", self._dtype):
             yield
 
     @contextlib.contextmanager

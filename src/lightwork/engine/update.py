@@ -14,6 +14,7 @@ import torch
 
 from lightwork.engine.gradients import Slots, present_nodes
 from lightwork.engine.optimizer import BlockOptimizer
+from lightwork.engine.sums import Adder
 from lightwork.engine.weights import Weights
 from lightwork.spec.layout import Span, span_of, spans_of
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
@@ -45,8 +46,8 @@ class Updater:
         spans = [spans_of(self._layout, bucket) for bucket in self._layout.buckets]
         self._scratch = torch.empty(max((sum(s.numel for s in of_bucket) for of_bucket in spans), default=0))
         self._spaces = [list(self._lay_out(of_bucket)) for of_bucket in spans]
-        self._temporaries: list[torch.Tensor] = []  # of a sum, made when a tree needs them
-        self._largest = max((s.numel for of_bucket in spans for s in of_bucket), default=0)
+        self._adder = Adder(slots.wire)
+        self._sum = torch.empty(max((s.numel for of_bucket in spans for s in of_bucket), default=0), dtype=slots.wire)
         self._map: StepMap | None = None
         self._tree: Sum = Node(0, 1)
         self._everywhere = b""  # by parameter: whether every micro-batch touched it
@@ -58,7 +59,7 @@ class Updater:
         if step_map is self._map:
             return
         self._map = step_map
-        self._tree = sum_of(step_map.num_micro_batches, step_map.places)
+        self._tree = sum_of(Node(0, step_map.num_micro_batches), step_map.places)
         rows = [bytes(row) for row in step_map.touched]
         self._everywhere = bytes(map(min, *rows)) if len(rows) > 1 else rows[0]
         self._anywhere = bytes(map(max, *rows)) if len(rows) > 1 else rows[0]
@@ -107,8 +108,9 @@ class Updater:
             yield span, space, [(part, space[part.start - span.start : part.end - span.start]) for part in parts]
 
     def _is_uniform(self, span: Span) -> bool:
-        """Return whether the span's partial sums can be added as one: there everywhere, in one type."""
-        if self._has_leaves and not all(self._layout.parameters[b.parameter].dtype == "float32" for b in span.blocks):
+        """Return whether the span's partial sums can be added as one: there everywhere, in the wire format."""
+        leaf, wire = Node(0, 1), self._slots.wire
+        if self._has_leaves and any(self._slots.dtype(leaf, b.parameter) is not wire for b in span.blocks):
             return False
         return all(self._everywhere[b.parameter] for b in span.blocks)
 
@@ -127,7 +129,9 @@ class Updater:
         return out
 
     def _average(self, tree: Sum, span: Span, out: torch.Tensor) -> None:
-        total = self._sum(tree, span, out, 0)
+        places = self._current().places
+        space = out if self._slots.wire is torch.float32 else self._sum[: span.numel]
+        total = self._adder.add_up(tree, lambda node: self._slots.span(*places[node], node, span), space)
         divisor = self._current().divisor
         if total.dtype is torch.float32 and divisor != 1.0:
             torch.div(total, divisor, out=out)
@@ -136,24 +140,6 @@ class Updater:
             out.copy_(total)
         if divisor != 1.0:
             out.div_(divisor)
-
-    def _sum(self, tree: Sum, span: Span, out: torch.Tensor, depth: int) -> torch.Tensor:
-        if isinstance(tree, Node):
-            rank, slot = self._current().places[tree]
-            return self._slots.span(rank, slot, tree, span)
-        left = self._sum(tree[0], span, out, depth)
-        right = self._sum(tree[1], span, self._temporary(depth, span.numel), depth + 1)
-        if left.dtype is torch.float32 and right.dtype is torch.float32:
-            return torch.add(left, right, out=out)
-        # `add` with `out` would round the sum of two bf16 leaves to bf16.
-        if left.data_ptr() != out.data_ptr():
-            out.copy_(left)
-        return out.add_(right)
-
-    def _temporary(self, depth: int, size: int) -> torch.Tensor:
-        while depth >= len(self._temporaries):
-            self._temporaries.append(torch.empty(self._largest))
-        return self._temporaries[depth][:size]
 
 
 def norm_squared(gradients: Sequence[torch.Tensor | None]) -> float:

@@ -1,9 +1,9 @@
 """The model's weights in shared memory: one copy a host, into which every worker's parameters are views.
 
-Under bf16 a trained parameter exists twice: the fp32 master that the optimizer updates, and the bf16 working weight
-that the model computes with. Modules whose own parameters are all vectors (norms, scales) keep fp32 working weights,
-because kernels of norms want them so, and they are small; so do modules named in `fp32_modules`. A frozen parameter
-has no master.
+Under bf16 (and fp16 likewise) a trained parameter exists twice: the fp32 master that the optimizer updates, and the
+bf16 working weight that the model computes with. Modules whose own parameters are all vectors (norms, scales) keep
+fp32 working weights, because kernels of norms want them so, and they are small; so do modules named in
+`fp32_modules`. A frozen parameter has no master.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from torch import nn
 from lightwork.engine.memory import SharedMemory
 from lightwork.errors import SpecError, UsageError
 from lightwork.spec.job import Spec
-from lightwork.spec.layout import Layout, ParameterSpec
+from lightwork.spec.layout import ALIGNMENT, Block, Layout, ParameterSpec
+
+#: Of working weights and gradients, by their name in the layout.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: The type of most working weights, by precision.
+NARROW = {"bf16": "bfloat16", "fp16": "float16"}
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -32,7 +38,8 @@ def describe_parameters(
     memory overlaps itself, and an optimizer with parameters of another model.
     """
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    fp32 = _fp32_parameters(model, spec.fp32_modules) if spec.precision == "bf16" else None
+    narrow = NARROW.get(spec.precision)
+    fp32 = _fp32_parameters(model, spec.fp32_modules) if narrow else None
     parameters, specs = [], []
     for name, parameter in model.named_parameters():
         _check_supported(name, parameter)
@@ -44,7 +51,7 @@ def describe_parameters(
             ParameterSpec(
                 name=name,
                 shape=tuple(parameter.shape),
-                dtype="bfloat16" if low else "float32",
+                dtype=narrow if narrow and low else "float32",
                 group=group_of.pop(parameter, None),
                 whole=whole,
             )
@@ -102,7 +109,8 @@ class Weights:
         self.parameters = list(parameters)
         self.layout = layout
         self.masters = memory.tensor("masters", torch.float32, numel=layout.numel)
-        self._working = memory.tensor("working", torch.bfloat16, numel=layout.numel) if _needs_working(layout) else None
+        narrow = next((p.dtype for p in layout.parameters if p.dtype != "float32"), None)
+        self._working = memory.tensor("working", DTYPES[narrow], numel=layout.numel) if narrow else None
         self._versions: list[int] = []
 
     def attach(self, *, write: bool) -> None:
@@ -121,7 +129,7 @@ class Weights:
         return self._strided(index, self._flat(index))
 
     def master_view(self, index: int) -> torch.Tensor:
-        """Return the fp32 value of a parameter, in its shape; of a frozen bf16 one, a converted copy."""
+        """Return the fp32 value of a parameter, in its shape; of a frozen narrow one, a converted copy."""
         if self.layout.parameters[index].dtype != "float32" and self.layout.parameters[index].group is None:
             return self.working_view(index).float()
         return self._strided(index, self.masters)
@@ -138,6 +146,18 @@ class Weights:
         for index, parameter in enumerate(self.parameters):
             if self.layout.parameters[index].group is not None:
                 self.publish(index, 0, parameter.numel())
+
+    def stretches(self, blocks: Sequence[Block]) -> list[torch.Tensor]:
+        """Return the working weights of blocks as flat tensors, neighbours of one type together."""
+        found: list[tuple[torch.Tensor, int, int]] = []
+        for block in blocks:
+            flat, offset = self._flat(block.parameter), self.layout.offsets[block.parameter]
+            start, end = offset + block.start, offset + block.end
+            if found and found[-1][0] is flat and 0 <= start - found[-1][2] < ALIGNMENT:
+                found[-1] = (flat, found[-1][1], end)
+            else:
+                found.append((flat, start, end))
+        return [flat[start:end] for flat, start, end in found]
 
     def accept_versions(self) -> None:
         """Take every parameter's value as it is now for legitimate."""
@@ -180,10 +200,6 @@ def _is_dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _needs_working(layout: Layout) -> bool:
-    return any(p.dtype != "float32" for p in layout.parameters)
 
 
 def refuse_sparse_gradients(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -15,6 +15,7 @@ ACTIVITY_OF = {
     "backward": "compute",
     "load": "load",
     "wait": "wait",
+    "exchange": "update",
     "reduce": "update",
     "update": "update",
 }

@@ -16,20 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightwork.engine.activations import resolve
 from lightwork.engine.engine import Blueprint, Engine
 from lightwork.engine.optimizer import describe_optimizer
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, SpecError, UsageError
 from lightwork.run.folder import create_run_dir, prepare_run_dir
 from lightwork.run.guard import Guard
-from lightwork.run.join import Team, join, notice
+from lightwork.run.join import Team, find_hosts, join, notice
 from lightwork.run.run import Run
-from lightwork.spec.job import BufferRule, Precision, Spec, choose_micro_batch
-from lightwork.spec.plan import Plan
+from lightwork.spec.job import Activation, BufferRule, Precision, Spec, Wire, choose_micro_batch
+from lightwork.spec.plan import SETTABLE, Carriage, Place, Placement, Plan
 from lightwork.spec.roster import Member, Roster
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
 from lightwork.team.board import Activity
-from lightwork.team.environment import Launcher
+from lightwork.team.environment import Environment, Launcher
 from lightwork.team.rendezvous import Progress
 from lightwork.trace import Trace
 
@@ -45,10 +46,15 @@ def distribute(
     micro_batch: int | None = None,
     seed: int = 0,
     precision: Precision = "fp32",
+    wire: Wire = "fp32",
     clip_grad_norm: float | None = None,
     threads: int = 1,
     fp32_modules: tuple[str, ...] = (),
     buffers: Mapping[str, BufferRule] | None = None,
+    transport: Carriage | None = None,
+    placement: Placement | None = None,
+    offload: Mapping[str, Place] | None = None,
+    activations: Activation | Mapping[str, Activation] | None = None,
     plan: Plan | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -62,13 +68,25 @@ def distribute(
         global_batch: samples an update.
         micro_batch: samples a forward and backward, a divisor of `global_batch`. Left out: an eighth of it, rounded up.
         seed: of the order of samples, their augmentation, and dropout.
-        precision: "fp32", or "bf16": bf16 weights and autocast for the computation, fp32 masters, sums and state.
+        precision: "fp32"; "bf16": bf16 weights and autocast for the computation, fp32 masters, sums and state; "fp16":
+            the same in fp16, with dynamic loss scaling (slow on most CPUs).
+        wire: of the partial sums of gradients. "bf16" halves their memory and traffic, and rounds every one.
         clip_grad_norm: the largest L2 norm of the whole gradient; None does not clip.
         threads: torch's, for each worker. A part of the spec, because another number gives other bits.
-        fp32_modules: names of modules whose weights stay fp32 under bf16.
+        fp32_modules: names of modules whose weights stay fp32 under bf16 and fp16.
         buffers: how the values that micro-batches leave in a buffer become one, by the buffer's name: "mean", "sum",
             "first", "last", "maximum" or "minimum". Left out: the mean of floating ones, the sum of integer ones'
             increments.
+        transport: "host": workers of a machine share memory, and machines are joined by torch.distributed (Gloo);
+            "group": each worker has a memory of its own. Left out: as the plan says, which is "host" by default.
+        placement: "replicate": every host holds everything; "zero1": masters and optimizer state are shared out
+            among the hosts (one host holds them once in any case). Left out: as the plan says, "replicate" by default.
+        offload: where "optimizer" (its state, and masters), "weights" and "gradients" lie: on the "host", or on "disk",
+            in a file in the plan's `offload_dir`, of which a worker maps what it uses. For workers on CPUs "host" is
+            where they are anyway. Left out: as the plan says, which is nothing by default.
+        activations: what forward leaves for backward, of all layers or by the name of a module: "keep" it,
+            "recompute" it (the same bits, for about a third more compute), keep it in "int8" (other bits), or
+            "offload" it from a device to host memory. Left out: as the plan says, which is "keep" by default.
         plan: what can not change a bit; its `world_size` is the launcher's business.
         run_dir: where traces and logs go: `runs/1`, `runs/2`, ... unless given. If it holds a checkpoint, the run
             goes on from there.
@@ -79,33 +97,49 @@ def distribute(
     """
     _check_arguments(model, optimizer)
     environment = environments.read()
-    spec = Spec(
-        **_overridden(
-            environment.settings,
-            global_batch=global_batch,
-            micro_batch=micro_batch,
-            seed=seed,
-            precision=precision,
-            clip_grad_norm=clip_grad_norm,
-            threads=threads,
-            fp32_modules=tuple(fp32_modules),
-            buffers=dict(buffers or {}),
-            optimizer=describe_optimizer(optimizer),
-        )
-    )
-    plan = replace(plan or Plan(), world_size=environment.world_size, **_plan_settings(environment.settings))
     _end_previous_run(model)
+    asked: dict[str, Any] = {
+        "global_batch": global_batch,
+        "micro_batch": micro_batch,
+        "seed": seed,
+        "precision": precision,
+        "wire": wire,
+        "clip_grad_norm": clip_grad_norm,
+        "threads": threads,
+        "fp32_modules": fp32_modules,
+        "buffers": dict(buffers or {}),
+        "transport": transport,
+        "placement": placement,
+        "offload": offload,
+        "activations": activations,
+    }
+    asked.update(_settings(environment))
+    modes = resolve(model, (plan or Plan()).activations if asked["activations"] is None else asked["activations"])
+    spec = _spec(asked, optimizer, modes)
+    plan = _plan(plan or Plan(), environment, asked, modes)
     torch.set_num_threads(spec.threads)
-    blueprint = Blueprint(model, optimizer, spec, environment.world_size)
     rendezvous = rendezvouses.find(environment)
-    team = join(blueprint, plan, environment, rendezvous, rendezvous.next_run())
+    run_number = rendezvous.next_run()
+    hosts, host = find_hosts(environment, plan, rendezvous, run_number)
+    blueprint = Blueprint(model, optimizer, spec, hosts, host, plan.placement)
+    team = join(blueprint, plan, environment, rendezvous, run_number)
     folder = _share_run_dir(team, run_dir)
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None)
-    engine = Engine(team.rank, blueprint, team.memory, team.board, team.signal, trace)
-    if team.rank == 0:
+    engine = Engine(
+        team.local_rank,
+        blueprint,
+        team.memory,
+        team.board,
+        team.signal,
+        trace,
+        activations=plan.activations,
+        carrier=team.carrier,
+    )
+    if team.is_leader:
         engine.attach(write=True)
+        engine.take_from_first_host()
     team.meet("distribute (weights)")
-    if team.rank != 0:
+    if not team.is_leader:
         engine.attach(write=False)
     run = Run(
         model=model,
@@ -144,22 +178,30 @@ def _check_arguments(model: object, optimizer: object) -> None:
         )
 
 
-def _overridden(settings: Mapping[str, object], **values: Any) -> dict[str, Any]:
-    """Return the spec's fields: those of the call, with those that the command line sets in their place."""
-    known = {f.name for f in fields(Spec)} | {f.name for f in fields(Plan)} - {"world_size", "optimizer"}
-    for name in settings:
-        if name not in known:
-            raise SpecError(
-                f"--set {name}=... names no field of the spec or the plan. They are {', '.join(sorted(known))}."
-            )
-    values.update({name: value for name, value in settings.items() if name in values})
+def _settings(environment: Environment) -> Mapping[str, object]:
+    """Return what the command line sets in place of the script.
+
+    Raises: SpecError for a name that can not be set.
+    """
+    for name in environment.settings:
+        if name not in SETTABLE:
+            raise SpecError(f"--set {name}=... names no field of the spec or the plan. They are {', '.join(SETTABLE)}.")
+    return environment.settings
+
+
+def _spec(asked: Mapping[str, Any], optimizer: torch.optim.Optimizer, modes: Mapping[str, str]) -> Spec:
+    values = {f.name: asked[f.name] for f in fields(Spec) if f.name in asked}
     values["micro_batch"] = choose_micro_batch(values["global_batch"], values["micro_batch"])
     values["fp32_modules"] = tuple(values["fp32_modules"])
-    return values
+    values["int8_activations"] = tuple(name for name, mode in modes.items() if mode == "int8")
+    return Spec(**values, optimizer=describe_optimizer(optimizer))
 
 
-def _plan_settings(settings: Mapping[str, object]) -> dict[str, Any]:
-    return {f.name: settings[f.name] for f in fields(Plan) if f.name in settings}
+def _plan(plan: Plan, environment: Environment, asked: Mapping[str, Any], modes: Mapping[str, str]) -> Plan:
+    """Return the plan as it is carried out: `plan` with what the call and the command line say in its place."""
+    values = {f.name: asked[f.name] for f in fields(Plan) if asked.get(f.name) is not None}
+    values["activations"] = {name: mode for name, mode in modes.items() if mode != "int8"}
+    return replace(plan, **{**values, "world_size": environment.world_size})
 
 
 def _end_previous_run(model: nn.Module) -> None:
@@ -190,7 +232,7 @@ def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:
         Member(**json.loads(payload))
         for payload in team.meet(
             "distribute (roster)",
-            json.dumps({"rank": team.rank, "host": team.host, "pid": os.getpid()}).encode(),
+            json.dumps({"rank": team.rank, "host": team.hostname, "pid": os.getpid()}).encode(),
         )
     ]
     if team.rank == 0:

@@ -1,37 +1,45 @@
 """Joining a team: from environment variables to shared memory that all workers have open.
 
-The order: rank 0 makes the memory and publishes where it is, with a fingerprint of its script; the others compare
-theirs, open it, and all meet at the first exchange. From then on the board tells who does what.
+The order: the leader of each host makes its memory and publishes where it is, with a fingerprint of its script; the
+others of the host compare theirs and open it; the leaders connect to each other; and all meet at the first exchange.
+From then on the board tells who does what.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
 from lightwork.engine.engine import Blueprint
 from lightwork.engine.memory import MemoryMap, SharedMemory
-from lightwork.errors import Disagreement, RankLost
+from lightwork.errors import Disagreement, RankLost, TeamError
+from lightwork.spec.hosts import Hosts
 from lightwork.spec.plan import Plan
-from lightwork.store.mapped import MappedStore, check_room, create_store, open_store
+from lightwork.store.mapped import MappedStore, check_room, create_disk_store, create_store, open_store
 from lightwork.team.board import Activity, Board
-from lightwork.team.environment import Environment
+from lightwork.team.environment import Environment, Launcher
 from lightwork.team.peers import Peers
 from lightwork.team.rendezvous import JOIN_TIMEOUT, Rendezvous
+from lightwork.transport.base import Carrier, Transport
+from lightwork.transport.group import GlooCarrier
 from lightwork.transport.host import HostTransport
+from lightwork.transport.layered import LayeredTransport
 from lightwork.transport.lock import FileLock
 from lightwork.transport.signal import Signal
 from lightwork.units import format_bytes
@@ -56,9 +64,13 @@ class Team:
     signal: Signal
     lock: AbstractContextManager[bool | None]
     board: Board
-    transport: HostTransport
+    mailboxes: HostTransport  #: of the workers of this host
+    transport: Transport  #: of all workers
+    carrier: Carrier | None  #: the leader's, where there are several hosts
+    hosts: Hosts
+    host: int
     peers: Peers
-    host: str
+    hostname: str
 
     @property
     def rank(self) -> int:
@@ -69,6 +81,16 @@ class Team:
     def world_size(self) -> int:
         """The number of workers."""
         return self.environment.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """This worker's number on its host."""
+        return self.rank - self.hosts.first_rank(self.host)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this worker speaks for its host."""
+        return self.local_rank == 0
 
     def meet(self, what: str, payload: bytes = b"") -> list[bytes]:
         """Exchange payloads with every worker; a barrier. `what` names the collective call.
@@ -88,11 +110,11 @@ class Team:
         deadline = time.monotonic() + JOIN_TIMEOUT
 
         def check() -> None:
-            missing = [rank for rank in range(self.world_size) if not self.board.pid(rank)]
+            missing = [local for local in range(self.hosts.sizes[self.host]) if not self.board.pid(local)]
             if missing and time.monotonic() > deadline:
                 raise RankLost(
-                    f"rank {missing[0]} has not called lightwork.distribute, {JOIN_TIMEOUT:.0f} s after rank "
-                    f"{self.rank}. Every worker must reach it; see the log of that worker."
+                    f"rank {self._name(missing[0])} has not called lightwork.distribute, {JOIN_TIMEOUT:.0f} s after "
+                    f"rank {self.rank}. Every worker must reach it; see the log of that worker."
                 )
 
         self.board.announce(Activity.MEETING)
@@ -109,39 +131,45 @@ class Team:
         return _Watch(self, f"in step {step}", lambda: self._check_step(step))
 
     def _check_step(self, step: int) -> None:
-        for rank in self.peers.ended():
-            if not self.board.has_left(rank):
+        for local in self.peers.ended():
+            if not self.board.has_left(local):
                 raise RankLost(
-                    f"rank {rank} (pid {self.board.pid(rank)}) is gone; rank {self.rank} needs it in step {step}. Its "
-                    "process ended in the middle of training; see its log."
+                    f"rank {self._name(local)} (pid {self.board.pid(local)}) is gone; rank {self.rank} needs it in "
+                    f"step {step}. Its process ended in the middle of training; see its log."
                 )
-        for rank in self._others():
+        for local in self._others():
             # Only in an exchange that this worker has not entered: otherwise it is just slow to wake from one.
-            calls_alone = self.board.activity(rank) is Activity.MEETING and self.transport.is_ahead(rank)
-            if calls_alone and self.board.entered(rank) < step and not self.board.has_left(rank):
+            calls_alone = self.board.activity(local) is Activity.MEETING and self.mailboxes.is_ahead(local)
+            entered = self.board.entered(local)
+            if calls_alone and entered < step and not self.board.has_left(local):
                 raise Disagreement(
-                    f"rank {rank} calls {self.transport.posted_last(rank)} after step {self.board.entered(rank)} while "
+                    f"rank {self._name(local)} calls {self.mailboxes.posted_last(local)} after step {entered} while "
                     f"rank {self.rank} is in step {step}. {_SAME_CALLS}"
                 )
 
     def _check_meeting(self) -> None:
-        missing = [rank for rank in self._others() if self.transport.posted(rank) is None]
-        for rank in self.peers.ended():
-            if rank in missing:
+        missing = [local for local in self._others() if self.mailboxes.posted(local) is None]
+        for local in self.peers.ended():
+            if local in missing:
                 raise RankLost(
-                    f"rank {rank} (pid {self.board.pid(rank)}) has ended while rank {self.rank} waits for it in a "
-                    f"collective call. {_SAME_CALLS}"
+                    f"rank {self._name(local)} (pid {self.board.pid(local)}) has ended while rank {self.rank} "
+                    f"waits for it in a collective call. {_SAME_CALLS}"
                 )
-        for rank in missing:
+        for local in missing:
             # Only in a step that is still open: otherwise it is just slow to wake from its end.
-            if self.board.waits_in_open_step(rank) and not self.board.has_left(self.rank):
+            if self.board.waits_in_open_step(local) and not self.board.has_left(self.local_rank):
                 raise Disagreement(
                     f"rank {self.rank} is in a collective call (save, digest, evaluate, ...) while "
-                    f"{self.board.describe(rank)}. {_SAME_CALLS}"
+                    f"{self.board.describe(local)}. {_SAME_CALLS}"
                 )
 
     def _others(self) -> list[int]:
-        return [rank for rank in range(self.world_size) if rank != self.rank]
+        """Return the numbers on this host of its other workers."""
+        return [local for local in range(self.hosts.sizes[self.host]) if local != self.local_rank]
+
+    def _name(self, local: int) -> int:
+        """Return the rank of a worker of this host."""
+        return self.hosts.first_rank(self.host) + local
 
 
 class _Watch:
@@ -161,9 +189,9 @@ class _Watch:
             self._named_at = now + 6 * NAME_AFTER_SECONDS
             board = self._team.board
             busy = [
-                board.describe(rank)
-                for rank in range(self._team.world_size)
-                if rank != self._team.rank and board.activity(rank) not in (Activity.WAITING, Activity.MEETING)
+                board.describe(local)
+                for local in self._team._others()
+                if board.activity(local) not in (Activity.WAITING, Activity.MEETING)
             ]
             if busy:
                 notice(f"rank {self._team.rank} waits {self._where} for: {'; '.join(busy)}.")
@@ -174,50 +202,107 @@ def notice(text: str) -> None:
     print(f"lightwork: {text}", file=sys.stderr, flush=True)
 
 
+def find_hosts(environment: Environment, plan: Plan, rendezvous: Rendezvous, run_number: int) -> tuple[Hosts, int]:
+    """Return which workers share a memory, and the host of this one: with transport "group", each worker by itself."""
+    world_size = environment.world_size
+    if plan.transport == "group":
+        return Hosts((1,) * world_size), environment.rank
+    if environment.launcher in (Launcher.PYTHON, Launcher.LIGHTWORK):
+        return Hosts((world_size,)), 0
+    rendezvous.publish(f"host of {environment.rank} in run {run_number}", environment.machine)
+    machines = [rendezvous.wait(f"host of {rank} in run {run_number}") for rank in range(world_size)]
+    hosts = Hosts(tuple(len(list(ranks)) for _, ranks in itertools.groupby(machines)))
+    if len(hosts) != len(set(machines)):
+        raise TeamError(
+            f"the ranks of a machine are not neighbours ({', '.join(machines)}). Let the launcher fill one machine "
+            "after the other (srun --distribution=block, mpirun --map-by slot)."
+        )
+    return hosts, hosts.host_of(environment.rank)
+
+
 def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous: Rendezvous, run_number: int) -> Team:
     """Return this worker's team, once every worker has come.
 
     Raises: MemoryFull, Disagreement, TeamError.
     """
-    rank, world_size = environment.rank, environment.world_size
-    memory_map = MemoryMap()
+    hosts, host = blueprint.hosts, blueprint.host
+    local_rank = environment.rank - hosts.first_rank(host)
+    memory_map = MemoryMap(on_disk=blueprint.regions_on_disk(plan.offload))
     memory_map.reserve("signal", _SIGNAL_BYTES)
-    memory_map.reserve("mailboxes", HostTransport.num_bytes(world_size))
+    memory_map.reserve("mailboxes", HostTransport.num_bytes(hosts.sizes[host]))
     blueprint.reserve(memory_map)
-    fingerprint = _fingerprint(blueprint, memory_map)
-    key = f"memory {run_number}"
-    if rank == 0:
+    fingerprint = _fingerprint(blueprint)
+    key = f"memory {run_number} of {hosts.first_rank(host)}"
+    if local_rank == 0:
         _check_room(blueprint, plan)
-        store = create_store(plan.shared_memory, memory_map.num_bytes)
-        rendezvous.publish(key, json.dumps({"address": store.address(), "fingerprint": fingerprint}))
+        store, disk = create_store(plan.shared_memory, memory_map.num_bytes), None
+        if memory_map.disk_bytes:
+            disk = create_disk_store(Path(plan.offload_dir or tempfile.gettempdir()), memory_map.disk_bytes)
+        if hosts.sizes[host] > 1:
+            addresses = {"address": store.address(), "disk": disk.address() if disk else None}
+            rendezvous.publish(key, json.dumps({**addresses, "fingerprint": fingerprint}))
     else:
         published = json.loads(rendezvous.wait(key))
-        _compare("lightwork.distribute", published["fingerprint"], fingerprint, rank)
+        _compare("lightwork.distribute", published["fingerprint"], fingerprint, environment.rank)
         store = open_store(published["address"])
-    memory = SharedMemory(store.buffer, memory_map)
+        disk = open_store(published["disk"]) if published["disk"] else None
+    carrier: Carrier | None = None
+    if local_rank == 0 and len(hosts) > 1:
+        leaders = [hosts.first_rank(other) for other in range(len(hosts))]
+        carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, rendezvous.address())
+    memory = SharedMemory(store.buffer, memory_map, disk.buffer if disk else None)
     signal = Signal(store.buffer, memory_map.offsets["signal"])
     fd = store.fileno()
     lock: AbstractContextManager[bool | None] = FileLock(fd) if fd is not None else threading.Lock()
-    board = Board(rank, blueprint.board_size, memory.region("board"), lock, signal, steal=plan.steal)
+    region = memory.region("board")
+    board = Board(
+        local_rank,
+        blueprint.board_size,
+        region,
+        lock,
+        signal,
+        steal=plan.steal,
+        hosts=hosts,
+        host=host,
+        sharded=blueprint.sharded,
+    )
     board.join(os.getpid())
-    transport = HostTransport(rank, world_size, memory.region("mailboxes"), lock, signal)
-    team = Team(environment, rendezvous, store, memory, signal, lock, board, transport, Peers(), socket.gethostname())
+    mailboxes = HostTransport(local_rank, hosts.sizes[host], memory.region("mailboxes"), lock, signal)
+    team = Team(
+        environment=environment,
+        rendezvous=rendezvous,
+        store=store,
+        memory=memory,
+        signal=signal,
+        lock=lock,
+        board=board,
+        mailboxes=mailboxes,
+        transport=mailboxes if len(hosts) == 1 else LayeredTransport(mailboxes, hosts, host, carrier),
+        carrier=carrier,
+        hosts=hosts,
+        host=host,
+        peers=Peers(),
+        hostname=socket.gethostname(),
+    )
     team.meet_first()
     store.published()
-    for other in range(world_size):
-        if other != rank:
+    if disk:
+        disk.published()
+    for other in range(hosts.sizes[host]):
+        if other != local_rank:
             team.peers.watch(other, board.pid(other))
+    if len(hosts) > 1:
+        team.meet_equal("lightwork.distribute", fingerprint)
     return team
 
 
-def _fingerprint(blueprint: Blueprint, memory_map: MemoryMap) -> dict[str, object]:
+def _fingerprint(blueprint: Blueprint) -> dict[str, object]:
     """Return what must be the same for the workers' bits, and their memory, to fit together."""
     names = hashlib.sha256("\n".join(p.name for p in blueprint.layout.parameters).encode()).hexdigest()
     return {
         "spec": json.loads(blueprint.spec.to_json()),
         "parameters": blueprint.layout.fingerprint(),
         "names of parameters": names,
-        "shared bytes": memory_map.num_bytes,
         "torch": torch.__version__,
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
@@ -241,7 +326,8 @@ def _short(value: object) -> str:
 
 
 def _check_room(blueprint: Blueprint, plan: Plan) -> None:
-    needed = blueprint.expected_bytes()
+    parts = blueprint.expected_bytes().items()
+    needed = {part: num_bytes for part, num_bytes in parts if plan.offload.get(part) != "disk"}
     breakdown = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
     check_room(plan.shared_memory, sum(needed.values()), available_memory(), breakdown)
 

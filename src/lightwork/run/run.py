@@ -23,6 +23,7 @@ from lightwork.data.loader import Loader
 from lightwork.data.order import CustomOrder, Order
 from lightwork.data.source import Source, source_for_evaluation, source_of
 from lightwork.engine.engine import Engine
+from lightwork.engine.scaling import Scale
 from lightwork.errors import CheckpointError, UsageError
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.guard import Guard
@@ -302,20 +303,22 @@ class Run:
     def edit(self) -> Iterator[None]:
         """Apply what the body writes to weights and buffers, once: as the main worker leaves them.
 
-        Inside, every worker sees fp32 weights of its own. Parameters can be written, not added or replaced.
+        Inside, autograd is off, and every worker sees fp32 weights of its own. Parameters can be written, not added or
+        replaced.
         """
         self._refuse_in_step("edit")
         self._team.meet("edit")
         weights = self._engine.weights
         before = dict(self.model.named_parameters())
-        copies = [weights.master_view(index).clone() for index in range(len(weights.parameters))]
-        self._engine.buffers.restore()
-        self._team.meet("edit (begun)")
+        with self._gathered("edit (begun)"):
+            copies = [weights.master_view(index).clone() for index in range(len(weights.parameters))]
+            self._engine.buffers.restore()
         for parameter, copy in zip(weights.parameters, copies, strict=True):
             parameter.data = copy
         edited = False
         try:
-            yield
+            with torch.no_grad():
+                yield
             after = dict(self.model.named_parameters())
             if before.keys() != after.keys() or any(after[name] is not p for name, p in before.items()):
                 raise UsageError(
@@ -323,9 +326,12 @@ class Run:
                 )
             edited = True
         finally:
-            if edited and self.is_main:
+            writes = edited and self._team.is_leader
+            if writes:
                 self._engine.buffers.publish()
-            weights.attach(write=edited and self.is_main)
+            weights.attach(write=writes)
+            if writes:
+                self._engine.take_from_first_host()
         self._team.meet("edit (end)")
         self._engine.buffers.restore()
 
@@ -333,17 +339,17 @@ class Run:
         """Return the model's state dict with full, plain tensors of its own: fp32 weights, under the model's names."""
         self._refuse_in_step("state_dict")
         self._team.meet("state_dict")
-        state = {name: value.detach().clone() for name, value in self._live_state().items()}
-        self._team.meet("state_dict (end)")
-        return state
+        with self._gathered("state_dict"):
+            return {name: value.detach().clone() for name, value in self._live_state().items()}
 
     def digest(self) -> str:
         """Return the SHA-256 of weights, buffers and optimizer state, in hexadecimal digits; the same everywhere."""
         self._refuse_in_step("digest")
         self._team.meet("digest")
-        items = list(self._everything())
-        mine = {name: _sha256(value) for i, (name, value) in enumerate(items) if i % self.world_size == self.rank}
-        parts = self._team.meet("digest (end)", json.dumps(mine).encode())
+        with self._gathered("digest"):
+            items = list(self._everything())
+            mine = {name: _sha256(value) for i, (name, value) in enumerate(items) if i % self.world_size == self.rank}
+        parts = self._team.meet("digest (hashes)", json.dumps(mine).encode())
         hashes: dict[str, str] = {}
         for part in parts:
             hashes.update(json.loads(part))
@@ -358,13 +364,14 @@ class Run:
         folder = Path(path) if path is not None else self.run_dir / "checkpoint"
         self._meet_where("save")
         error = ""
-        if self.is_main:
-            try:
-                checkpoints.save(self._checkpoint(), folder)
-            except CheckpointError as problem:
-                error = str(problem)
-            self._trace.event("save", path=str(folder), step=self._position.step)
-        problems = self._team.meet("save (end)", error.encode())
+        with self._gathered("save"):
+            if self.is_main:
+                try:
+                    checkpoints.save(self._checkpoint(), folder)
+                except CheckpointError as problem:
+                    error = str(problem)
+                self._trace.event("save", path=str(folder), step=self._position.step)
+        problems = self._team.meet("save (result)", error.encode())
         if problems[0]:
             raise CheckpointError(problems[0].decode())
         return folder
@@ -380,7 +387,7 @@ class Run:
         checkpoint = path if isinstance(path, Checkpoint) else checkpoints.load(path)
         self._check_fits(checkpoint)
         self._team.meet("load")
-        if self.is_main:
+        if self._team.is_leader:
             self._take(checkpoint)
         for group, saved in zip(self._engine.optimizer.param_groups, checkpoint.groups, strict=True):
             group.update(saved)
@@ -403,8 +410,22 @@ class Run:
         self._trace.event("end", step=self._position.step)
         self._trace.close()
         self._team.peers.close()
+        if self._team.carrier is not None:
+            self._team.carrier.close()
 
     # --- what they are made of --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _gathered(self, what: str) -> Iterator[None]:
+        """While everyone is inside, every host has all masters and state, also where they are sharded."""
+        if self._team.is_leader:
+            self._engine.gather()
+        self._team.meet(f"{what} (gathered)")
+        yield
+        self._engine.residency.drop_all()
+        self._team.meet(f"{what} (end)")
+        if self._team.is_leader:
+            self._engine.release()
 
     def _refuse_in_step(self, call: str) -> None:
         if self._step is not None and self._step.begun and not self._step.finished:
@@ -443,6 +464,9 @@ class Run:
             spec=self.spec,
             position=self._position,
             kept={name: value.state_dict() for name, value in self._kept.items()},
+            loss_scale=tuple(self._engine.loss_scale.state(self._position.step))
+            if self._engine.loss_scale.enabled
+            else (),
         )
 
     def _check_fits(self, checkpoint: Checkpoint) -> None:
@@ -473,7 +497,7 @@ class Run:
             )
 
     def _take(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint into the shared memory. One worker does, while the others wait."""
+        """Write a checkpoint into the shared memory. The leader does, while the others wait."""
         weights = self._engine.weights
         with torch.no_grad():
             live = self._live_state()
@@ -483,6 +507,10 @@ class Run:
             for index, parameter in enumerate(weights.layout.parameters):
                 self._engine.state.load_state(index, dict(checkpoint.optimizer.get(parameter.name, {})))
             self._engine.buffers.publish()
+        self._engine.release()
+        if checkpoint.loss_scale:
+            scale, good_steps, skipped = checkpoint.loss_scale
+            self._engine.loss_scale.load(checkpoint.step, Scale(scale, int(good_steps), int(skipped)))
         self._team.board.resume_at(checkpoint.step)
 
 

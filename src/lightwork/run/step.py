@@ -21,7 +21,7 @@ import torch
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, UsageError
 from lightwork.spec.tree import Node
-from lightwork.team.board import Kind
+from lightwork.team.board import Kind, Phase
 from lightwork.trace import Trace
 
 
@@ -134,7 +134,7 @@ class Step:
                 "set clip_grad_norm."
             )
         self._trace.span("forward", self.index, micro.index, micro.start, now)
-        micro.fold = self._engine.backward(micro.index, loss, micro.weight)
+        micro.fold = self._engine.backward(self.index, micro.index, loss, micro.weight)
         self._trace.span("backward", self.index, micro.index, now, time.perf_counter())
 
     def add(self, name: str, value: float | torch.Tensor, weight: float | None = None) -> None:
@@ -160,6 +160,11 @@ class Step:
     def grad_norm(self) -> float:
         """The L2 norm of the whole gradient, before clipping."""
         return self._finished("grad_norm").grad_norm
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the gradient was not finite, so that the weights stayed as they were (precision "fp16" alone)."""
+        return self._finished("skipped").skipped
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -208,6 +213,8 @@ class Step:
                 )
             elif action.kind is Kind.WAIT:
                 action = engine.wait(self.index, action.item, self._loader.idle, watch)
+            elif action.kind is Kind.EXCHANGE:
+                action = engine.exchange(self.index, Phase(action.item))
             else:
                 action = engine.process(self.index, action)
         self._result = engine.leave(self.index)
@@ -217,6 +224,7 @@ class Step:
             step=self.index,
             loss=self._result.loss,
             grad_norm=self._result.grad_norm,
+            **({"skipped": True} if self._result.skipped else {}),
             samples=self._num_samples,
             tokens=self._num_tokens,
             micro_batches=self._own,

@@ -9,7 +9,9 @@ from typing import Literal, get_args
 
 from lightwork.errors import SpecError
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Wire = Literal["fp32", "bf16"]
+Activation = Literal["keep", "recompute", "offload", "int8"]
 BufferRule = Literal["mean", "sum", "first", "last", "maximum", "minimum"]
 
 
@@ -24,10 +26,14 @@ class Spec:
     global_batch: int  #: samples an update
     micro_batch: int  #: samples a forward and backward; the last of an update may hold fewer
     seed: int = 0
-    precision: Precision = "fp32"  #: bf16: bf16 working weights and autocast, fp32 masters, sums and state
+    precision: Precision = "fp32"  #: bf16, fp16: such working weights and autocast; fp32 masters, sums and state
+    wire: Wire = "fp32"  #: of partial sums, kept and sent: bf16 rounds every node of the tree
+    int8_activations: tuple[str, ...] = ()  #: modules whose activations are kept in 8 bits, by name
     clip_grad_norm: float | None = None  #: the largest L2 norm of the whole gradient
     threads: int = 1  #: of torch, a worker; a different number gives different bits
-    fp32_modules: tuple[str, ...] = ()  #: modules that keep fp32 weights under bf16, by name (with all below them)
+    fp32_modules: tuple[
+        str, ...
+    ] = ()  #: modules that keep fp32 weights under bf16 and fp16, by name (with all below them)
     buffers: Mapping[str, BufferRule] = field(default_factory=dict)  #: how micro-batches' values become one, by name
     optimizer: str = ""  #: class and implementation, filled in by `distribute`
 
@@ -46,6 +52,8 @@ class Spec:
             raise SpecError(
                 f"precision={self.precision!r} is not known. Choose one of {', '.join(get_args(Precision))}."
             )
+        if self.wire not in get_args(Wire):
+            raise SpecError(f"wire={self.wire!r} is not known. Choose one of {', '.join(get_args(Wire))}.")
         if self.clip_grad_norm is not None and not _is_positive(self.clip_grad_norm):
             raise SpecError(f"clip_grad_norm={self.clip_grad_norm!r} is not a positive number. None does not clip.")
         for name, rule in self.buffers.items():
@@ -73,7 +81,8 @@ class Spec:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise SpecError(f"the spec has fields that this version does not know: {', '.join(sorted(unknown))}.")
-        return cls(**{**values, "fp32_modules": tuple(values.get("fp32_modules", ()))})
+        names = {name: tuple(values.get(name, ())) for name in ("fp32_modules", "int8_activations")}
+        return cls(**{**values, **names})
 
 
 def choose_micro_batch(global_batch: int, micro_batch: int | None) -> int:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args
 
 from lightwork.errors import SpecError
+from lightwork.spec.job import Activation, Spec
 
+Carriage = Literal["host", "group"]
+Placement = Literal["replicate", "zero1"]
+Part = Literal["optimizer", "weights", "gradients"]
+Place = Literal["host", "disk"]
 Memory = Literal["anonymous", "file"]
 
 
@@ -16,8 +22,12 @@ class Plan:
     """How a spec is carried out. JSON both ways, diffable."""
 
     world_size: int = 1  #: workers; the launcher's business alone
-    transport: Literal["host"] = "host"  #: the workers of one host read each other's memory
+    transport: Carriage = "host"  #: host: workers of a machine share memory; group: each has its own, joined by Gloo
     shared_memory: Memory = "anonymous"  #: an anonymous memory file, or an unlinked temporary one where there are none
+    placement: Placement = "replicate"  #: zero1: a host holds masters and optimizer state of its share of the buckets
+    offload: Mapping[str, Place] = field(default_factory=dict)  #: what lies where, if not on the worker's device
+    offload_dir: str = ""  #: of the disk; the system's temporary folder unless given
+    activations: Mapping[str, Activation] = field(default_factory=dict)  #: of modules by name; the others are kept
     steal: bool = True  #: a worker that is done takes micro-batches that a late one has not started
     trace: bool = True  #: spans and counters of each worker in the run directory
 
@@ -27,8 +37,23 @@ class Plan:
         for name, switch in (("steal", self.steal), ("trace", self.trace)):
             if not isinstance(switch, bool):
                 raise SpecError(f"{name}={switch!r} is neither true nor false.")
-        if self.transport != "host":
-            raise SpecError(f"transport={self.transport!r} is not known. Choose host.")
+        if self.transport not in get_args(Carriage):
+            raise SpecError(
+                f"transport={self.transport!r} is not known. Choose one of {', '.join(get_args(Carriage))}."
+            )
+        if self.placement not in get_args(Placement):
+            raise SpecError(
+                f"placement={self.placement!r} is not known. Choose one of {', '.join(get_args(Placement))}."
+            )
+        for part, place in self.offload.items():
+            if part not in get_args(Part) or place not in get_args(Place):
+                raise SpecError(
+                    f"offload={{{part!r}: {place!r}}} is not known. The parts are {', '.join(get_args(Part))}, the "
+                    f"places {', '.join(get_args(Place))}."
+                )
+        odd = {value for value in self.activations.values() if value not in ("recompute", "offload")}
+        if odd:
+            raise SpecError(f"activations={odd.pop()!r} is not a plan's. Choose recompute or offload, by module.")
         if self.shared_memory not in get_args(Memory):
             raise SpecError(
                 f"shared_memory={self.shared_memory!r} is not known. Choose one of {', '.join(get_args(Memory))}."
@@ -49,3 +74,7 @@ class Plan:
         if unknown:
             raise SpecError(f"the plan has fields that this version does not know: {', '.join(sorted(unknown))}.")
         return cls(**values)
+
+
+#: What `--set` may name: the fields of spec and plan, but for what the launcher, the script or the engine decides.
+SETTABLE = sorted({f.name for f in (*fields(Spec), *fields(Plan))} - {"optimizer", "world_size", "int8_activations"})

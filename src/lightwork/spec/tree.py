@@ -60,10 +60,24 @@ def fold(leaf: int, num_leaves: int, held: Iterable[Node]) -> tuple[tuple[Node, 
     return tuple(chain), result
 
 
-def sum_of(num_leaves: int, held: Iterable[Node]) -> Sum:
-    """Return how the sum over all leaves is made of the held nodes.
+def cover(leaves: Node, num_leaves: int) -> tuple[Node, ...]:
+    """Return the fewest nodes of the tree over `num_leaves` that hold just `leaves`, in order."""
 
-    Raises: ValueError when they do not cover every leaf.
+    def within(node: Node) -> tuple[Node, ...]:
+        if node.end <= leaves.first or leaves.end <= node.first:
+            return ()
+        if leaves.first <= node.first and node.end <= leaves.end:
+            return (node,)
+        left, right = split(node)
+        return within(left) + within(right)
+
+    return within(Node(0, num_leaves))
+
+
+def sum_of(whole: Node, held: Iterable[Node]) -> Sum:
+    """Return how the sum over the node `whole` is made of the held nodes.
+
+    Raises: ValueError when they do not cover every leaf of it.
     """
     available = set(held)
 
@@ -71,11 +85,11 @@ def sum_of(num_leaves: int, held: Iterable[Node]) -> Sum:
         if node in available:
             return node
         if node.end - node.first == 1:
-            raise ValueError(f"micro-batch {node.first} of {num_leaves} is in no partial sum {sorted(available)}")
+            raise ValueError(f"micro-batch {node.first} of {tuple(whole)} is in no partial sum {sorted(available)}")
         left, right = split(node)
         return expand(left), expand(right)
 
-    return expand(Node(0, num_leaves))
+    return expand(whole)
 
 
 def without_absent(tree: Sum, present: Callable[[Node], bool]) -> Sum | None:

@@ -19,7 +19,7 @@ import weakref
 from pathlib import Path
 from typing import final
 
-from lightwork.errors import MemoryFull, TeamError
+from lightwork.errors import MemoryFull, SpecError, TeamError
 from lightwork.spec.plan import Memory
 from lightwork.store.base import Store
 from lightwork.units import format_bytes
@@ -71,6 +71,43 @@ def create_store(kind: Memory, num_bytes: int) -> MappedStore:
     return _create_file(num_bytes)
 
 
+def create_disk_store(folder: Path, num_bytes: int) -> MappedStore:
+    """Return zeroed memory in an unlinked file in `folder`, with all its room taken.
+
+    Raises: MemoryFull when the disk has not that much, or can not be written; SpecError when `folder` is no disk.
+    """
+    kind = _file_system(folder)
+    if kind in ("tmpfs", "ramfs"):
+        raise SpecError(
+            f"offload to disk would go to {folder}, which is memory itself ({kind}). Name a folder on a disk: "
+            "offload_dir=..."
+        )
+    try:
+        store = _create_file(num_bytes, folder)
+        fd = store.fileno()
+        if fd is not None:
+            # Without its room, a full disk would be a bus error in the middle of training.
+            os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        free = format_bytes(shutil.disk_usage(folder).free) if folder.is_dir() else "nothing"
+        raise MemoryFull(
+            f"offload to disk needs {format_bytes(num_bytes)} in {folder} ({error.strerror}); {free} is free. Make "
+            "room, or name another folder: offload_dir=..."
+        ) from error
+    return store
+
+
+def _file_system(folder: Path) -> str:
+    """Return the type of the file system that holds `folder`, empty where the system does not tell."""
+    found = (0, "")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+            _, mount, kind, *_ = line.split()
+            if folder.resolve().is_relative_to(mount):
+                found = max(found, (len(mount), kind))
+    return found[1]
+
+
 def open_store(address: str) -> MappedStore:
     """Return the memory that another process of this host made.
 
@@ -87,14 +124,20 @@ def open_store(address: str) -> MappedStore:
         ) from error
 
 
-def _create_file(num_bytes: int) -> MappedStore:
-    fd, name = tempfile.mkstemp(prefix="lightwork-")
+def _create_file(num_bytes: int, folder: Path | None = None) -> MappedStore:
+    fd, name = tempfile.mkstemp(prefix="lightwork-", dir=folder)
     path = Path(name)
-    os.ftruncate(fd, num_bytes)
-    if Path(f"/proc/{os.getpid()}/fd").is_dir():
-        path.unlink()
-        return MappedStore(fd, num_bytes)
-    return MappedStore(fd, num_bytes, name=path)
+    keeps_name = not Path(f"/proc/{os.getpid()}/fd").is_dir()
+    try:
+        if not keeps_name:
+            path.unlink()
+        os.ftruncate(fd, num_bytes)
+        return MappedStore(fd, num_bytes, name=path if keeps_name else None)
+    except OSError:
+        os.close(fd)
+        if keeps_name:
+            path.unlink()
+        raise
 
 
 def check_room(kind: Memory, needed_bytes: int, available_bytes: int, breakdown: str) -> None:

@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 
 from lightwork.errors import SpecError
 
@@ -39,6 +42,8 @@ class Environment:
     address: str | None = None  #: host of the rendezvous store, where others started us
     port: int | None = None
     store_is_served: bool = False  #: by torchrun's agent
+    interface: str | None = None  #: the network that Gloo was told to use
+    machine: str = ""  #: an identity of the memory that workers can share
     attempt: str = "0"  #: of torchrun, which starts all workers anew after a failure
     run_dir: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)  #: `--set NAME=VALUE`, parsed
@@ -83,6 +88,8 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
     """
     env = os.environ if variables is None else variables
     common = Environment(
+        interface=env.get("GLOO_SOCKET_IFNAME"),
+        machine=_machine(env),
         run_dir=env.get("LIGHTWORK_RUN_DIR"),
         settings=json.loads(env.get("LIGHTWORK_SETTINGS", "{}")),
         address=env.get("MASTER_ADDR"),
@@ -119,6 +126,15 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
         port=common.port if common.port is not None else _port_of_job(env, launcher),
         address=common.address or "127.0.0.1",
     )
+
+
+def _machine(env: Mapping[str, str]) -> str:
+    """Return what tells apart the machines, containers and launcher's nodes whose processes can not share memory."""
+    node = next((env[name] for name in ("GROUP_RANK", "SLURM_NODEID") if name in env), "")
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+    return f"{socket.gethostname()} {boot} {node}".strip()
 
 
 def _port_of_job(env: Mapping[str, str], launcher: Launcher) -> int | None:

@@ -7,16 +7,21 @@ name. Under torchrun, srun and mpirun the key-value store of torch.distributed s
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import socket
 import time
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from enum import IntEnum
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from lightwork.errors import TeamError
 from lightwork.team.environment import Environment
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 #: Seconds that a worker waits for rank 0 before it says so and gives up.
 JOIN_TIMEOUT = 300.0
@@ -51,6 +56,17 @@ class Rendezvous(ABC):
     @abstractmethod
     def wait(self, key: str) -> str:
         """Return the message under `key`. Blocks: until it is published, at most `JOIN_TIMEOUT` seconds."""
+
+    @abstractmethod
+    def store(self, key: str) -> Store:
+        """Return a key-value store of torch.distributed that all workers who ask for `key` share.
+
+        Blocks: until rank 0 has asked.
+        """
+
+    @abstractmethod
+    def address(self) -> str | None:
+        """Return this machine's address as the other hosts reach it; None leaves it to torch.distributed."""
 
     @abstractmethod
     def report(self, progress: Progress) -> None:
@@ -113,6 +129,21 @@ class FileRendezvous(Rendezvous):
             "Every worker must reach it; see the log of rank 0."
         )
 
+    def store(self, key: str) -> Store:
+        """Serve one from rank 0, whose workers are all on this machine."""
+        from torch._C._distributed_c10d import TCPStore
+
+        timeout = timedelta(seconds=JOIN_TIMEOUT)
+        if self._rank == 0:
+            store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+            self.publish(key, str(store.port))
+            return store
+        return TCPStore("127.0.0.1", int(self.wait(key)), is_master=False, timeout=timeout)
+
+    def address(self) -> str:
+        """Return the loopback's: its workers are all on this machine."""
+        return "127.0.0.1"
+
     def report(self, progress: Progress) -> None:
         """Write this rank's byte."""
         self._page[self._rank] = int(progress)
@@ -139,6 +170,7 @@ class StoreRendezvous(Rendezvous):
                 "each other. Set both, or start with lightwork run or torchrun."
             )
         self._rank = environment.rank
+        self._interface = environment.interface
         self._store = TCPStore(
             environment.address or "127.0.0.1",
             environment.port,
@@ -166,6 +198,21 @@ class StoreRendezvous(Rendezvous):
                 "Every worker must reach it."
             ) from error
 
+    def store(self, key: str) -> Store:
+        """Return a part of the store."""
+        from torch._C._distributed_c10d import PrefixStore
+
+        return PrefixStore(f"{self._prefix}{key}/", self._store)
+
+    def address(self) -> str | None:
+        """Return the address from which the store is reached, unless Gloo was told its interface."""
+        if self._interface is not None:
+            return None
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((self._store.host, self._store.port))  # sends nothing, and chooses a route
+            return str(probe.getsockname()[0])
+        return None
+
     def report(self, progress: Progress) -> None:
         """Do nothing: these launchers look at exit statuses only."""
 
@@ -188,6 +235,16 @@ class SoloRendezvous(Rendezvous):
     def wait(self, key: str) -> str:
         """Return the kept message."""
         return self._messages[key]
+
+    def store(self, key: str) -> Store:
+        """Return one of this process's own."""
+        from torch._C._distributed_c10d import HashStore
+
+        return HashStore()
+
+    def address(self) -> str:
+        """Return the loopback's."""
+        return "127.0.0.1"
 
     def report(self, progress: Progress) -> None:
         """Do nothing: nobody looks."""

@@ -1,9 +1,14 @@
-"""The contract of a transport."""
+"""The contracts of the transports: small messages between all workers, and tensors between hosts."""
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+
+import torch
+
+from lightwork.errors import Disagreement
 
 #: Called while waiting, some times a second; raises when waiting has become pointless.
 Watch = Callable[[], None]
@@ -12,7 +17,7 @@ Watch = Callable[[], None]
 class Transport(ABC):
     """Moves small messages between all workers of a team.
 
-    Gradients do not pass here: on a host they are read in place.
+    Gradients do not pass here: on a host they are read in place, between hosts a `Carrier` brings them.
     """
 
     @abstractmethod
@@ -25,3 +30,98 @@ class Transport(ABC):
         Blocks: until all have called, while `watch` does not raise.
         Raises: Disagreement when another worker exchanges something else.
         """
+
+
+class Pending(ABC):
+    """A tensor on its way."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when the tensor may be read (received) or written again (sent).
+
+        Raises: RankLost when the other host is gone.
+        """
+
+
+_WHAT_BYTES = 48
+_HEADER = struct.Struct(f"<{_WHAT_BYTES}sq")  # what, bytes of the whole payload
+
+#: Bytes of the first message of an exchange, which holds the header and as much of the payload as fits.
+FIRST_BYTES = 16 * 1024
+
+#: Tags of `exchange`; those of tensors begin at `FIRST_TAG`.
+_TAG_FIRST, _TAG_REST, FIRST_TAG = 0, 1, 2
+
+
+class Carrier(ABC):
+    """Moves tensors between the leaders of hosts that share no memory. Bytes only: it never adds.
+
+    Tensors are contiguous and of any type. Two of one sender to one receiver with one tag arrive in order.
+    """
+
+    def __init__(self, host: int, leaders: list[int]) -> None:
+        self.host = host
+        self.leaders = leaders  #: the rank that speaks for each host, for messages
+
+    @property
+    def num_hosts(self) -> int:
+        """The number of hosts."""
+        return len(self.leaders)
+
+    @abstractmethod
+    def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
+        """Begin to send `tensor`, which stays as it is until `wait`."""
+
+    @abstractmethod
+    def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
+        """Begin to receive into `tensor`, of the size and type that is sent."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the connections."""
+
+    def exchange(self, what: str, payload: bytes) -> list[bytes]:
+        """Return every host's payload, by host. Also a barrier.
+
+        Moves: `FIRST_BYTES` to and from each other host, and what of the payloads did not fit.
+        Raises: Disagreement when another host exchanges something else; RankLost.
+        """
+        others = [host for host in range(self.num_hosts) if host != self.host]
+        first = torch.zeros(FIRST_BYTES, dtype=torch.uint8)
+        room = FIRST_BYTES - _HEADER.size
+        name = what.encode()[:_WHAT_BYTES]
+        start = _HEADER.pack(name, len(payload)) + payload[:room]
+        first[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+        firsts = {host: torch.empty_like(first) for host in others}
+        on_the_way = [self.receive(host, firsts[host], _TAG_FIRST) for host in others]
+        on_the_way += [self.send(host, first, _TAG_FIRST) for host in others]
+        for pending in on_the_way:
+            pending.wait()
+        rests: dict[int, torch.Tensor] = {}
+        heads = {host: _HEADER.unpack(firsts[host][: _HEADER.size].numpy().tobytes()) for host in others}
+        for host in others:
+            theirs = bytes(heads[host][0]).rstrip(b"\0")
+            if theirs != name:
+                raise Disagreement(
+                    f"rank {self.leaders[self.host]} calls {name.decode(errors='ignore')} while rank "
+                    f"{self.leaders[host]} calls {theirs.decode(errors='ignore')}. Every worker must make the same "
+                    "calls in the same order, and leave its loop at the same step: take them out of conditions such "
+                    "as `if run.is_main`."
+                )
+            if heads[host][1] > room:
+                rests[host] = torch.empty(heads[host][1] - room, dtype=torch.uint8)
+        on_the_way = [self.receive(host, rest, _TAG_REST) for host, rest in rests.items()]
+        if len(payload) > room:
+            rest = torch.frombuffer(bytearray(payload[room:]), dtype=torch.uint8)
+            on_the_way += [self.send(host, rest, _TAG_REST) for host in others]
+        for pending in on_the_way:
+            pending.wait()
+        received = []
+        for host in range(self.num_hosts):
+            if host == self.host:
+                received.append(payload)
+                continue
+            length = heads[host][1]
+            begin = firsts[host][_HEADER.size : _HEADER.size + min(length, room)].numpy().tobytes()
+            received.append(begin + (rests[host].numpy().tobytes() if host in rests else b""))
+        return received

@@ -1,0 +1,305 @@
+"""Activations: what forward of a module leaves for backward is kept, made again, or kept in 8 bits.
+
+    keep       as autograd does
+    recompute  the module's inputs alone are kept, and its forward is run again when backward first asks; the random
+               state, the buffers and autocast are as they were, so the bits are those of `keep`
+    offload    moved to host memory until backward asks; for modules on a device
+    int8       rounded to 8 bits, with one scale for each 256 elements: an eighth to a quarter of the memory, and other
+               bits, so that it is a part of the spec
+
+A module is wrapped from outside: its `forward` runs under hooks on the tensors that autograd saves. Weights (whatever
+lies in the shared memory) and small tensors are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from lightwork.engine.random import RandomState
+from lightwork.errors import SpecError, UsageError
+from lightwork.spec.job import Activation
+
+#: Elements with one scale in 8-bit blocks: the relative error of an element stays below its block's range / 254.
+INT8_BLOCK = 256
+
+#: Tensors of fewer elements stay as they are.
+SMALL = INT8_BLOCK
+
+Forward = Callable[..., Any]
+IsWeight = Callable[[torch.Tensor], bool]
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """Return the names of a model's layers: the items of the ModuleList or Sequential with the most parameters in them.
+
+    Of lists within each other the outermost counts. Without any, the model's children.
+    """
+    best: tuple[int, list[str]] = (0, [])
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if size > best[0]:
+                best = (size, [f"{name}.{child}" if name else child for child, _ in module.named_children()])
+    if best[1]:
+        return best[1]
+    return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+
+
+def resolve(model: nn.Module, activations: str | Mapping[str, str]) -> dict[str, str]:
+    """Return what is done with the activations of which module; `keep` is left out.
+
+    Args:
+        activations: one value for all layers (`layers_of`), or a value for each module by name.
+
+    Raises: SpecError for an unknown value or module, modules within each other, and a value that can not be carried
+    out here.
+    """
+    chosen = activations if isinstance(activations, Mapping) else dict.fromkeys(layers_of(model), activations)
+    modules = dict(model.named_modules())
+    for name, value in chosen.items():
+        if value not in get_args(Activation):
+            raise SpecError(f"activations={value!r} is not known. Choose one of {', '.join(get_args(Activation))}.")
+        if name not in modules:
+            near = ", ".join(list(modules)[1:6])
+            raise SpecError(f"activations names {name!r}, which the model does not have. It has {near}, ...")
+        if value == "offload" and all(p.device.type == "cpu" for p in modules[name].parameters()):
+            raise SpecError(
+                f"activations='offload' moves what {name} saves from a device to host memory, and it is on a CPU "
+                "already. Choose recompute, or int8."
+            )
+    chosen = {name: value for name, value in chosen.items() if value != "keep"}
+    for outer in chosen:
+        inner = next((name for name in chosen if name.startswith(f"{outer}.")), None)
+        if inner is not None:
+            raise SpecError(f"activations names {outer!r} and {inner!r}, which is inside it. Name one of them.")
+    return chosen
+
+
+class Activations:
+    """The wrapped modules of one worker's model.
+
+    Owns: the `forward` attribute of these modules, until `close`.
+    """
+
+    def __init__(self, model: nn.Module, chosen: Mapping[str, str], weights: torch.Tensor) -> None:
+        """`weights` is any tensor in the memory of the weights."""
+        self._wrapped: list[nn.Module] = []
+        storage = weights.untyped_storage().data_ptr()
+
+        def is_weight(tensor: torch.Tensor) -> bool:
+            return tensor.untyped_storage().data_ptr() == storage
+
+        for name, value in chosen.items():
+            module = model.get_submodule(name)
+            module.__dict__["forward"] = _WRAPPERS[value](name, module, is_weight)
+            self._wrapped.append(module)
+
+    def close(self) -> None:
+        """Give the modules their own `forward` back."""
+        for module in self._wrapped:
+            module.__dict__.pop("forward", None)
+        self._wrapped.clear()
+
+
+# --- recompute -------------------------------------------------------------------------------------------------------
+
+
+class _Enough(Exception):
+    """Raised in a second forward once all that backward needs is there."""
+
+
+@dataclass
+class _Call:
+    """One forward of a module that is to be run again."""
+
+    name: str
+    is_weight: IsWeight
+    forward: Forward
+    inputs: list[Any]  #: tensors detached from the graph that made them
+    needed_grad: list[bool]
+    tree: Any
+    random_state: RandomState
+    buffers: list[tuple[nn.Module, str, torch.Tensor]]
+    autocast: tuple[bool, torch.dtype]
+    saved: list[torch.Size] = field(default_factory=list)  #: shapes, in the order in which autograd saved them
+    again: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """Let a saved tensor go, and remember which it was."""
+        if self.is_weight(tensor):
+            return tensor
+        self.saved.append(tensor.shape)
+        return len(self.saved) - 1
+
+    def unpack(self, place: Any) -> torch.Tensor:
+        """Return the tensor that was the `place`th to be saved."""
+        if isinstance(place, torch.Tensor):
+            return place
+        if place not in self.again:
+            self._run_again()
+        return self.again.pop(place)
+
+    def _run_again(self) -> None:
+        now = RandomState.capture()
+        values = [(module, key, module._buffers[key]) for module, key, _ in self.buffers]
+        seen = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal seen
+            if self.is_weight(tensor):
+                return tensor
+            if seen >= len(self.saved) or tensor.shape != self.saved[seen]:
+                raise UsageError(self._differs())
+            self.again[seen] = tensor.detach()
+            seen += 1
+            if seen == len(self.saved):
+                raise _Enough
+            return tensor
+
+        inputs = [
+            value.detach().requires_grad_(needed) if isinstance(value, torch.Tensor) else value
+            for value, needed in zip(self.inputs, self.needed_grad, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(inputs, self.tree)
+        try:
+            self.random_state.restore()
+            for module, key, start in self.buffers:
+                module._buffers[key] = start.clone()
+            enabled, dtype = self.autocast
+            with (
+                torch.enable_grad(),
+                torch.autocast("cpu", dtype, enabled=enabled),
+                saved_tensors_hooks(keep, lambda tensor: tensor),
+            ):
+                self.forward(*args, **kwargs)
+        except _Enough:
+            pass
+        finally:
+            now.restore()
+            for module, key, value in values:
+                module._buffers[key] = value
+        if seen < len(self.saved):
+            raise UsageError(self._differs())
+
+    def _differs(self) -> str:
+        return (
+            f"module {self.name} did not do the same when it was run again for backward: it saved other tensors. "
+            f"Something outside it changed in between, or it keeps state in Python. Leave it out: "
+            f"activations={{{self.name!r}: 'keep'}}."
+        )
+
+
+def _recompute(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        call = _Call(
+            name=name,
+            is_weight=is_weight,
+            forward=forward,
+            inputs=[leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves],
+            needed_grad=[isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves],
+            tree=tree,
+            random_state=RandomState.capture(),
+            buffers=[(owner, key, buffer.clone()) for owner, key, buffer in _written_buffers(module)],
+            autocast=(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        )
+        with saved_tensors_hooks(call.pack, call.unpack):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _written_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """Yield the buffers that forward may write: those of modules in training mode, except large ones (masks)."""
+    for owner in module.modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and owner.training and buffer.numel() <= 64 * 1024:
+                yield owner, key, buffer
+
+
+# --- 8 bits ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A tensor in 8-bit blocks."""
+
+    values: torch.Tensor  #: int8, (blocks, INT8_BLOCK)
+    scales: torch.Tensor  #: fp32, (blocks, 1)
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def to_int8(tensor: torch.Tensor) -> Int8:
+    """Round each block of `INT8_BLOCK` elements to multiples of 1/127 of its largest magnitude."""
+    flat = tensor.detach().reshape(-1)
+    missing = -flat.numel() % INT8_BLOCK
+    blocks = torch.nn.functional.pad(flat, (0, missing)).view(-1, INT8_BLOCK).float()
+    scales = blocks.abs().amax(dim=1, keepdim=True).div_(127.0)
+    values = blocks.div_(scales.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
+    return Int8(values, scales, tensor.shape, tensor.dtype)
+
+
+def from_int8(packed: Int8) -> torch.Tensor:
+    """Return the rounded tensor, in its type and shape."""
+    flat = (packed.values.float() * packed.scales).view(-1)[: packed.shape.numel()]
+    return flat.view(packed.shape).to(packed.dtype)
+
+
+def _in_int8(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
+    forward = module.forward
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | Int8:
+        is_large = tensor.is_floating_point() and tensor.numel() >= SMALL
+        return to_int8(tensor) if is_large and not is_weight(tensor) else tensor
+
+    def unpack(packed: torch.Tensor | Int8) -> torch.Tensor:
+        return from_int8(packed) if isinstance(packed, Int8) else packed
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(pack, unpack):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+# --- to the host -----------------------------------------------------------------------------------------------------
+
+
+def _offload(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
+    forward = module.forward
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+        if tensor.numel() < SMALL or tensor.device.type == "cpu" or is_weight(tensor):
+            return tensor.device, tensor
+        host = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        return tensor.device, host
+
+    def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+        device, tensor = packed
+        return tensor.to(device, non_blocking=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(pack, unpack):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+_WRAPPERS: dict[str, Callable[[str, nn.Module, IsWeight], Forward]] = {
+    "recompute": _recompute,
+    "int8": _in_int8,
+    "offload": _offload,
+}

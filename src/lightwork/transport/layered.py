@@ -1,0 +1,44 @@
+"""Small messages between all workers of several hosts: mailboxes within a host, its leader's carrier between them."""
+
+from __future__ import annotations
+
+import json
+from typing import final
+
+from lightwork.spec.hosts import Hosts
+from lightwork.transport.base import Carrier, Transport, Watch
+
+
+@final
+class LayeredTransport(Transport):
+    """A transport within a host, joined to the other hosts'. `carrier` is the leader's alone."""
+
+    def __init__(self, local: Transport, hosts: Hosts, host: int, carrier: Carrier | None) -> None:
+        self._local = local
+        self._hosts = hosts
+        self._host = host
+        self._carrier = carrier
+
+    def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:
+        """Gather on each host, exchange between the leaders, and pass on what came: three barriers."""
+        own = self._local.exchange(what, payload, watch)
+        everything = _pack([_pack(own)])
+        if self._carrier is not None:
+            everything = _pack(self._carrier.exchange(what, _pack(own)))
+        if self._hosts.sizes[self._host] > 1:
+            everything = self._local.exchange(what, everything if self._carrier is not None else b"", watch)[0]
+        return [payload for of_host in _unpack(everything) for payload in _unpack(of_host)]
+
+
+def _pack(payloads: list[bytes]) -> bytes:
+    lengths = json.dumps([len(payload) for payload in payloads]).encode()
+    return b"".join((len(lengths).to_bytes(8, "little"), lengths, *payloads))
+
+
+def _unpack(packed: bytes) -> list[bytes]:
+    at = 8 + int.from_bytes(packed[:8], "little")
+    payloads = []
+    for length in json.loads(packed[8:at]):
+        payloads.append(packed[at : at + length])
+        at += length
+    return payloads

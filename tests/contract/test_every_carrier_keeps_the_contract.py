@@ -1,0 +1,136 @@
+"""One suite for what brings tensors from host to host: torch.distributed over Gloo, and a fake of queues."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from lightwork.errors import Disagreement, RankLost
+from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier, Pending
+from lightwork.transport.group import GlooCarrier
+
+Job = Callable[[Carrier], Any]
+
+
+class Arrived(Pending):
+    """What a queue holds, put into a tensor when it is waited for."""
+
+    def __init__(self, source: queue.Queue[torch.Tensor] | None, tensor: torch.Tensor) -> None:
+        self._source = source
+        self._tensor = tensor
+
+    def wait(self) -> None:
+        if self._source is not None:
+            sent = self._source.get(timeout=20)
+            assert (sent.dtype, sent.numel()) == (self._tensor.dtype, self._tensor.numel())
+            self._tensor.copy_(sent.view(self._tensor.shape))
+
+
+class FakeCarrier(Carrier):
+    """A queue for each sender, receiver and tag."""
+
+    def __init__(self, host: int, leaders: list[int], queues: dict[tuple[int, int, int], Any]) -> None:
+        super().__init__(host, leaders)
+        self._queues = queues
+
+    def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
+        self._queues.setdefault((self.host, host, tag), queue.Queue()).put(tensor.clone())
+        return Arrived(None, tensor)
+
+    def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
+        return Arrived(self._queues.setdefault((host, self.host, tag), queue.Queue()), tensor)
+
+    def close(self) -> None:
+        pass
+
+
+def run_all(make: Callable[[int], Carrier], num_hosts: int, job: Job) -> list[Any]:
+    results: list[Any] = [None] * num_hosts
+
+    def work(host: int) -> None:
+        carrier = make(host)
+        try:
+            results[host] = job(carrier)
+        except Exception as error:
+            results[host] = error
+
+    threads = [threading.Thread(target=work, args=(host,)) for host in range(num_hosts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def of_queues(num_hosts: int, job: Job) -> list[Any]:
+    queues: dict[tuple[int, int, int], Any] = {}
+    return run_all(lambda host: FakeCarrier(host, [10 * h for h in range(num_hosts)], queues), num_hosts, job)
+
+
+def of_gloo(num_hosts: int, job: Job) -> list[Any]:
+    store = HashStore()
+    return run_all(lambda host: GlooCarrier(store, host, [10 * h for h in range(num_hosts)]), num_hosts, job)
+
+
+Hosts = Callable[[int, Job], list[Any]]
+every_carrier = pytest.mark.parametrize("hosts", [of_queues, of_gloo], ids=["queues", "gloo"])
+
+
+@every_carrier
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_tensors_of_one_tag_arrive_in_order_and_those_of_others_beside_them(hosts: Hosts, dtype: torch.dtype) -> None:
+    def job(carrier: Carrier) -> list[float]:
+        other = 1 - carrier.host
+        into = [torch.zeros(3, dtype=dtype) for _ in range(3)]
+        tags = (FIRST_TAG, FIRST_TAG + 1, FIRST_TAG)
+        pending = [carrier.receive(other, tensor, tag) for tensor, tag in zip(into, tags, strict=True)]
+        # The last tag first: it must not be taken for the first.
+        values = {0: 10 * carrier.host + 1, 1: 10 * carrier.host + 2, 2: 10 * carrier.host + 3}
+        sent = [torch.full((3,), values[i], dtype=dtype) for i in (1, 0, 2)]
+        pending += [carrier.send(other, sent[i], tags[j]) for i, j in ((0, 1), (1, 0), (2, 2))]
+        for one in pending:
+            one.wait()
+        return [float(tensor[0]) for tensor in into]
+
+    assert hosts(2, job) == [[11, 12, 13], [1, 2, 3]]
+
+
+@every_carrier
+@pytest.mark.parametrize("size", [0, 1, FIRST_BYTES - 57, FIRST_BYTES - 56, FIRST_BYTES - 55, 200_000])
+@pytest.mark.parametrize("num_hosts", [1, 2, 3])
+def test_everyone_receives_everyones_payload_by_host(hosts: Hosts, num_hosts: int, size: int) -> None:
+    def payload(host: int) -> bytes:
+        return bytes((index + host) % 251 for index in range(size + (host == 1)))
+
+    def job(carrier: Carrier) -> tuple[list[bytes], list[bytes]]:
+        return carrier.exchange("a call", payload(carrier.host)), carrier.exchange("next", b"%d" % carrier.host)
+
+    expected = ([payload(host) for host in range(num_hosts)], [b"%d" % host for host in range(num_hosts)])
+    assert hosts(num_hosts, job) == [expected] * num_hosts
+
+
+@every_carrier
+def test_hosts_that_make_different_calls_are_told_who_calls_what(hosts: Hosts) -> None:
+    first, second = hosts(2, lambda carrier: carrier.exchange("save" if carrier.host else "step 7", b""))
+    assert isinstance(first, Disagreement)
+    assert "rank 0 calls step 7 while rank 10 calls save" in str(first)
+    assert isinstance(second, Disagreement)
+
+
+def test_a_host_whose_connections_are_gone_is_named() -> None:
+    def job(carrier: Carrier) -> None:
+        carrier.exchange("hello", b"")
+        if carrier.host == 1:
+            carrier.close()
+        else:
+            carrier.receive(1, torch.zeros(4), FIRST_TAG).wait()
+
+    waiting, _ = of_gloo(2, job)
+    assert isinstance(waiting, RankLost)
+    assert "rank 0 lost its connection to rank 10" in str(waiting)

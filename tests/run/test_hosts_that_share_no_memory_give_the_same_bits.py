@@ -1,0 +1,76 @@
+"""Workers with memories of their own, joined by a network: the same digests as in one memory."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+
+import lightwork
+from lightwork.engine.memory import PAGE_BYTES
+from tests.cases import CASES, Case
+from tests.training import new_folder, run_team, train
+
+GROUP = {"transport": "group"}
+ZERO1 = {"transport": "group", "placement": "zero1"}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_step_has_the_digest_of_one_worker(case: Case) -> None:
+    (alone,) = run_team(1, lambda: train(case))
+    for num_workers, settings in ((2, GROUP), (3, GROUP), (2, ZERO1), (3, ZERO1)):
+        for seen in run_team(num_workers, lambda: train(case), settings=settings):
+            assert seen == alone
+
+
+@pytest.mark.parametrize(("global_batch", "micro_batch"), [(16, 16), (16, 8), (12, 2), (13, 13), (10, 1)])
+def test_any_number_of_micro_batches_will_do(global_batch: int, micro_batch: int) -> None:
+    case = CASES["convolution, batch norm" if micro_batch > 1 else "experts, frozen, unused"]
+
+    def job() -> list[tuple[float, float, str]]:
+        return train(case, global_batch=global_batch, micro_batch=micro_batch, max_steps=3)
+
+    (alone,) = run_team(1, job)
+    for num_workers, settings in ((2, GROUP), (3, GROUP), (5, GROUP), (5, ZERO1)):
+        for seen in run_team(num_workers, job, settings=settings):
+            assert seen == alone
+
+
+def resident(run: Any) -> dict[str, int]:
+    """Return the bytes of this worker's shared memory that are there, by region."""
+    memory = run._engine._memory
+    pages = torch.empty(memory._map.num_bytes // PAGE_BYTES, dtype=torch.uint8)
+    start, length = ctypes.c_void_p(memory._bytes[0].data_ptr()), ctypes.c_size_t(len(memory._bytes[0]))
+    assert ctypes.CDLL(None).mincore(start, length, ctypes.c_void_p(pages.data_ptr())) == 0
+    there = {}
+    for name, offset in memory._map.offsets.items():
+        first = offset // PAGE_BYTES
+        there[name] = int((pages[first : first + -(-memory._map.sizes[name] // PAGE_BYTES)] & 1).sum()) * PAGE_BYTES
+    return there
+
+
+def sharded_memory() -> dict[str, int]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(4)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = lightwork.distribute(
+        model, optimizer, global_batch=4, micro_batch=1, precision="bf16", run_dir=str(new_folder())
+    )
+    data = torch.utils.data.TensorDataset(torch.randn(8, 1024))
+    for step in run.steps(data, epochs=1):
+        for (x,) in step:
+            step.backward(model(x).square().mean())
+    run.digest()
+    return resident(run)
+
+
+def test_zero1_holds_a_share_of_masters_and_state_and_all_of_the_rest() -> None:
+    whole = 4 * 1024 * 1025
+    (full, _), (half, other) = (run_team(2, sharded_memory, settings=settings) for settings in (GROUP, ZERO1))
+    for name in ("masters", "state exp_avg", "state exp_avg_sq"):
+        assert full[name] == pytest.approx(whole * 4, rel=0.01)
+        assert half[name] + other[name] == pytest.approx(whole * 4, rel=0.01)
+        assert half[name] < whole * 4 * 0.7
+    assert half["working"] == other["working"] == full["working"] == pytest.approx(whole * 2, rel=0.01)

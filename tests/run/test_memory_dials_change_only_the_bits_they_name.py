@@ -1,0 +1,185 @@
+"""Recomputed activations change no bit; 8-bit activations and a narrow wire format change some, the same ones for
+every team."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightwork
+from lightwork.engine.activations import INT8_BLOCK, Activations, from_int8, layers_of, resolve, to_int8
+from lightwork.errors import SpecError, UsageError
+from tests.cases import CASES, Case
+from tests.training import new_folder, run_team, train
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_recomputed_activations_change_no_bit(case: Case) -> None:
+    (kept,) = run_team(1, lambda: train(case))
+    for num_workers in (1, 2):
+        for seen in run_team(num_workers, lambda: train(case, activations="recompute")):
+            assert seen == kept
+
+
+@pytest.mark.parametrize("more", [{"wire": "bf16"}, {"activations": "int8"}], ids=["wire", "int8"])
+@pytest.mark.parametrize("name", ["gpt, tied, dropout, token weights", "convolution, batch norm"])
+def test_what_changes_bits_changes_the_same_ones_for_every_team(name: str, more: dict[str, Any]) -> None:
+    case = CASES[name]
+    (plain,) = run_team(1, lambda: train(case))
+    (alone,) = run_team(1, lambda: train(case, **more))
+    if name.startswith("gpt") or "wire" in more:
+        assert alone[0][2] != plain[0][2]
+    assert alone[-1][0] == pytest.approx(plain[-1][0], rel=0.02), "and hardly the loss"
+    for num_workers, settings in ((2, {}), (3, {}), (3, {"transport": "group"})):
+        for seen in run_team(num_workers, lambda: train(case, **more), settings=settings):
+            assert seen == alone
+
+
+@pytest.mark.parametrize("name", ["gpt, tied, dropout, token weights", "convolution, batch norm"])
+def test_fp16_gives_every_team_the_same_bits_and_nearly_the_loss_of_fp32(name: str) -> None:
+    case = CASES[name]
+    (plain,) = run_team(1, lambda: train(case, max_steps=3))
+    (alone,) = run_team(1, lambda: train(case, precision="fp16", max_steps=3))
+    assert alone[-1][0] == pytest.approx(plain[-1][0], rel=0.02)
+    for settings in ({}, {"transport": "group"}):
+        for seen in run_team(2, lambda: train(case, precision="fp16", max_steps=3), settings=settings):
+            assert seen == alone
+
+
+def overflowing(folder: Path) -> list[tuple[bool, float, str]]:
+    """Train in fp16 with one micro-batch of step 2 whose gradient overflows, saving after it; or go on from there."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    saved = folder / "saved"
+    run = lightwork.distribute(
+        model,
+        optimizer,
+        global_batch=16,
+        micro_batch=2,
+        precision="fp16",
+        run_dir=str(new_folder()),
+        resume=saved if saved.exists() else None,
+    )
+    seen = []
+    for step in run.steps(torch.utils.data.TensorDataset(torch.randn(48, 6)), epochs=2):
+        for position, (x,) in enumerate(step):
+            overflows = step.index == 2 and position == 0 and run.is_main
+            step.backward(model(x).float().square().mean() * (1e30 if overflows else 0.01))
+        seen.append((step.skipped, run._engine.loss_scale.of(step.index + 1), run.digest()))
+        if step.index == 2:
+            run.save(saved)
+    return seen
+
+
+def test_a_step_whose_gradient_overflows_is_left_out_by_all_and_the_scale_halved(tmp_path: Path) -> None:
+    (alone,) = run_team(1, lambda: overflowing(tmp_path / "alone"))
+    assert [skipped for skipped, _, _ in alone] == [False, False, True, False, False, False]
+    assert [scale for _, scale, _ in alone] == [65536.0] * 2 + [32768.0] * 4
+    assert alone[2][2] == alone[1][2] != alone[3][2], "weights and state stay as they were"
+    for name, settings in (("host", {}), ("group", {"transport": "group"})):
+        for seen in run_team(2, lambda name=name: overflowing(tmp_path / name), settings=settings):
+            assert seen == alone
+    (resumed,) = run_team(1, lambda: overflowing(tmp_path / "group"))
+    assert resumed == alone[3:], "the scale is saved with the rest"
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor, *, scale: torch.Tensor | None = None) -> torch.Tensor:
+        self.calls += 1
+        y = nn.functional.dropout(torch.tanh(self.norm(self.linear(x))), 0.5)
+        return y if scale is None else y * scale
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Layer(64) for _ in range(4)))
+
+
+def test_layers_are_the_items_of_the_largest_list() -> None:
+    nested = nn.ModuleDict({"head": nn.Linear(3, 3), "body": nn.Sequential(model(), nn.Linear(64, 3))})
+    assert layers_of(nested) == ["body.0", "body.1"]
+    assert layers_of(model()) == ["0", "1", "2", "3"]
+    assert layers_of(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ReLU()})) == ["a"]
+
+
+def test_a_recomputed_layer_keeps_its_inputs_alone_and_its_buffers_as_they_were() -> None:
+    kept, again = model(), model()
+    wrapped = Activations(again, resolve(again, "recompute"), torch.zeros(1))
+    saved: dict[str, int] = {}
+    gradients = {}
+    for name, layers in (("kept", kept), ("again", again)):
+        torch.manual_seed(3)
+        x = torch.randn(100, 64)
+        sizes: list[int] = []
+
+        def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = layers(x).square().mean()
+        saved[name] = sum(sizes)
+        buffers = {key: value.clone() for key, value in layers.named_buffers()}
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients[name] = [p.grad for p in layers.parameters()]
+        assert all(torch.equal(value, buffers[key]) for key, value in layers.named_buffers()), name
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
+    assert saved["again"] < saved["kept"] / 10
+    assert [layer.calls for layer in again] == [2] * 4
+    wrapped.close()
+    assert all("forward" not in vars(layer) for layer in again)
+
+
+class Forgetful(nn.Module):
+    """Does something else each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return torch.tanh(x * self.weight) if self.calls % 2 else (x * self.weight).sum(0)
+
+
+def test_a_module_that_can_not_be_replayed_is_named() -> None:
+    module = nn.Sequential(Forgetful())
+    Activations(module, {"0": "recompute"}, torch.zeros(1))
+    with pytest.raises(UsageError, match="module 0 did not do the same when it was run again"):
+        module(torch.randn(10, 64)).sum().backward()
+
+
+def test_a_value_in_8_bits_is_off_by_at_most_half_a_level_of_its_block() -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(7, 301) * torch.logspace(-3, 3, 301)
+    back = from_int8(to_int8(tensor))
+    flat = torch.nn.functional.pad(tensor.view(-1), (0, -tensor.numel() % INT8_BLOCK)).view(-1, INT8_BLOCK)
+    level = (flat.abs().amax(1, keepdim=True) / 127).expand_as(flat).reshape(-1)[: tensor.numel()].view(7, 301)
+    assert bool(((back - tensor).abs() <= level * 0.5001).all())
+    assert torch.equal(from_int8(to_int8(torch.zeros(300))), torch.zeros(300))
+
+
+@pytest.mark.parametrize(
+    ("activations", "message"),
+    [
+        ("sometimes", "activations='sometimes' is not known"),
+        ({"9": "recompute"}, "activations names '9', which the model does not have"),
+        ({"0": "recompute", "0.linear": "recompute"}, "'0' and '0.linear', which is inside it"),
+        ("offload", "it is on a CPU already"),
+    ],
+)
+def test_what_can_not_be_done_is_refused_before_the_first_step(activations: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        resolve(model(), activations)

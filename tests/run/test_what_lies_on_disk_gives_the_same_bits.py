@@ -1,0 +1,81 @@
+"""Optimizer state, weights and gradients in a file on disk: the same digests, and little resident memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lightwork
+from lightwork.errors import MemoryFull, SpecError
+from lightwork.store.mapped import create_disk_store
+from tests.cases import CASES, Case
+from tests.training import new_folder, run_team, train
+
+EVERYTHING = {"optimizer": "disk", "weights": "disk", "gradients": "disk"}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_step_has_the_digest_of_one_worker_in_memory(case: Case) -> None:
+    (alone,) = run_team(1, lambda: train(case))
+    for offload in ({"optimizer": "disk"}, EVERYTHING):
+        for seen in run_team(2, lambda offload=offload: train(case, offload=offload)):
+            assert seen == alone
+
+
+@pytest.mark.parametrize("more", [{"transport": "group"}, {"transport": "group", "placement": "zero1"}])
+def test_it_goes_together_with_the_other_dials(more: dict[str, Any]) -> None:
+    case = CASES["gpt, tied, dropout, token weights"]
+    (alone,) = run_team(1, lambda: train(case, precision="bf16"))
+    settings = {**more, "offload": EVERYTHING, "activations": "recompute", "precision": "bf16"}
+    for seen in run_team(3, lambda: train(case), settings=settings):
+        assert seen == alone
+
+
+def on_disk() -> tuple[int, int]:
+    """Return size and resident bytes of this process's mapping of a file on disk."""
+    text = Path("/proc/self/smaps").read_text()
+    mappings = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", text)
+    (own,) = [m for m in mappings if re.match(r"[^\n]* /(?!memfd)[^\n]*lightwork-\w+ \(deleted\)\n", m)]
+    size, resident = (int(re.search(rf"(?m)^{field}:\s+(\d+) kB", own)[1]) * 1024 for field in ("Size", "Rss"))  # type: ignore[index]
+    return size, resident
+
+
+def resident_of_a_large_model() -> tuple[int, int]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(8)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = lightwork.distribute(
+        model, optimizer, global_batch=2, micro_batch=1, offload=EVERYTHING, run_dir=str(new_folder())
+    )
+    highest = 0
+    data = torch.utils.data.TensorDataset(torch.randn(8, 1024))
+    for step in run.steps(data, epochs=1):
+        for (x,) in step:
+            loss = model(x).square().mean()
+            highest = max(highest, on_disk()[1])
+            step.backward(loss)
+            highest = max(highest, on_disk()[1])
+        highest = max(highest, on_disk()[1])
+    return on_disk()[0], highest
+
+
+def test_little_of_what_lies_on_disk_is_resident() -> None:
+    for size, highest in run_team(2, resident_of_a_large_model):
+        assert size >= 8 * 1024 * 1025 * 4 * 5  # weights, two moments, two workers' gradients
+        assert highest < size / 8
+
+
+def test_a_disk_without_room_or_that_is_memory_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(MemoryFull, match=r"offload to disk needs 1 PiB|offload to disk needs \d+"):
+        create_disk_store(tmp_path, 2**50)
+    with pytest.raises(MemoryFull, match="offload to disk needs"):
+        create_disk_store(tmp_path / "nothing", 4096)
+    if os.path.ismount("/dev/shm"):
+        with pytest.raises(SpecError, match="which is memory itself"):
+            create_disk_store(Path("/dev/shm"), 4096)
+    assert list(tmp_path.iterdir()) == []
