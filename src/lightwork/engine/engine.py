@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -29,6 +30,7 @@ from lightwork.engine.activations import Activations
 from lightwork.engine.buffers import Buffers
 from lightwork.engine.exchange import Exchange
 from lightwork.engine.gradients import Gradients, Slots
+from lightwork.engine.materialise import check_can_reset, give_buffers_memory, load, reset
 from lightwork.engine.memory import MemoryMap, SharedMemory
 from lightwork.engine.optimizer import (
     BlockOptimizer,
@@ -93,8 +95,14 @@ class Blueprint:
         hosts: Hosts,
         host: int = 0,
         placement: Placement = "replicate",
+        weights: Path | None = None,
     ) -> None:
+        """`weights` is a safetensors file that takes the place of the model's own values."""
         refuse_sparse_gradients(model.named_modules())
+        if weights is None:
+            check_can_reset(model)
+        self.weights_file = weights
+        self.has_meta_buffers = give_buffers_memory(model)
         self.model = model
         self.optimizer = optimizer
         self.spec = spec
@@ -181,6 +189,7 @@ class Engine:
         carrier: Carrier | None = None,
     ) -> None:
         size = blueprint.board_size
+        self._blueprint = blueprint
         self.spec = blueprint.spec
         self.board = board
         self.model = blueprint.model
@@ -228,10 +237,14 @@ class Engine:
 
     def attach(self, *, write: bool) -> None:
         """Move the model into the shared memory; with `write`, as its contents."""
+        were_meta = self.weights.attach(write=write, done=self.residency.folded)
         if write:
+            if self._blueprint.weights_file is not None:
+                load(self.model, self.weights, self._blueprint.weights_file, self.residency.folded)
+            elif were_meta or self._blueprint.has_meta_buffers:
+                reset(self.model, self.weights, were_meta, self.residency.folded)
+            self.weights.accept_versions()
             self.buffers.publish()
-        self.weights.attach(write=write)
-        if write:
             for index, parameter in enumerate(self.weights.parameters):
                 state = self.optimizer.state.get(parameter)
                 if state and self.weights.layout.parameters[index].group is not None:

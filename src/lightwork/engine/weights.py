@@ -8,7 +8,7 @@ fp32 working weights, because kernels of norms want them so, and they are small;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ def _check_supported(name: str, parameter: nn.Parameter) -> None:
             f"parameter {name} is of a lazy module and has no shape yet. Run one batch through the "
             "model before distribute."
         )
-    if parameter.device.type != "cpu":
+    if parameter.device.type not in ("cpu", "meta"):
         raise SpecError(
             f"parameter {name} is on {parameter.device}. This version trains on CPUs: keep the model there."
         )
@@ -113,16 +113,36 @@ class Weights:
         self._working = memory.tensor("working", DTYPES[narrow], numel=layout.numel) if narrow else None
         self._versions: list[int] = []
 
-    def attach(self, *, write: bool) -> None:
-        """Point every parameter at the shared memory; with `write`, after putting its present value there."""
+    def attach(self, *, write: bool, done: Callable[[int], None] = lambda index: None) -> list[int]:
+        """Point every parameter at the shared memory; with `write`, after putting its present value there.
+
+        `done` is called after each. Returns the parameters that were on the meta device, which have no value yet.
+        """
+        were_meta = []
         for index, parameter in enumerate(self.parameters):
             view = self.working_view(index)
-            if write:
+            if parameter.is_meta:
+                were_meta.append(index)
+                # Its `.data` can not change its device; swapped, it stays the object that modules and optimizer hold.
+                empty = nn.Parameter(torch.empty(0), requires_grad=parameter.requires_grad)
+                torch.utils.swap_tensors(parameter, empty)  # type: ignore[no-untyped-call]
+            elif write:
                 view.copy_(parameter.data)
                 if view.dtype != torch.float32 and self.layout.parameters[index].group is not None:
                     self._strided(index, self.masters).copy_(parameter.data)
             parameter.data = view
+            done(index)
         self.accept_versions()
+        return were_meta
+
+    def master_or_working(self, index: int) -> torch.Tensor:
+        """Return where a parameter's value is written: its master, or its working weight if it has none."""
+        narrow = self.layout.parameters[index].dtype != "float32"
+        return (
+            self.working_view(index)
+            if narrow and self.layout.parameters[index].group is None
+            else (self._strided(index, self.masters))
+        )
 
     def working_view(self, index: int) -> torch.Tensor:
         """Return the working weight of a parameter, in the parameter's shape and strides."""
@@ -137,7 +157,7 @@ class Weights:
     def publish(self, index: int, start: int, end: int) -> None:
         """Write elements `start` to `end` of a parameter's working weight from its master, after an update."""
         flat = self._flat(index)
-        if flat is not self.masters:
+        if flat is not self.masters and self.layout.parameters[index].group is not None:
             offset = self.layout.offsets[index]
             flat[offset + start : offset + end].copy_(self.masters[offset + start : offset + end])
 

@@ -55,6 +55,7 @@ def distribute(
     placement: Placement | None = None,
     offload: Mapping[str, Place] | None = None,
     activations: Activation | Mapping[str, Activation] | None = None,
+    weights: str | os.PathLike[str] | None = None,
     plan: Plan | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -87,6 +88,9 @@ def distribute(
         activations: what forward leaves for backward, of all layers or by the name of a module: "keep" it,
             "recompute" it (the same bits, for about a third more compute), keep it in "int8" (other bits), or
             "offload" it from a device to host memory. Left out: as the plan says, which is "keep" by default.
+        weights: a safetensors file with the values that the model begins with, by the names of its state dict. A model
+            built on torch.device("meta") needs it, or modules that all have `reset_parameters()`; it is given values
+            one module after the other, where its weights lie.
         plan: what can not change a bit; its `world_size` is the launcher's business.
         run_dir: where traces and logs go: `runs/1`, `runs/2`, ... unless given. If it holds a checkpoint, the run
             goes on from there.
@@ -121,7 +125,9 @@ def distribute(
     rendezvous = rendezvouses.find(environment)
     run_number = rendezvous.next_run()
     hosts, host = find_hosts(environment, plan, rendezvous, run_number)
-    blueprint = Blueprint(model, optimizer, spec, hosts, host, plan.placement)
+    blueprint = Blueprint(
+        model, optimizer, spec, hosts, host, plan.placement, Path(weights) if weights is not None else None
+    )
     team = join(blueprint, plan, environment, rendezvous, run_number)
     folder = _share_run_dir(team, run_dir)
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None)

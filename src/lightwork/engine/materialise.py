@@ -1,0 +1,110 @@
+"""A model built on `torch.device("meta")`, which has shapes and no values, given values where its weights lie.
+
+One module after the other, so that no more than one is in memory beside the shared one: from a safetensors file, or by
+each module's own `reset_parameters`, in the order of `model.modules()`, from the random state of the moment. That is
+the order in which most models are built, and then their weights are those of the model built in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lightwork.engine.weights import Weights
+from lightwork.errors import SpecError
+
+
+@runtime_checkable
+class _Resettable(Protocol):
+    def reset_parameters(self) -> None: ...
+
+
+def give_buffers_memory(model: nn.Module) -> bool:
+    """Replace buffers on the meta device by ones without values yet; return whether there were any."""
+    found = False
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = torch.zeros_like(buffer, device="cpu")
+                found = True
+    return found
+
+
+def check_can_reset(model: nn.Module) -> None:
+    """Raise SpecError when a module with values on the meta device can not make them itself."""
+    for name, module in model.named_modules():
+        own = [*module._parameters.items(), *module._buffers.items()]
+        lost = [key for key, tensor in own if tensor is not None and tensor.is_meta]
+        if lost and not isinstance(module, _Resettable):
+            raise SpecError(
+                f"module {name or type(model).__name__} ({type(module).__name__}) has {', '.join(lost)} on the meta "
+                "device and no reset_parameters() to give them values. Add that method, or pass weights=, a "
+                "safetensors file."
+            )
+
+
+def reset(model: nn.Module, weights: Weights, indices: Sequence[int], done: Callable[[int], None]) -> None:
+    """Let each module give values to its own parameters, of those in `indices`; `done` is called after each."""
+    index_of = {id(weights.parameters[index]): index for index in indices}
+    for module in model.modules():
+        own = {index_of[id(p)]: p for p in module.parameters(recurse=False) if id(p) in index_of}
+        if not isinstance(module, _Resettable) or not (own or module._buffers):
+            continue
+        shared = {p: p.data.clone() for p in module.parameters(recurse=False) if id(p) not in index_of}
+        for index, parameter in own.items():
+            parameter.data = weights.master_or_working(index)
+        module.reset_parameters()
+        with torch.no_grad():
+            for parameter, value in shared.items():  # had its values before: tied, or built in memory
+                parameter.data.copy_(value)
+        for index, parameter in own.items():
+            weights.publish(index, 0, parameter.numel())
+            parameter.data = weights.working_view(index)
+            del index_of[id(parameter)]
+            done(index)
+
+
+def load(model: nn.Module, weights: Weights, path: Path, done: Callable[[int], None]) -> None:
+    """Give parameters and buffers the values of a safetensors file, one at a time.
+
+    Raises: SpecError when the file can not be read, or a tensor is missing or of another shape.
+    """
+    index_of = {id(parameter): index for index, parameter in enumerate(weights.parameters)}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for name, value in model.state_dict(keep_vars=True).items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if name not in names:
+                    if id(value) in index_of or value.numel():
+                        _check_alias(model, name, names, path)
+                    continue
+                _copy(file.get_tensor(name), value, weights, index_of.get(id(value)), name, path)
+                if id(value) in index_of:
+                    done(index_of[id(value)])
+    except (OSError, SafetensorError) as error:
+        raise SpecError(f"weights={str(path)!r} can not be read ({error}). Pass a safetensors file.") from error
+
+
+def _copy(new: torch.Tensor, value: torch.Tensor, weights: Weights, index: int | None, name: str, path: Path) -> None:
+    if new.shape != value.shape:
+        raise SpecError(f"{name} is {tuple(value.shape)} in the model and {tuple(new.shape)} in {path}.")
+    with torch.no_grad():
+        if index is None:
+            value.data.copy_(new)
+            return
+        weights.master_or_working(index).copy_(new)
+        weights.publish(index, 0, value.numel())
+
+
+def _check_alias(model: nn.Module, name: str, names: set[str], path: Path) -> None:
+    """Raise SpecError unless the tensor is in the file by another of its names."""
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    if not any(other in names and state[other] is state[name] for other in state):
+        raise SpecError(f"{path} has no {name}, which the model has. It has {', '.join(sorted(names)[:5])}, ...")
