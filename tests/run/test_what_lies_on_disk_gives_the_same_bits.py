@@ -20,7 +20,8 @@ EVERYTHING = {"optimizer": "disk", "weights": "disk", "gradients": "disk"}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_step_has_the_digest_of_one_worker_in_memory(case: Case) -> None:
+def test_every_step_has_the_digest_of_one_worker_in_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightwork.engine.residency.PIECE", 50)  # gradients are folded in several pieces
     (alone,) = run_team(1, lambda: train(case))
     for offload in ({"optimizer": "disk"}, EVERYTHING):
         for seen in run_team(2, lambda offload=offload: train(case, offload=offload)):
@@ -79,3 +80,57 @@ def test_a_disk_without_room_or_that_is_memory_is_refused_before_the_first_step(
         with pytest.raises(SpecError, match="which is memory itself"):
             create_disk_store(Path("/dev/shm"), 4096)
     assert list(tmp_path.iterdir()) == []
+
+
+def proportional() -> int:
+    """Return this process's proportional set size."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"(?m)^Pss:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
+
+
+def train_within(memory: str | None) -> tuple[str, int, dict[str, str]]:
+    """Train 34 M parameters; return the digest, the highest proportional set size above the start, and the offload."""
+    before = proportional()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(32)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = lightwork.distribute(
+        model, optimizer, global_batch=4, micro_batch=2, memory=memory, run_dir=str(new_folder())
+    )
+    highest = proportional()
+    generator = torch.Generator().manual_seed(1)
+    data = torch.utils.data.TensorDataset(torch.randn(8, 1024, generator=generator))
+    for step in run.steps(data, epochs=1):
+        for (x,) in step:
+            loss = model(x).square().mean()
+            highest = max(highest, proportional())
+            step.backward(loss)
+            highest = max(highest, proportional())
+        highest = max(highest, proportional())
+    return run.digest(), highest - before, dict(run.plan.offload)
+
+
+def test_a_model_whose_training_state_is_four_times_the_limit_trains_within_it_to_the_same_digest() -> None:
+    state = 32 * 1024 * 1025 * 16  # weights, gradients and two moments, fp32: 537 MB
+    limit = state // 4
+    ((expected, free, nothing),) = run_team(1, lambda: train_within(None))
+    ((digest, highest, offload),) = run_team(1, lambda: train_within(str(limit)))
+    assert (nothing, set(offload)) == ({}, {"optimizer", "gradients", "weights"})
+    assert free > state * 0.9
+    assert highest <= limit
+    assert digest == expected
+
+
+def test_a_limit_that_nothing_fits_is_refused_with_what_is_missing() -> None:
+    model = torch.nn.Linear(1024, 4096)
+    with pytest.raises(
+        MemoryFull, match=r"memory='64MiB' is .* too little: .* nearest plan that fits is memory='\d+MiB'"
+    ):
+        lightwork.distribute(
+            model,
+            torch.optim.AdamW(model.parameters()),
+            global_batch=2,
+            memory="64MiB",
+            run_dir=str(new_folder()),
+        )

@@ -45,11 +45,11 @@ from lightwork.engine.residency import Residency
 from lightwork.engine.scaling import LossScale
 from lightwork.engine.update import StepMap, Updater
 from lightwork.engine.update import norm_squared as norm_squared_of
-from lightwork.engine.weights import Weights, describe_parameters, refuse_sparse_gradients
+from lightwork.engine.weights import DTYPES, Weights, describe_parameters, refuse_sparse_gradients
 from lightwork.errors import SpecError
 from lightwork.spec.hosts import Hosts
 from lightwork.spec.job import Spec
-from lightwork.spec.layout import Block, Layout, lay_out, span_of
+from lightwork.spec.layout import Block, Layout, lay_out, span_of, spans_of
 from lightwork.spec.plan import Placement
 from lightwork.spec.seeds import derive
 from lightwork.spec.tree import Node, combine
@@ -148,6 +148,16 @@ class Blueprint:
         slots = Slots.num_bytes(self.world_size, self.board_size.num_places, numel, DTYPES_OF_WIRE[self.spec.wire])
         memory_map.reserve("partial sums", slots)
 
+    def working_set_bytes(self) -> int:
+        """Return what a worker needs beside the parts: scratch of an update, and the largest parameter in backward.
+
+        That is its weight, its gradient as autograd makes it, and its partial sum. (What is read ahead is not mapped.)
+        """
+        of_bucket = max((sum(s.numel for s in spans_of(self.layout, b)) for b in self.layout.buckets), default=0)
+        largest = max((p.numel * (2 * DTYPES[p.dtype].itemsize + 4) for p in self.layout.parameters), default=0)
+        entries = len(self.state_layout.flat) + 2  # beside the state: master and gradient
+        return of_bucket * 4 * (entries + 2) + largest
+
     def expected_bytes(self) -> dict[str, int]:
         """Return the bytes of shared memory that training will really take, by the parts that can be offloaded."""
         trained = sum(p.numel for p in self.layout.parameters if p.group is not None)
@@ -211,7 +221,7 @@ class Engine:
         wire = DTYPES_OF_WIRE[self.spec.wire].itemsize
         regions = {"masters": 4, "working": 2, "partial sums": wire, **dict(self.state.regions)}
         self.residency = Residency(memory, self.weights, regions, size.world_size * size.num_places)
-        self._gradients = Gradients(rank, self.weights, slots, size.num_slots, self.residency.folded)
+        self._gradients = Gradients(rank, self.weights, slots, size.num_slots, self.residency)
         self._exchange: Exchange | None = None  # the leader's
         if carrier is not None:
             self._exchange = Exchange(
@@ -409,7 +419,8 @@ class Engine:
                     self.loss_scale.advance(step, finite=self._is_finite())
             elif action.kind is Kind.MEASURE or self._is_finite():
                 self._updater.begin(self._clipped(step_map, action.kind))
-                self.residency.fetch_bucket(action.item + self._world_size)
+                self.residency.fetch(action.item + self._world_size)
+                self.residency.map(action.item)
                 gradients = self._updater.gradients(action.item)
                 reduced = time.perf_counter()
                 self._seconds["reduce"] += reduced - start

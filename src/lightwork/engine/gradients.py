@@ -18,6 +18,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from lightwork.engine.memory import SharedMemory
+from lightwork.engine.residency import Residency
 from lightwork.engine.weights import DTYPES, Weights, like
 from lightwork.errors import UsageError
 from lightwork.spec.layout import Span
@@ -79,11 +80,8 @@ class Slots:
 class Gradients:
     """This worker's side of the slots: hooks on its parameters and the fold in progress."""
 
-    def __init__(
-        self, rank: int, weights: Weights, slots: Slots, num_slots: int, folded: Callable[[int], None]
-    ) -> None:
-        """`folded` is called with each parameter whose gradient has been folded."""
-        self._folded = folded
+    def __init__(self, rank: int, weights: Weights, slots: Slots, num_slots: int, residency: Residency) -> None:
+        self._residency = residency
         self._rank = rank
         self._weights = weights
         self._slots = slots
@@ -164,29 +162,34 @@ class Gradients:
                     "with re-entrant activation checkpointing: pass use_reentrant=False."
                 )
             self._touched[index] = 1
-            self._receive(index, gradient)
-            self._folded(index)
+            for piece in self._residency.pieces(gradient):
+                self._receive(index, gradient, piece)
+                self._residency.folded(index, piece)
+            self._residency.folded(index)
 
         return receive
 
-    def _receive(self, index: int, gradient: torch.Tensor) -> None:
-        target = self._target[index]
+    def _receive(self, index: int, gradient: torch.Tensor, piece: slice) -> None:
+        whole = piece.start is None
+        target = self._target[index] if whole else self._target[index][piece]
+        gradient = gradient if whole else gradient[piece]
         if self._slots.wire is not torch.float32:
             target.copy_(gradient)
             for views, present in self._siblings:
                 if present[index]:
-                    torch.add(views[index], target, out=target)
+                    torch.add(views[index] if whole else views[index][piece], target, out=target)
             return
         started = False
         for views, present in self._siblings:
             if not present[index]:
                 continue
+            view = views[index] if whole else views[index][piece]
             if started:
-                target.add_(views[index])
+                target.add_(view)
             elif gradient.dtype is torch.float32:
-                torch.add(views[index], gradient, out=target)
+                torch.add(view, gradient, out=target)
             else:  # `add` with `out` would round to the operands' type first
-                target.copy_(views[index]).add_(gradient)
+                target.copy_(view).add_(gradient)
             started = True
         if not started:
             target.copy_(gradient)

@@ -19,10 +19,20 @@ from __future__ import annotations
 import contextlib
 import mmap
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 
 PAGE_BYTES = mmap.PAGESIZE
+
+
+class Advice(IntEnum):
+    """What is about to happen to pages of a file; Linux's numbers (madvise)."""
+
+    FETCH = 3  #: they are read soon: begin
+    DROP = 4  #: they are not used any more: unmap them here, the file keeps them
+    MAP_TO_READ = 22  #: map them now, all at once rather than one by one as they are touched
+    MAP_TO_WRITE = 23
 
 
 @dataclass
@@ -72,10 +82,10 @@ class SharedMemory:
         with contextlib.suppress(AttributeError, OSError):  # not every system or file system can
             self._madvise(name, start, end, mmap.MADV_REMOVE)
 
-    def advise(self, name: str, start: int, end: int, *, fetch: bool) -> None:
-        """Begin to read the pages within bytes `start` to `end` of a region on disk (`fetch`), or unmap them here."""
-        with contextlib.suppress(AttributeError):  # not every system can
-            self._madvise(name, start, end, mmap.MADV_WILLNEED if fetch else mmap.MADV_DONTNEED)
+    def advise(self, name: str, start: int, end: int, advice: Advice) -> None:
+        """Tell the system what becomes of the pages within bytes `start` to `end` of a region on disk."""
+        with contextlib.suppress(OSError):  # not every system knows every advice
+            self._madvise(name, start, end, advice)
 
     def tensor(
         self, name: str, dtype: torch.dtype = torch.uint8, offset: int = 0, numel: int | None = None

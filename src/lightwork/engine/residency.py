@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightwork.engine.memory import SharedMemory
+from lightwork.engine.memory import Advice, SharedMemory
 from lightwork.engine.weights import Weights
 from lightwork.spec.layout import spans_of
+
+#: Elements of a gradient that are folded at once where partial sums lie on disk.
+PIECE = 4 * 2**20
 
 
 class Residency:
@@ -41,7 +45,7 @@ class Residency:
         self.enabled = bool(on_disk or self._gradients)
 
     def watch(self, model: nn.Module) -> None:
-        """Drop each module's own weights after its forward, and read the next one's ahead."""
+        """Map each module's own weights before its forward and drop them after it, and read the next one's ahead."""
         if not self._of_model:
             return
         index_of = {id(parameter): index for index, parameter in enumerate(self._weights.parameters)}
@@ -52,11 +56,11 @@ class Residency:
 
             def before(_module: nn.Module, _inputs: object, following: list[int] = following) -> None:
                 for index in following:
-                    self._advise(self._of_model, *self._range(index), fetch=True)
+                    self._advise(self._of_model, *self._range(index), Advice.FETCH)
 
             def after(_module: nn.Module, _inputs: object, _out: object, indices: list[int] = indices) -> None:
                 for index in indices:
-                    self._advise(self._of_model, *self._range(index), fetch=False)
+                    self._advise(self._of_model, *self._range(index), Advice.DROP)
 
             self._hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
@@ -66,30 +70,49 @@ class Residency:
             hook.remove()
         self._hooks.clear()
 
-    def folded(self, parameter: int) -> None:
-        """Drop a parameter whose gradient has been folded: its weight, and the partial sums."""
-        if self.enabled:
-            start, end = self._range(parameter)
-            self._advise(self._of_model, start, end, fetch=False)
-            self._drop_gradients(start, end)
+    def pieces(self, gradient: torch.Tensor) -> list[slice]:
+        """Return the rows in which a gradient is to be folded, so that little of its partial sum is mapped at once."""
+        if not self._gradients or gradient.dim() == 0 or gradient.numel() <= PIECE or not gradient.is_contiguous():
+            return [slice(None)]
+        rows = max(1, PIECE // (gradient.numel() // len(gradient)))
+        return [slice(first, first + rows) for first in range(0, len(gradient), rows)]
 
-    def fetch_bucket(self, bucket: int) -> None:
+    def folded(self, parameter: int, piece: slice | None = None) -> None:
+        """Drop what a fold has used: the partial sums of a parameter, or of one of its `pieces`; its weight at last."""
+        if not self.enabled:
+            return
+        start, end = self._range(parameter)
+        if piece is None or piece.start is None:
+            self._advise(self._of_model, start, end, Advice.DROP)
+        else:
+            shape = self._layout.parameters[parameter].shape
+            row = (end - start) // shape[0]
+            start, end = start + piece.start * row, min(end, start + piece.stop * row)
+        self._drop_gradients(start, end)
+
+    def fetch(self, bucket: int) -> None:
         """Begin to read a bucket's masters and state."""
         if self.enabled and bucket < len(self._layout.buckets):
             for start, end in self._stretches(bucket):
-                self._advise(self._others, start, end, fetch=True)
+                self._advise(self._others, start, end, Advice.FETCH)
+
+    def map(self, bucket: int) -> None:
+        """Map a bucket's masters and state, all at once rather than page by page."""
+        if self.enabled and bucket < len(self._layout.buckets):
+            for start, end in self._stretches(bucket):
+                self._advise(self._others, start, end, Advice.MAP_TO_WRITE)
 
     def updated(self, bucket: int) -> None:
         """Drop everything of a bucket."""
         if self.enabled:
             for start, end in self._stretches(bucket):
-                self._advise(self._others, start, end, fetch=False)
+                self._advise(self._others, start, end, Advice.DROP)
                 self._drop_gradients(start, end)
 
     def drop_all(self) -> None:
         """Drop everything, after a call that has read it all."""
         if self.enabled:
-            self._advise(self._others, 0, self._layout.numel, fetch=False)
+            self._advise(self._others, 0, self._layout.numel, Advice.DROP)
             self._drop_gradients(0, self._layout.numel)
 
     def _range(self, parameter: int) -> tuple[int, int]:
@@ -104,8 +127,8 @@ class Residency:
         if self._gradients:
             for slot in range(self._num_slots):
                 first = slot * self._layout.numel
-                self._advise({"partial sums": self._gradients}, first + start, first + end, fetch=False)
+                self._advise({"partial sums": self._gradients}, first + start, first + end, Advice.DROP)
 
-    def _advise(self, regions: dict[str, int], start: int, end: int, *, fetch: bool) -> None:
+    def _advise(self, regions: dict[str, int], start: int, end: int, advice: Advice) -> None:
         for name, size in regions.items():
-            self._memory.advise(name, start * size, end * size, fetch=fetch)
+            self._memory.advise(name, start * size, end * size, advice)

@@ -20,6 +20,7 @@ from lightwork.engine.activations import resolve
 from lightwork.engine.engine import Blueprint, Engine
 from lightwork.engine.optimizer import describe_optimizer
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, SpecError, UsageError
+from lightwork.run.fit import fit
 from lightwork.run.folder import create_run_dir, prepare_run_dir
 from lightwork.run.guard import Guard
 from lightwork.run.join import Team, find_hosts, join, notice
@@ -54,6 +55,7 @@ def distribute(
     transport: Carriage | None = None,
     placement: Placement | None = None,
     offload: Mapping[str, Place] | None = None,
+    memory: str | None = None,
     activations: Activation | Mapping[str, Activation] | None = None,
     weights: str | os.PathLike[str] | None = None,
     plan: Plan | None = None,
@@ -85,6 +87,8 @@ def distribute(
         offload: where "optimizer" (its state, and masters), "weights" and "gradients" lie: on the "host", or on "disk",
             in a file in the plan's `offload_dir`, of which a worker maps what it uses. For workers on CPUs "host" is
             where they are anyway. Left out: as the plan says, which is nothing by default.
+        memory: the resident bytes that a worker may have, above a bare `import torch` and without its activations:
+            "1GiB", "512MiB". What does not fit is offloaded to disk. Left out: as the plan says, no limit by default.
         activations: what forward leaves for backward, of all layers or by the name of a module: "keep" it,
             "recompute" it (the same bits, for about a third more compute), keep it in "int8" (other bits), or
             "offload" it from a device to host memory. Left out: as the plan says, which is "keep" by default.
@@ -115,6 +119,7 @@ def distribute(
         "transport": transport,
         "placement": placement,
         "offload": offload,
+        "memory": memory,
         "activations": activations,
     }
     asked.update(_settings(environment))
@@ -128,6 +133,8 @@ def distribute(
     blueprint = Blueprint(
         model, optimizer, spec, hosts, host, plan.placement, Path(weights) if weights is not None else None
     )
+    if plan.memory is not None:
+        plan = replace(plan, offload=fit(blueprint, plan.memory, plan.offload))
     team = join(blueprint, plan, environment, rendezvous, run_number)
     folder = _share_run_dir(team, run_dir)
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None)

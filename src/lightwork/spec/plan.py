@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from lightwork.errors import SpecError
 from lightwork.spec.job import Activation, Spec
+from lightwork.units import parse_bytes
 
 Carriage = Literal["host", "group"]
 Placement = Literal["replicate", "zero1"]
@@ -26,6 +27,7 @@ class Plan:
     shared_memory: Memory = "anonymous"  #: an anonymous memory file, or an unlinked temporary one where there are none
     placement: Placement = "replicate"  #: zero1: a host holds masters and optimizer state of its share of the buckets
     offload: Mapping[str, Place] = field(default_factory=dict)  #: what lies where, if not on the worker's device
+    memory: str | None = None  #: resident bytes of a worker, such as "1GiB": what does not fit is offloaded to disk
     offload_dir: str = ""  #: of the disk; the system's temporary folder unless given
     activations: Mapping[str, Activation] = field(default_factory=dict)  #: of modules by name; the others are kept
     steal: bool = True  #: a worker that is done takes micro-batches that a late one has not started
@@ -51,6 +53,8 @@ class Plan:
                     f"offload={{{part!r}: {place!r}}} is not known. The parts are {', '.join(get_args(Part))}, the "
                     f"places {', '.join(get_args(Place))}."
                 )
+        if self.memory is not None:
+            parse_bytes(self.memory)
         odd = {value for value in self.activations.values() if value not in ("recompute", "offload")}
         if odd:
             raise SpecError(f"activations={odd.pop()!r} is not a plan's. Choose recompute or offload, by module.")
