@@ -112,7 +112,12 @@ class Blueprint:
         self.world_size = hosts.sizes[host]
         self.parameters, described = describe_parameters(model, optimizer, spec, whole=not is_elementwise(optimizer))
         self.layout: Layout = lay_out(described)
-        self.state_layout = StateLayout(self.layout, probe_state(optimizer, described))
+        if spec.optimizer_state != "fp32" and not is_elementwise(optimizer):
+            raise SpecError(
+                f"optimizer_state={spec.optimizer_state!r} is for optimizers that treat every element by itself, and "
+                f"{type(optimizer).__name__} reads whole parameters. Leave it out, or use AdamW."
+            )
+        self.state_layout = StateLayout(self.layout, probe_state(optimizer, described), spec.optimizer_state)
         self.board_size = BoardSize(
             world_size=self.world_size,
             num_micro_batches=spec.num_micro_batches,
@@ -140,6 +145,8 @@ class Blueprint:
         memory_map.reserve("working", numel * 2)
         for name, dtype in self.state_layout.flat.items():
             memory_map.reserve(f"state {name}", numel * dtype.itemsize)
+        for name in self.state_layout.in_8_bits:
+            memory_map.reserve(f"scales {name}", self.state_layout.num_scales * 4)
         LossScale.reserve(memory_map)
         memory_map.reserve("state odd", self.state_layout.odd_bytes)
         memory_map.reserve("state initialised", len(self.layout.blocks))

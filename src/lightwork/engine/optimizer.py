@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import optim
 
+from lightwork.engine.eight_bit import SQUARES, num_scales, restore_into, round_into
 from lightwork.engine.memory import SharedMemory
 from lightwork.engine.weights import Weights, like
 from lightwork.errors import SpecError
+from lightwork.spec.job import StateFormat
 from lightwork.spec.layout import Block, Layout, ParameterSpec
 
 _ELEMENTWISE: tuple[type[optim.Optimizer], ...] = (
@@ -232,8 +234,20 @@ def _fused_adam(
 class StateLayout:
     """Where each block's state lies: a flat region for each entry of the parameters' shape, one for the rest."""
 
-    def __init__(self, layout: Layout, entries: dict[tuple[int, tuple[int, ...]], list[StateEntry]]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        entries: dict[tuple[int, tuple[int, ...]], list[StateEntry]],
+        state_format: StateFormat = "fp32",
+    ) -> None:
         self.flat: dict[str, torch.dtype] = {}
+        self.in_8_bits: set[str] = set()  #: of the flat ones
+        self.scales_of_block: list[tuple[int, int]] = []  #: first and end, in the region of scales of an entry
+        at = 0
+        for block in layout.blocks:
+            self.scales_of_block.append((at, at + num_scales(block.end - block.start)))
+            at = self.scales_of_block[-1][1]
+        self.num_scales = at
         self.odd_bytes = 0
         self.of_block: list[list[tuple[StateEntry, int]]] = []  # with the offset in bytes
         for block in layout.blocks:
@@ -245,6 +259,9 @@ class StateLayout:
             for entry in entries[parameter.group, shape]:
                 if entry.shape is None:
                     self.flat[entry.name] = entry.dtype
+                    if state_format == "int8" and entry.dtype is torch.float32:
+                        self.flat[entry.name] = torch.uint8
+                        self.in_8_bits.add(entry.name)
                     places.append((entry, (layout.offsets[block.parameter] + block.start) * entry.dtype.itemsize))
                 else:
                     places.append((entry, self.odd_bytes))
@@ -264,6 +281,15 @@ class BlockOptimizer:
         self._layout = weights.layout
         self._state_layout = state_layout
         self._flat = {name: memory.tensor(f"state {name}", dtype) for name, dtype in state_layout.flat.items()}
+        self._scales = {name: memory.tensor(f"scales {name}", torch.float32) for name in state_layout.in_8_bits}
+        # Where state in 8 bits becomes fp32 for an update: of one bucket at a time.
+        blocks = self._layout.blocks
+        of_bucket = [blocks[bucket.first_block : bucket.end_block] for bucket in self._layout.buckets]
+        largest = max((sum(b.end - b.start for b in bucket) for bucket in of_bucket), default=0)
+        self._wide = {name: torch.empty(largest) for name in state_layout.in_8_bits}
+        self._wide_offsets = [
+            sum(b.end - b.start for b in bucket[:i]) for bucket in of_bucket for i in range(len(bucket))
+        ]
         self._odd = memory.tensor("state odd")
         self._initialised = memory.region("state initialised")  # a byte for each block
         self._step = _bare_step(optimizer)
@@ -278,6 +304,21 @@ class BlockOptimizer:
 
         Shapes: as the blocks, or the whole parameter's.
         """
+        spec = self._layout.buckets[bucket]
+        in_8_bits = [
+            (name, index)
+            for name in self._state_layout.in_8_bits
+            for index, gradient in zip(range(spec.first_block, spec.end_block), gradients, strict=True)
+            if gradient is not None
+        ]
+        for name, index in in_8_bits:
+            if self._initialised[index]:
+                self._restore(name, index, self._wide_view(name, index))
+        self._update(bucket, gradients)
+        for name, index in in_8_bits:
+            self._round(name, index, self._wide_view(name, index))
+
+    def _update(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
         spec = self._layout.buckets[bucket]
         group, first = self._optimizer.param_groups[spec.group], spec.first_block
         present = [gradient for gradient in gradients if gradient is not None]
@@ -314,7 +355,13 @@ class BlockOptimizer:
         tensor = self._weights.parameters[parameter]
         state = {}
         for entry, offset in self._state_layout.of_block[blocks[0]]:
-            if entry.shape is None:
+            if entry.name in self._wide:
+                flat = torch.empty(tensor.numel())
+                for index in blocks:
+                    block = self._layout.blocks[index]
+                    self._restore(entry.name, index, flat[block.start : block.end])
+                state[entry.name] = like(flat, tensor)
+            elif entry.shape is None:
                 flat = self._flat[entry.name][offset // entry.dtype.itemsize :][: tensor.numel()]
                 state[entry.name] = like(flat, tensor)
             else:
@@ -339,6 +386,8 @@ class BlockOptimizer:
             if entry.shape is None:
                 first = offset // entry.dtype.itemsize
                 views.append(self._flat[entry.name][first : first + block.end - block.start])
+                if entry.name in self._scales:
+                    views.append(self._scales[entry.name][slice(*self._state_layout.scales_of_block[index])])
             else:
                 views.append(self._view(index, entry, offset).view(-1))
         return views
@@ -369,6 +418,8 @@ class BlockOptimizer:
                         )
                     value = self._flatten(value, parameter)[block.start : block.end].view(view.shape)
                 view.copy_(value)
+                if entry.name in self._wide:
+                    self._round(entry.name, index, view)
         self._shadows.clear()
 
     def _flatten(self, value: torch.Tensor, parameter: int) -> torch.Tensor:
@@ -398,6 +449,8 @@ class BlockOptimizer:
 
     def _view(self, index: int, entry: StateEntry, offset: int) -> torch.Tensor:
         block = self._layout.blocks[index]
+        if entry.name in self._wide:
+            return self._wide_view(entry.name, index)
         if entry.shape is None:
             first = offset // entry.dtype.itemsize
             flat = self._flat[entry.name][first : first + block.end - block.start]
@@ -406,6 +459,24 @@ class BlockOptimizer:
             return flat
         num_bytes = torch.Size(entry.shape).numel() * entry.dtype.itemsize
         return self._odd[offset : offset + num_bytes].view(entry.dtype).view(entry.shape)
+
+    def _wide_view(self, name: str, index: int) -> torch.Tensor:
+        """Return where a block's state in 8 bits becomes fp32."""
+        block, at = self._layout.blocks[index], self._wide_offsets[index]
+        return self._wide[name][at : at + block.end - block.start]
+
+    def _packed(self, name: str, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a block's state in 8 bits, and its scales."""
+        block = self._layout.blocks[index]
+        first = self._layout.offsets[block.parameter] + block.start
+        scales = self._scales[name][slice(*self._state_layout.scales_of_block[index])]
+        return self._flat[name][first : first + block.end - block.start], scales
+
+    def _restore(self, name: str, index: int, target: torch.Tensor) -> None:
+        restore_into(target, *self._packed(name, index), square=name in SQUARES)
+
+    def _round(self, name: str, index: int, source: torch.Tensor) -> None:
+        round_into(*self._packed(name, index), source, square=name in SQUARES)
 
     def _attach(self, shadow: optim.Optimizer, tensor: torch.Tensor, index: int) -> None:
         """Make the shadow see the shared state of a block that any worker may have updated last."""

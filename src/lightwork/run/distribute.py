@@ -25,7 +25,7 @@ from lightwork.run.folder import create_run_dir, prepare_run_dir
 from lightwork.run.guard import Guard
 from lightwork.run.join import Team, find_hosts, join, notice
 from lightwork.run.run import Run
-from lightwork.spec.job import Activation, BufferRule, Precision, Spec, Wire, choose_micro_batch
+from lightwork.spec.job import Activation, BufferRule, Precision, Spec, StateFormat, Wire, choose_micro_batch
 from lightwork.spec.plan import SETTABLE, Carriage, Place, Placement, Plan
 from lightwork.spec.roster import Member, Roster
 from lightwork.team import environment as environments
@@ -48,6 +48,7 @@ def distribute(
     seed: int = 0,
     precision: Precision = "fp32",
     wire: Wire = "fp32",
+    optimizer_state: StateFormat = "fp32",
     clip_grad_norm: float | None = None,
     threads: int = 1,
     fp32_modules: tuple[str, ...] = (),
@@ -74,6 +75,7 @@ def distribute(
         precision: "fp32"; "bf16": bf16 weights and autocast for the computation, fp32 masters, sums and state; "fp16":
             the same in fp16, with dynamic loss scaling (slow on most CPUs).
         wire: of the partial sums of gradients. "bf16" halves their memory and traffic, and rounds every one.
+        optimizer_state: "int8" keeps the moments of AdamW and other element-wise optimizers in 8 bits, a quarter.
         clip_grad_norm: the largest L2 norm of the whole gradient; None does not clip.
         threads: torch's, for each worker. A part of the spec, because another number gives other bits.
         fp32_modules: names of modules whose weights stay fp32 under bf16 and fp16.
@@ -112,6 +114,7 @@ def distribute(
         "seed": seed,
         "precision": precision,
         "wire": wire,
+        "optimizer_state": optimizer_state,
         "clip_grad_norm": clip_grad_norm,
         "threads": threads,
         "fp32_modules": fp32_modules,

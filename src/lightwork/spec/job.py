@@ -11,6 +11,7 @@ from lightwork.errors import SpecError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Wire = Literal["fp32", "bf16"]
+StateFormat = Literal["fp32", "int8"]
 Activation = Literal["keep", "recompute", "offload", "int8"]
 BufferRule = Literal["mean", "sum", "first", "last", "maximum", "minimum"]
 
@@ -28,6 +29,7 @@ class Spec:
     seed: int = 0
     precision: Precision = "fp32"  #: bf16, fp16: such working weights and autocast; fp32 masters, sums and state
     wire: Wire = "fp32"  #: of partial sums, kept and sent: bf16 rounds every node of the tree
+    optimizer_state: StateFormat = "fp32"  #: int8: the moments of element-wise optimizers in 8 bits
     int8_activations: tuple[str, ...] = ()  #: modules whose activations are kept in 8 bits, by name
     clip_grad_norm: float | None = None  #: the largest L2 norm of the whole gradient
     threads: int = 1  #: of torch, a worker; a different number gives different bits
@@ -51,6 +53,11 @@ class Spec:
         if self.precision not in get_args(Precision):
             raise SpecError(
                 f"precision={self.precision!r} is not known. Choose one of {', '.join(get_args(Precision))}."
+            )
+        if self.optimizer_state not in get_args(StateFormat):
+            raise SpecError(
+                f"optimizer_state={self.optimizer_state!r} is not known. Choose one of "
+                f"{', '.join(get_args(StateFormat))}."
             )
         if self.wire not in get_args(Wire):
             raise SpecError(f"wire={self.wire!r} is not known. Choose one of {', '.join(get_args(Wire))}.")
