@@ -162,37 +162,32 @@ class Gradients:
                     "with re-entrant activation checkpointing: pass use_reentrant=False."
                 )
             self._touched[index] = 1
-            for piece in self._residency.pieces(gradient):
-                self._receive(index, gradient, piece)
-                self._residency.folded(index, piece)
+            siblings = [views[index] for views, present in self._siblings if present[index]]
+            if not self._residency.enabled:
+                self._fold(self._target[index], gradient, siblings)
+                return
+            for rows in self._residency.pieces(gradient):
+                self._fold(self._target[index][rows], gradient[rows], [sibling[rows] for sibling in siblings])
+                self._residency.folded(index, rows)
             self._residency.folded(index)
 
         return receive
 
-    def _receive(self, index: int, gradient: torch.Tensor, piece: slice) -> None:
-        whole = piece.start is None
-        target = self._target[index] if whole else self._target[index][piece]
-        gradient = gradient if whole else gradient[piece]
-        if self._slots.wire is not torch.float32:
+    def _fold(self, target: torch.Tensor, gradient: torch.Tensor, siblings: Sequence[torch.Tensor]) -> None:
+        """Put the sum of a gradient and this worker's sums beside it in the tree into `target`."""
+        if not siblings:
             target.copy_(gradient)
-            for views, present in self._siblings:
-                if present[index]:
-                    torch.add(views[index] if whole else views[index][piece], target, out=target)
-            return
-        started = False
-        for views, present in self._siblings:
-            if not present[index]:
-                continue
-            view = views[index] if whole else views[index][piece]
-            if started:
-                target.add_(view)
-            elif gradient.dtype is torch.float32:
-                torch.add(view, gradient, out=target)
+        elif self._slots.wire is not torch.float32:
+            target.copy_(gradient)  # every node is rounded, the leaf too
+            for sibling in siblings:
+                torch.add(sibling, target, out=target)
+        else:
+            if gradient.dtype is torch.float32:
+                torch.add(siblings[0], gradient, out=target)
             else:  # `add` with `out` would round to the operands' type first
-                target.copy_(view).add_(gradient)
-            started = True
-        if not started:
-            target.copy_(gradient)
+                target.copy_(siblings[0]).add_(gradient)
+            for sibling in siblings[1:]:
+                target.add_(sibling)
 
     def _carry_untouched(self) -> None:
         """Where this micro-batch has no gradient, the new sum is that of its siblings."""

@@ -11,7 +11,8 @@ So a worker's resident memory holds what is in use, and training may be larger t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import EllipsisType
 
 import torch
 from torch import nn
@@ -70,24 +71,21 @@ class Residency:
             hook.remove()
         self._hooks.clear()
 
-    def pieces(self, gradient: torch.Tensor) -> list[slice]:
+    def pieces(self, gradient: torch.Tensor) -> Sequence[slice | EllipsisType]:
         """Return the rows in which a gradient is to be folded, so that little of its partial sum is mapped at once."""
-        if not self._gradients or gradient.dim() == 0 or gradient.numel() <= PIECE or not gradient.is_contiguous():
-            return [slice(None)]
+        if not self._gradients or gradient.numel() <= PIECE or not gradient.is_contiguous():
+            return [...]
         rows = max(1, PIECE // (gradient.numel() // len(gradient)))
         return [slice(first, first + rows) for first in range(0, len(gradient), rows)]
 
-    def folded(self, parameter: int, piece: slice | None = None) -> None:
-        """Drop what a fold has used: the partial sums of a parameter, or of one of its `pieces`; its weight at last."""
-        if not self.enabled:
-            return
+    def folded(self, parameter: int, rows: slice | EllipsisType = ...) -> None:
+        """Drop what a fold has used: partial sums of some rows, or all of a parameter and its weight."""
         start, end = self._range(parameter)
-        if piece is None or piece.start is None:
-            self._advise(self._of_model, start, end, Advice.DROP)
+        if isinstance(rows, slice):
+            row = (end - start) // self._layout.parameters[parameter].shape[0]
+            start, end = start + rows.start * row, min(end, start + rows.stop * row)
         else:
-            shape = self._layout.parameters[parameter].shape
-            row = (end - start) // shape[0]
-            start, end = start + piece.start * row, min(end, start + piece.stop * row)
+            self._advise(self._of_model, start, end, Advice.DROP)
         self._drop_gradients(start, end)
 
     def fetch(self, bucket: int) -> None:
