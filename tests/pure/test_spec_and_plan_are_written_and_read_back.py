@@ -94,6 +94,11 @@ def test_a_value_of_another_kind_is_refused(values: dict[str, Any], words: str) 
     ("values", "words"),
     [
         ({"world_size": 0}, "world_size=0 is not a positive whole number"),
+        ({"offload": "disk"}, "offload='disk' is not a choice by part"),
+        ({"offload": {"optimizer": "moon"}}, "the places host, disk"),
+        ({"placement": "zero9"}, "placement='zero9' is not known"),
+        ({"memory": "much"}, "'much' is not a number of bytes"),
+        ({"transport": 5}, "transport=5 is not known"),
         ({"transport": "pigeon"}, "transport='pigeon' is not known"),
         ({"shared_memory": "disk"}, "shared_memory='disk' is not known. Choose one of anonymous, file"),
         ({"steal": "no"}, "steal='no' is neither true nor false"),

@@ -182,6 +182,7 @@ def test_a_value_in_8_bits_is_off_by_at_most_half_a_level_of_its_block() -> None
         ({"9": "recompute"}, "activations names '9', which the model does not have"),
         ({"0": "recompute", "0.linear": "recompute"}, "'0' and '0.linear', which is inside it"),
         ("offload", "it is on a CPU already"),
+        (7, "activations=7 is neither a value nor a choice by module"),
     ],
 )
 def test_what_can_not_be_done_is_refused_before_the_first_step(activations: Any, message: str) -> None:

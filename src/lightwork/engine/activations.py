@@ -61,7 +61,12 @@ def resolve(model: nn.Module, activations: str | Mapping[str, str]) -> dict[str,
     Raises: SpecError for an unknown value or module, modules within each other, and a value that can not be carried
     out here.
     """
-    chosen = activations if isinstance(activations, Mapping) else dict.fromkeys(layers_of(model), activations)
+    if not isinstance(activations, (str, Mapping)) or activations == "":
+        raise SpecError(
+            f"activations={activations!r} is neither a value nor a choice by module. The values are "
+            f"{', '.join(get_args(Activation))}."
+        )
+    chosen = activations if isinstance(activations, Mapping) else dict.fromkeys(layers_of(model) or [""], activations)
     modules = dict(model.named_modules())
     for name, value in chosen.items():
         if value not in get_args(Activation):

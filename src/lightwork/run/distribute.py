@@ -137,7 +137,7 @@ def distribute(
         model, optimizer, spec, hosts, host, plan.placement, Path(weights) if weights is not None else None
     )
     if plan.memory is not None:
-        plan = replace(plan, offload=fit(blueprint, plan.memory, plan.offload))
+        plan = replace(plan, offload=fit(blueprint, str(plan.memory), plan.offload))
     team = join(blueprint, plan, environment, rendezvous, run_number)
     folder = _share_run_dir(team, run_dir)
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None)

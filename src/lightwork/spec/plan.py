@@ -47,6 +47,8 @@ class Plan:
             raise SpecError(
                 f"placement={self.placement!r} is not known. Choose one of {', '.join(get_args(Placement))}."
             )
+        if not isinstance(self.offload, Mapping):
+            raise SpecError(f'offload={self.offload!r} is not a choice by part. Write {{"optimizer": "disk"}}.')
         for part, place in self.offload.items():
             if part not in get_args(Part) or place not in get_args(Place):
                 raise SpecError(
@@ -54,7 +56,7 @@ class Plan:
                     f"places {', '.join(get_args(Place))}."
                 )
         if self.memory is not None:
-            parse_bytes(self.memory)
+            parse_bytes(str(self.memory))
         odd = {value for value in self.activations.values() if value not in ("recompute", "offload")}
         if odd:
             raise SpecError(f"activations={odd.pop()!r} is not a plan's. Choose recompute or offload, by module.")
