@@ -6,6 +6,7 @@ exchange made of sends and receives (67 MB between two processes: 173 against 51
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, final
 
@@ -34,7 +35,7 @@ class _Work(Pending):
         try:
             self._work.wait()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]  # without Gloo's place in its source
             raise RankLost(
                 f"rank {self._rank} lost its connection to rank {self._other} ({reason}). Its process ended, or the "
                 "network between them did; see its log."
