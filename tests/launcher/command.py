@@ -74,10 +74,13 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in left}
 
 
-def start(folder: Path, *command: str) -> subprocess.Popen[str]:
-    """Start `python -m ...` in `folder`, as the leader of a process group of its own, as a shell does."""
+def start(folder: Path, *command: str, within: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start `python -m ...` in `folder`, as the leader of a process group of its own, as a shell does.
+
+    `within` is a command that runs another, such as `ip netns exec NAME`.
+    """
     return subprocess.Popen(
-        [sys.executable, *command],
+        [*within, sys.executable, *command],
         cwd=folder,
         env=environment(),
         stdin=subprocess.DEVNULL,

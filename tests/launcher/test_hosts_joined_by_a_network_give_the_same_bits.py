@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.launcher.command import environment, finish, script, start
+from tests.launcher.command import finish, script, start
 
 
 def can_make_namespaces() -> bool:
@@ -56,18 +55,7 @@ def test_workers_of_two_hosts_have_the_digest_of_one_worker(tmp_path: Path, name
             *("-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2"),
             *("--master-addr", "10.77.0.1", "--master-port", "29123", "train.py"),
         )
-        started.append(
-            subprocess.Popen(
-                ["ip", "netns", "exec", name, sys.executable, *options],
-                cwd=tmp_path,
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        )
+        started.append(start(tmp_path, *options, within=("ip", "netns", "exec", name)))
     first, second = (finish(process, tmp_path / "runs" / "1") for process in started)
     assert first.status == second.status == 0, first.text + second.text
     alone = finish(start(tmp_path, "train.py"), tmp_path / "runs" / "2")
