@@ -165,6 +165,63 @@ def test_a_module_that_can_not_be_replayed_is_named() -> None:
         module(torch.randn(10, 64)).sum().backward()
 
 
+class Compares(nn.Module):
+    """Does something else for the same object twice, as nn.MultiheadAttention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.linear(q)) if q is k else self.linear(q).cos() + k
+
+
+class WritesLargeBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(300, 300))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add_(1)
+        return torch.tanh(x) * self.seen[0, 0]
+
+
+@pytest.mark.parametrize("inner", [nn.ReLU(inplace=True), nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True))])
+def test_a_layer_that_writes_into_what_it_is_given_is_run_again_on_what_it_was(inner: nn.Module) -> None:
+    def gradient(*, again: bool) -> torch.Tensor:
+        module = nn.ModuleList([inner])
+        wrapped = Activations(module, {"0": "recompute"} if again else {}, torch.zeros(1))
+        torch.manual_seed(0)
+        x = torch.randn(10, 64, requires_grad=True)
+        module[0](x * 2).square().sum().backward()
+        wrapped.close()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(gradient(again=True), gradient(again=False))
+
+
+def test_an_object_that_is_given_twice_is_given_twice_again() -> None:
+    module = nn.ModuleList([Compares()])
+    x = torch.randn(10, 64, requires_grad=True)
+    (kept,) = torch.autograd.grad(module[0](x, x).sum(), x)
+    Activations(module, {"0": "recompute"}, torch.zeros(1))
+    (again,) = torch.autograd.grad(module[0](x, x).sum(), x)
+    assert torch.equal(kept, again)
+
+
+def test_what_can_not_be_run_again_to_the_same_bits_is_refused() -> None:
+    module = nn.ModuleList([nn.Tanh(), WritesLargeBuffer()])
+    Activations(module, {"0": "recompute", "1": "recompute"}, torch.zeros(1))
+    x = torch.randn(10, 64, requires_grad=True) * 2
+    y = module[0](x)
+    x.add_(1)
+    with pytest.raises(UsageError, match="an input of module 0 was written in place"):
+        y.sum().backward()
+    with pytest.raises(UsageError, match="module 1 writes a buffer of more than 65536 elements"):
+        module[1](torch.randn(10, 64))
+
+
 def test_a_value_in_8_bits_is_off_by_at_most_half_a_level_of_its_block() -> None:
     torch.manual_seed(0)
     tensor = torch.randn(7, 301) * torch.logspace(-3, 3, 301)

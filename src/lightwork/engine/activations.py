@@ -13,7 +13,7 @@ lies in the shared memory) and small tensors are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -31,6 +31,9 @@ INT8_BLOCK = 256
 
 #: Tensors of fewer elements stay as they are.
 SMALL = INT8_BLOCK
+
+#: Elements above which a buffer is taken for a mask, and not copied.
+LARGE_BUFFER = 64 * 1024
 
 Forward = Callable[..., Any]
 IsWeight = Callable[[torch.Tensor], bool]
@@ -129,6 +132,7 @@ class _Call:
     forward: Forward
     inputs: list[Any]  #: tensors detached from the graph that made them
     needed_grad: list[bool]
+    versions: list[int]  #: PyTorch's counts of writes to the inputs
     tree: Any
     random_state: RandomState
     buffers: list[tuple[nn.Module, str, torch.Tensor]]
@@ -168,10 +172,20 @@ class _Call:
                 raise _Enough
             return tensor
 
-        inputs = [
-            value.detach().requires_grad_(needed) if isinstance(value, torch.Tensor) else value
-            for value, needed in zip(self.inputs, self.needed_grad, strict=True)
-        ]
+        if self.versions != _versions(self.inputs):
+            raise UsageError(
+                f"an input of module {self.name} was written in place after the module had read it, so that the module "
+                f"can not be run again for backward. Leave it out of activations='recompute': keep {self.name}, or "
+                "write x = x + y instead of x += y."
+            )
+        # Copies: not leaves, so that the module may write into them. One for each object, as the module may compare.
+        with torch.enable_grad():
+            copies = {
+                id(value): value.detach().requires_grad_(needed).clone()
+                for value, needed in zip(self.inputs, self.needed_grad, strict=True)
+                if isinstance(value, torch.Tensor)
+            }
+        inputs = [copies.get(id(value), value) for value in self.inputs]
         args, kwargs = pytree.tree_unflatten(inputs, self.tree)
         try:
             self.random_state.restore()
@@ -203,33 +217,58 @@ class _Call:
 
 def _recompute(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
     forward = module.forward
+    # Such a layer overwrites what it was given.
+    writes_inputs = any(vars(inner).get("inplace") is True for inner in module.modules())
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         leaves, tree = pytree.tree_flatten((args, kwargs))
+        kept = {
+            id(leaf): leaf.detach().clone() if writes_inputs else leaf.detach()
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor)
+        }
+        inputs = [kept.get(id(leaf), leaf) for leaf in leaves]
+        large = _large_buffers(module)
+        before = _versions(large)
         call = _Call(
             name=name,
             is_weight=is_weight,
             forward=forward,
-            inputs=[leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves],
+            inputs=inputs,
             needed_grad=[isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves],
+            versions=_versions(inputs),
             tree=tree,
             random_state=RandomState.capture(),
             buffers=[(owner, key, buffer.clone()) for owner, key, buffer in _written_buffers(module)],
             autocast=(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
         )
         with saved_tensors_hooks(call.pack, call.unpack):
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
+        if _versions(large) != before:
+            raise UsageError(
+                f"module {name} writes a buffer of more than {LARGE_BUFFER} elements, which is not kept to run it "
+                f"again for backward. Leave it out of activations='recompute': keep {name}."
+            )
+        return result
 
     return run
+
+
+def _versions(values: Sequence[Any]) -> list[int]:
+    return [value._version for value in values if isinstance(value, torch.Tensor) and not value.is_inference()]
+
+
+def _large_buffers(module: nn.Module) -> list[torch.Tensor]:
+    return [buffer for buffer in module.buffers() if buffer.numel() > LARGE_BUFFER]
 
 
 def _written_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
     """Yield the buffers that forward may write: those of modules in training mode, except large ones (masks)."""
     for owner in module.modules():
         for key, buffer in owner._buffers.items():
-            if buffer is not None and owner.training and buffer.numel() <= 64 * 1024:
+            if buffer is not None and owner.training and buffer.numel() <= LARGE_BUFFER:
                 yield owner, key, buffer
 
 

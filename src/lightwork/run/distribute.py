@@ -19,7 +19,7 @@ from torch import nn
 from lightwork.engine.activations import resolve
 from lightwork.engine.engine import Blueprint, Engine
 from lightwork.engine.optimizer import describe_optimizer
-from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, SpecError, UsageError
+from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, SpecError, UsageError
 from lightwork.run.fit import fit
 from lightwork.run.folder import create_run_dir, prepare_run_dir
 from lightwork.run.guard import Guard
@@ -301,6 +301,11 @@ def _register_exit(run: Run, team: Team) -> None:
             os._exit(EXIT_BECAUSE_OF_PEER)
         previous(kind, error, trace)
         team.board.fail()
+        if isinstance(error, RankLost):  # the launcher looks for the cause elsewhere
+            _close_quietly(reference)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_BECAUSE_OF_PEER)
 
     atexit.register(at_exit)
     sys.excepthook = on_error

@@ -133,7 +133,8 @@ class Run:
             order: the ids of an epoch: a function from its number, or the same ids for every one.
             drop_last: leave out a last global batch that is short.
 
-        Leaving the loop early is agreed by all: when one worker breaks, the others end at the same step.
+        Leaving the loop early is agreed by all: when one worker breaks, the others end after the step that they are in.
+        With several hosts all workers must break at the same step; another one is told so by an error.
         """
         for name, count in (("epochs", epochs), ("max_steps", max_steps)):
             if count is not None and (not isinstance(count, int) or count < 0):
