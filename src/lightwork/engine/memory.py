@@ -31,8 +31,7 @@ class Advice(IntEnum):
 
     FETCH = 3  #: they are read soon: begin
     DROP = 4  #: they are not used any more: unmap them here, the file keeps them
-    MAP_TO_READ = 22  #: map them now, all at once rather than one by one as they are touched
-    MAP_TO_WRITE = 23
+    MAP_TO_WRITE = 23  #: map them now, all at once rather than one by one as they are touched
 
 
 @dataclass

@@ -46,7 +46,7 @@ class Residency:
         self.enabled = bool(on_disk or self._gradients)
 
     def watch(self, model: nn.Module) -> None:
-        """Map each module's own weights before its forward and drop them after it, and read the next one's ahead."""
+        """Drop each module's own weights after its forward, and read the next one's ahead before it."""
         if not self._of_model:
             return
         index_of = {id(parameter): index for index, parameter in enumerate(self._weights.parameters)}

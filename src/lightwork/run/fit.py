@@ -19,7 +19,7 @@ from lightwork.units import format_bytes, parse_bytes
 #: What is moved to disk, in this order: first what a step touches once.
 ORDER = ("optimizer", "gradients", "weights")
 
-#: Python objects, the board, mailboxes, threads' stacks: measured for a small model (2026-11).
+#: An allowance for Python objects, the board, mailboxes and threads' stacks; an estimate, not measured by itself.
 FIXED_BYTES = 48 * 2**20
 
 
