@@ -14,13 +14,13 @@ from tests.cases import CASES, Case
 from tests.training import new_folder, run_team, train
 
 GROUP = {"transport": "group"}
-ZERO1 = {"transport": "group", "placement": "zero1"}
+ZERO1, ZERO2 = ({"transport": "group", "placement": placement} for placement in ("zero1", "zero2"))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_step_has_the_digest_of_one_worker(case: Case) -> None:
     (alone,) = run_team(1, lambda: train(case))
-    for num_workers, settings in ((2, GROUP), (3, GROUP), (2, ZERO1), (3, ZERO1)):
+    for num_workers, settings in ((2, GROUP), (3, GROUP), (2, ZERO1), (2, ZERO2), (3, ZERO2)):
         for seen in run_team(num_workers, lambda: train(case), settings=settings):
             assert seen == alone
 
@@ -33,7 +33,7 @@ def test_any_number_of_micro_batches_will_do(global_batch: int, micro_batch: int
         return train(case, global_batch=global_batch, micro_batch=micro_batch, max_steps=3)
 
     (alone,) = run_team(1, job)
-    for num_workers, settings in ((2, GROUP), (3, GROUP), (5, GROUP), (5, ZERO1)):
+    for num_workers, settings in ((2, GROUP), (3, GROUP), (5, GROUP), (5, ZERO1), (5, ZERO2)):
         for seen in run_team(num_workers, job, settings=settings):
             assert seen == alone
 

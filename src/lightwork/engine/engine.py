@@ -28,8 +28,8 @@ from torch import nn
 
 from lightwork.engine.activations import Activations
 from lightwork.engine.buffers import Buffers
-from lightwork.engine.exchange import Exchange
-from lightwork.engine.gradients import Gradients, Slots
+from lightwork.engine.exchange import Exchange, Total, Touched
+from lightwork.engine.gradients import Fold, Gradients, Slots
 from lightwork.engine.materialise import check_can_reset, give_buffers_memory, load, reset
 from lightwork.engine.memory import MemoryMap, SharedMemory
 from lightwork.engine.optimizer import (
@@ -106,7 +106,8 @@ class Blueprint:
         self.model = model
         self.optimizer = optimizer
         self.spec = spec
-        self.sharded = placement != "replicate" and len(hosts) > 1
+        self.placement: Placement = placement if len(hosts) > 1 else "replicate"
+        self.sharded = self.placement != "replicate"
         self.hosts = hosts
         self.host = host
         self.world_size = hosts.sizes[host]
@@ -179,8 +180,10 @@ class Blueprint:
             sums = active * (trained * 4 - min(low, trained) * 2)
         else:
             sums = active * trained * 4 * (of_worker.bit_length() + 1)
+        if self.placement in ("zero2", "zero3") and of_worker == 1 and active == 1:
+            sums = 0  # each bucket leaves as soon as it is there
         if len(self.hosts) > 1:
-            sums += trained * DTYPES_OF_WIRE[self.spec.wire].itemsize  # the sum over all hosts
+            sums += trained * DTYPES_OF_WIRE[self.spec.wire].itemsize // shards  # the sum over all hosts
         masters = low * 4 if trained else 0
         state = sum(trained * dtype.itemsize for dtype in self.state_layout.flat.values())
         return {
@@ -224,7 +227,6 @@ class Engine:
         slots = Slots(memory, self.weights, size.num_places, DTYPES_OF_WIRE[self.spec.wire])
         self._activations = dict(activations or {}) | dict.fromkeys(self.spec.int8_activations, "int8")
         self._wrapped: Activations | None = None
-        self._total_slot = size.num_places - 1
         wire = DTYPES_OF_WIRE[self.spec.wire].itemsize
         regions = {"masters": 4, "working": 2, "partial sums": wire, **dict(self.state.regions)}
         self.residency = Residency(memory, self.weights, regions, size.world_size * size.num_places)
@@ -238,16 +240,20 @@ class Engine:
                 self.weights.layout,
                 slots,
                 self.buffers,
+                into=size.num_places - 1,
                 sharded=blueprint.sharded,
+                release_sent=blueprint.placement in ("zero2", "zero3"),
             )
         self.loss_scale = LossScale(memory, enabled=self.spec.precision == "fp16")
         self._measures = self.loss_scale.enabled or self.spec.clip_grad_norm is not None
         self._updater = Updater(self.weights, slots, self.state)
         self._num_optimized = sum(len(group["params"]) for group in blueprint.optimizer.param_groups)
         self._num_micro_batches = 0
+        self._num_computed = 0  # by this worker, in this step
         self._map: StepMap | None = None
         self._settings: tuple[object, int] = (None, 0)
-        phases = ("wait", "exchange", "reduce", "update") if carrier is not None else ("wait", "reduce", "update")
+        between_hosts = ("exchange", "exchange behind backward") if carrier is not None else ()
+        phases = ("wait", *between_hosts, "reduce", "update")
         self._seconds = dict.fromkeys(phases, 0.0)
         self._step_start = 0.0
         self.compute: Compute
@@ -326,6 +332,8 @@ class Engine:
     def detach(self) -> None:
         """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
         self._gradients.close()
+        if self._exchange is not None:
+            self._exchange.close()
         self.residency.close()
         if self._wrapped is not None:
             self._wrapped.close()
@@ -337,6 +345,7 @@ class Engine:
         self.weights.check_unwritten("outside the loop or between two steps")
         self._gradients.begin_step()
         self._num_micro_batches = num_micro_batches
+        self._num_computed = 0
         self._map = None
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._step_start = time.perf_counter()
@@ -347,19 +356,25 @@ class Engine:
         self.buffers.restore()
         seed_everything(derive(self.spec.seed, "micro-batch", step, index))
 
-    def backward(self, step: int, index: int, loss: torch.Tensor, weight: float) -> tuple[list[int], int, Node]:
+    def backward(self, step: int, index: int, loss: torch.Tensor, weight: float) -> Fold:
         """Run backward of a micro-batch's mean loss and fold its gradients; a weight of 0 makes none.
 
         The loss is scaled by weight / micro_batch, and the sum divided by the same of the whole batch: exact for a
         single full micro-batch. (And both by the loss scale, a power of two.)
         """
         self.buffers.capture(index)
+        exchange = self._exchange if self._is_last_of_host() else None
+        fold = self._gradients.begin(index, self._num_micro_batches, exchange.completion if exchange else None)
+        if exchange is not None:
+            places = {node: (0, slot) for node, slot in self._gradients.places(fold).items()}
+            exchange.begin(self._num_micro_batches, places, {**self._touched_here(), index: self._gradients.touched})
         if weight == 0:
-            return self._gradients.run(index, self._num_micro_batches, None)
+            self._gradients.run(None)
+            return fold
         share = weight / self.spec.micro_batch * self.loss_scale.of(step)
         scaled = loss if share == 1.0 else loss * share
         with self.compute.backward():
-            fold = self._gradients.run(index, self._num_micro_batches, scaled.backward)
+            self._gradients.run(scaled.backward)
         self.buffers.restore()
         return fold
 
@@ -367,7 +382,7 @@ class Engine:
         self,
         step: int,
         index: int,
-        fold: tuple[list[int], int, Node],
+        fold: Fold,
         *,
         loss: float,
         weight: float,
@@ -375,11 +390,21 @@ class Engine:
     ) -> Action:
         """Report a computed micro-batch and return what to do next."""
         self.weights.check_unwritten(f"in micro-batch {index} of step {step}")
-        freed, slot, node = fold
-        self._gradients.commit(slot, node, self.board.touched(index))
+        self._gradients.commit(fold, self.board.touched(index))
+        self._num_computed += 1
         return self.board.finished_micro_batch(
-            step, index, loss=loss, weight=weight, metrics=metrics, freed=freed, slot=slot, node=node
+            step, index, loss=loss, weight=weight, metrics=metrics, freed=fold.freed, slot=fold.slot, node=fold.node
         )
+
+    def _is_last_of_host(self) -> bool:
+        """Return whether the micro-batch in hand is its host's last one. Known where the host has one worker."""
+        own = self._hosts.micro_batches(self._host, self._num_micro_batches)
+        return self._world_size == 1 and self._num_computed == len(own) - 1
+
+    def _touched_here(self) -> dict[int, Touched]:
+        """Return which parameters this host's micro-batches have touched, by micro-batch."""
+        own = self._hosts.micro_batches(self._host, self._num_micro_batches)
+        return {index: self.board.touched(index) for index in own}
 
     def wait(self, step: int, seen: int, idle: Callable[[], bool], watch: Callable[[], None]) -> Action:
         """Wait for the others; `idle` may do something useful and says whether it did."""
@@ -396,15 +421,17 @@ class Engine:
         """
         start = time.perf_counter()
         exchange = self._between_hosts()
-        total: tuple[int, Node] | None = None
+        total: Total | None = None
         with torch.no_grad():
             match phase:
                 case Phase.EXCHANGE:
-                    count = self._num_micro_batches
-                    exchange.records(step, count)
-                    touched = [self.board.touched(index) for index in range(count)]
-                    node = exchange.partial_sums(count, self._places(), touched, self._total_slot)
-                    total = self._total_slot, node
+                    if not exchange.is_going:
+                        exchange.completion.begin(())
+                        exchange.begin(self._num_micro_batches, self._places(), self._touched_here())
+                    exchange.records(step, self._num_micro_batches)
+                    total = exchange.partial_sums()
+                    behind = exchange.busy_seconds - (time.perf_counter() - start)
+                    self._seconds["exchange behind backward"] = max(0.0, behind)
                 case Phase.AGREE:
                     exchange.norms()
                 case Phase.GATHER:

@@ -2,12 +2,15 @@
 
 Data travels bucket by bucket, in turns: in each turn every host owns one bucket. It receives the others' partial sums
 of it, adds them up with its own in the fixed tree, and sends the sum to all. While the leaders wait for one turn's
-tensors, those of the next are on their way.
+tensors, those of the next are on their way. All this happens in a thread beside backward of the last micro-batch: the
+last buckets come first, and a bucket leaves as soon as backward has completed it (`completion`). Which of its blocks
+hold anything travels with it, because no host knows by then which parameters the others' micro-batches touch.
 
     own partial sums --> nodes of the tree over the host's micro-batches --> owner of the bucket: sum --> every host
 
 With sharded state (ZeRO-1) the sum stays with the owner, whose host alone holds the masters and the optimizer's state
-of the bucket. It updates the bucket and sends the new working weights to all.
+of the bucket. It updates the bucket and sends the new working weights to all. With sharded gradients (ZeRO-2) a partial
+sum's memory is given back as soon as it has left or is added up.
 
 A gradient of a single micro-batch travels in the type of the working weight, a sum in the wire format.
 
@@ -18,13 +21,18 @@ the sums from them, in and out: a ring all-reduce's traffic.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
+from lightwork.engine.background import Background
 from lightwork.engine.buffers import Buffers
-from lightwork.engine.gradients import Slots, present_nodes
+from lightwork.engine.completion import Completion
+from lightwork.engine.gradients import Slots
 from lightwork.engine.memory import SharedMemory
 from lightwork.engine.sums import Adder
 from lightwork.spec.hosts import Hosts
@@ -33,13 +41,26 @@ from lightwork.spec.tree import Node, Sum, sum_of, without_absent
 from lightwork.team.board import Board
 from lightwork.transport.base import FIRST_TAG, Carrier, Pending
 
-_SUMS, _TOTALS, _SHARED = range(FIRST_TAG, FIRST_TAG + 3)
+_SUMS, _TOTALS, _SHARED, _PRESENCE = range(FIRST_TAG, FIRST_TAG + 4)
+
+#: Buckets that backward may complete before they travel, where sent gradients are given back: it waits then.
+MAX_BACKLOG = 8
+
+#: A byte for each parameter: whether a micro-batch gave it a gradient.
+Touched = memoryview | bytearray
 
 #: Bytes of a message of a broadcast.
 _CHUNK_BYTES = 64 * 1024 * 1024
 
 #: Bytes between two blocks of a packed message.
 _PACKED_ALIGNMENT = 64
+
+
+class Total(NamedTuple):
+    """Where the sum over all hosts lies: the leader's slot, and the node that it is."""
+
+    slot: int
+    node: Node
 
 
 @dataclass(frozen=True)
@@ -78,21 +99,24 @@ def message_of(layout: Layout, slots: Slots, bucket: int, *, leaf: bool) -> Mess
 
 @dataclass
 class _Held:
-    """What the hosts hold of the step."""
+    """What this host holds of the step."""
 
     whole: Node
     places: Mapping[Node, tuple[int, int]]  #: rank of this host and slot, by node
     nodes: tuple[tuple[Node, ...], ...]  #: those that travel, by host
-    touched: Sequence[memoryview]  #: by micro-batch, a byte for each parameter
-    everywhere: bytes  #: by parameter: whether every micro-batch touched it
-    into: int  #: the leader's slot for the sum
+    touched: Mapping[int, Touched]  #: by micro-batch of this host
+
+    def has(self, node: Node, parameter: int) -> bool:
+        """Return whether a node of this host holds a sum for `parameter`."""
+        return any(self.touched[leaf][parameter] for leaf in range(node.first, node.end))
 
 
 @dataclass
 class _Turn:
     """A turn on its way."""
 
-    own: int | None = None  #: the bucket of this host
+    buckets: dict[int, int]  #: by owner
+    presence: list[tuple[int, torch.Tensor, Pending]] = field(default_factory=list)  #: by host, for the own bucket
     sums: list[tuple[Node, torch.Tensor, Pending]] = field(default_factory=list)  #: of the own bucket
     totals: list[tuple[int, torch.Tensor, Pending]] = field(default_factory=list)  #: of the others' buckets
     sent: list[Pending] = field(default_factory=list)
@@ -100,7 +124,10 @@ class _Turn:
 
 
 class Exchange:
-    """The leader's side of a step's exchange."""
+    """The leader's side of a step's exchange.
+
+    Owns: a thread, in which partial sums travel, until `close`.
+    """
 
     def __init__(
         self,
@@ -111,9 +138,17 @@ class Exchange:
         slots: Slots,
         buffers: Buffers,
         *,
+        into: int,
         sharded: bool,
+        release_sent: bool,
     ) -> None:
+        """`into` is the leader's slot for the sums over all hosts.
+
+        With `release_sent`, the memory of partial sums is given back as soon as they are sent or added up.
+        """
+        self._into = into
         self._sharded = sharded
+        self._release_sent = release_sent
         self._hosts = hosts
         self._carrier = carrier
         self._host = carrier.host
@@ -122,11 +157,20 @@ class Exchange:
         self._slots = slots
         self._buffers = buffers
         self._adder = Adder(slots.wire)
+        self._layout = layout
         buckets = range(len(layout.buckets))
         self._messages = {leaf: [message_of(layout, slots, b, leaf=leaf) for b in buckets] for leaf in (True, False)}
         of_any = [message for messages in self._messages.values() for message in messages]
         self._largest = max((message.num_bytes for message in of_any), default=0)
         self._free: list[torch.Tensor] = []  # byte buffers, used in turn
+        self.completion = Completion(layout, backlog=MAX_BACKLOG if release_sent else None)
+        self._thread: Background[Total] = Background("exchange")
+        self._going: Future[Total] | None = None
+        self.busy_seconds = 0.0  #: of the thread in this step, waits for backward left out
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.close()
 
     def records(self, step: int, num_micro_batches: int) -> None:
         """Write what the other hosts' micro-batches came to onto this host's board, and theirs in return.
@@ -143,33 +187,63 @@ class Exchange:
             self._board.take_share(step, num_micro_batches, host, received[8:end])
             self._buffers.take_changes(self._hosts.micro_batches(host, num_micro_batches), received[end:])
 
-    def partial_sums(
-        self,
-        num_micro_batches: int,
-        places: Mapping[Node, tuple[int, int]],
-        touched: Sequence[memoryview],
-        into: int,
-    ) -> Node:
-        """Put the sum over all hosts into the leader's slot `into` and return its node.
+    @property
+    def is_going(self) -> bool:
+        """Whether the step's partial sums are on their way."""
+        return self._going is not None
+
+    def begin(
+        self, num_micro_batches: int, places: Mapping[Node, tuple[int, int]], touched: Mapping[int, Touched]
+    ) -> None:
+        """Begin to exchange the step's partial sums, each bucket as soon as `completion` says that it is complete.
 
         Args:
             places: the rank (of this host) and slot of each partial sum that it holds.
-            touched: by micro-batch, a byte for each parameter.
+            touched: by micro-batch of this host, a byte for each parameter, true once its bucket is complete.
         """
         nodes = tuple(self._hosts.nodes(host, num_micro_batches) for host in range(len(self._hosts)))
-        everywhere = bytes(map(min, zip(*touched, strict=True)))
-        held = _Held(Node(0, num_micro_batches), places, nodes, touched, everywhere, into)
-        count = len(self._messages[False])
-        turns = range(0, count, len(self._hosts))
-        started = [self._begin(held, first) for first in turns[:1]]
-        for position in range(len(turns)):
-            started += [self._begin(held, first) for first in turns[position + 1 : position + 2]]
-            self._add_up(held, started[position], turns[position])
-            if position > 0:
-                self._end(held, started[position - 1])
-        for turn in started[-1:]:
-            self._end(held, turn)
-        return held.whole
+        held = _Held(Node(0, num_micro_batches), places, nodes, touched)
+        self.busy_seconds = 0.0
+        self._going = self._thread.start(lambda: self._exchange(held))
+
+    def partial_sums(self) -> Total:
+        """Return where the sum over all hosts lies, once it does.
+
+        Raises: RankLost.
+        """
+        if self._going is None:
+            raise ValueError("begin() comes before partial_sums()")
+        going, self._going = self._going, None
+        return going.result()
+
+    def _exchange(self, held: _Held) -> Total:
+        try:
+            with torch.no_grad():
+                return self._all_turns(held)
+        except BaseException:
+            self.completion.abandon()  # backward may be waiting for this thread
+            raise
+
+    def _all_turns(self, held: _Held) -> Total:
+        start, self._waited = time.perf_counter(), 0.0
+        count = len(self._layout.buckets)
+        # Backward completes the last ones first.
+        turns = [
+            _Turn(
+                {owner: bucket for owner, bucket in enumerate(range(first, first + len(self._hosts))) if bucket < count}
+            )
+            for first in reversed(range(0, count, len(self._hosts)))
+        ]
+        # One turn ahead: while a bucket is added up, the next is on its way.
+        for position in range(len(turns) + 2):
+            if position < len(turns):
+                self._begin(held, turns[position])
+            if 0 < position <= len(turns):
+                self._add_up(held, turns[position - 1])
+            if position > 1:
+                self._end(held, turns[position - 2])
+        self.busy_seconds = time.perf_counter() - start - self._waited
+        return Total(self._into, held.whole)
 
     def norms(self) -> None:
         """Give the squared norms of this host's buckets to all, and write theirs on the board."""
@@ -211,52 +285,62 @@ class Exchange:
 
     # --- a turn -----------------------------------------------------------------------------------------------------
 
-    def _begin(self, held: _Held, first: int) -> _Turn:
+    def _begin(self, held: _Held, turn: _Turn) -> None:
         """Send this host's part of the others' buckets; await theirs of its own."""
-        turn = _Turn()
-        for host in range(len(self._hosts)):
-            bucket = first + host
-            if bucket >= len(self._messages[False]):
-                break
-            if host == self._host:
-                turn.own = bucket
-                for other in self._others:
-                    for node in held.nodes[other]:
-                        buffer = self._take(turn)[: self._message(bucket, node).num_bytes]
-                        turn.sums.append((node, buffer, self._carrier.receive(other, buffer, _SUMS)))
-            else:
-                for node in held.nodes[self._host]:
-                    tensor = self._packed(held, node, bucket, turn)
-                    turn.sent.append(self._carrier.send(host, tensor, _SUMS))
-        return turn
+        own = turn.buckets.get(self._host)
+        if own is not None:
+            for other in self._others:
+                nodes = held.nodes[other]
+                presence = torch.empty(len(nodes) * self._num_blocks(own), dtype=torch.uint8)
+                if nodes:
+                    turn.presence.append((other, presence, self._carrier.receive(other, presence, _PRESENCE)))
+                for node in nodes:
+                    buffer = self._take(turn)[: self._message(own, node).num_bytes]
+                    turn.sums.append((node, buffer, self._carrier.receive(other, buffer, _SUMS)))
+        for host, bucket in turn.buckets.items():
+            nodes = held.nodes[self._host]
+            if host == self._host or not nodes:
+                continue
+            self._wait_for_backward(bucket)
+            presence = self._presence(held, bucket)
+            turn.sent.append(self._carrier.send(host, presence, _PRESENCE))
+            for node in nodes:
+                turn.sent.append(self._carrier.send(host, self._packed(held, node, bucket, turn), _SUMS))
 
-    def _add_up(self, held: _Held, turn: _Turn, first: int) -> None:
+    def _add_up(self, held: _Held, turn: _Turn) -> None:
         """Add up the own bucket and send the sum; await those of the others."""
-        if turn.own is not None:
-            self._add_up_own(held, turn, turn.own)
+        own = turn.buckets.get(self._host)
+        if own is not None:
+            self._wait_for_backward(own)
+            self._add_up_own(held, turn, own)
             if not self._sharded:
-                total = self._packed(_only(held), held.whole, turn.own, turn)
+                total = self._packed_total(held, own, turn)
                 turn.sent += [self._carrier.send(host, total, _TOTALS) for host in self._others]
-        for host in [] if self._sharded else self._others:
-            bucket = first + host
-            if bucket < len(self._messages[False]):
-                message = self._message(bucket, held.whole)
-                if message.stretch:
-                    tensor = self._slots.stretch(0, held.into, *message.stretch)
-                else:
-                    tensor = self._take(turn)[: message.num_bytes]
-                turn.totals.append((bucket, tensor, self._carrier.receive(host, tensor, _TOTALS)))
+        for host, bucket in {} if self._sharded else turn.buckets.items():
+            if host == self._host:
+                continue
+            message = self._message(bucket, held.whole)
+            if message.stretch:
+                tensor = self._slots.stretch(0, self._into, *message.stretch)
+            else:
+                tensor = self._take(turn)[: message.num_bytes]
+            turn.totals.append((bucket, tensor, self._carrier.receive(host, tensor, _TOTALS)))
 
     def _add_up_own(self, held: _Held, turn: _Turn, bucket: int) -> None:
+        rows: dict[Node, list[int]] = {}  # by node: whether it holds a sum for each block
+        for host, presence, pending in turn.presence:
+            pending.wait()
+            rows |= zip(held.nodes[host], presence.view(len(held.nodes[host]), -1).tolist(), strict=True)
+        own = self._presence(held, bucket).view(-1, self._num_blocks(bucket)).tolist()
+        rows |= zip(held.nodes[self._host], own, strict=False)
         views: dict[Node, list[torch.Tensor]] = {}
         for node, buffer, pending in turn.sums:
             pending.wait()
             views[node] = self._message(bucket, node).views(buffer)
         for node in held.nodes[self._host]:
             if node not in held.places:
-                buffer = self._packed(held, node, bucket, turn)
-                views[node] = self._message(bucket, node).views(buffer)
-        tree = sum_of(held.whole, [node for of_host in held.nodes for node in of_host])
+                views[node] = self._message(bucket, node).views(self._packed(held, node, bucket, turn))
+        tree = sum_of(held.whole, rows)
         for position, (span, _, _) in enumerate(self._message(bucket, held.whole).blocks):
 
             def operand(node: Node, position: int = position, span: Span = span) -> torch.Tensor:
@@ -264,7 +348,10 @@ class Exchange:
                     return views[node][position]
                 return self._slots.span(*held.places[node], node, span)
 
-            self._put_sum(tree, held, span, operand, self._slots.span(0, held.into, held.whole, span))
+            def is_present(node: Node, position: int = position) -> bool:
+                return bool(rows[node][position])
+
+            self._put_sum(tree, is_present, operand, self._slots.span(0, self._into, held.whole, span))
 
     def _end(self, held: _Held, turn: _Turn) -> None:
         """Take the others' sums, and wait until everything sent has left."""
@@ -273,12 +360,29 @@ class Exchange:
             message = self._message(bucket, held.whole)
             if message.stretch is None:
                 for (span, _, _), view in zip(message.blocks, message.views(tensor), strict=True):
-                    self._slots.span(0, held.into, held.whole, span).copy_(view)
+                    self._slots.span(0, self._into, held.whole, span).copy_(view)
         for pending in turn.sent:
             pending.wait()
         self._free += turn.buffers
+        if self._release_sent:
+            for bucket in turn.buckets.values():
+                for rank, slot in held.places.values():
+                    self._slots.release(rank, slot, bucket)
+        self.completion.taken(len(turn.buckets))
+
+    def _wait_for_backward(self, bucket: int) -> None:
+        start = time.perf_counter()
+        self.completion.wait(bucket)
+        self._waited += time.perf_counter() - start
 
     # --- sums -------------------------------------------------------------------------------------------------------
+
+    def _presence(self, held: _Held, bucket: int) -> torch.Tensor:
+        """Return a byte for each partial sum that travels and each block: whether it holds anything for it."""
+        spec = self._layout.buckets[bucket]
+        parameters = [block.parameter for block in self._layout.blocks[spec.first_block : spec.end_block]]
+        has = [held.has(node, parameter) for node in held.nodes[self._host] for parameter in parameters]
+        return torch.tensor(has, dtype=torch.uint8)
 
     def _packed(self, held: _Held, node: Node, bucket: int, turn: _Turn) -> torch.Tensor:
         """Return a bucket of a node of this host as it travels: where it lies, or in a buffer."""
@@ -288,22 +392,40 @@ class Exchange:
         buffer = self._take(turn)[: message.num_bytes]
         tree = sum_of(node, held.places)
         for (span, _, _), view in zip(message.blocks, message.views(buffer), strict=True):
-            self._put_sum(tree, held, span, lambda n, s=span: self._slots.span(*held.places[n], n, s), view)  # type: ignore[misc]
+
+            def operand(node: Node, span: Span = span) -> torch.Tensor:
+                return self._slots.span(*held.places[node], node, span)
+
+            def is_present(node: Node, parameter: int = span.blocks[0].parameter) -> bool:
+                return held.has(node, parameter)
+
+            self._put_sum(tree, is_present, operand, view)
+        return buffer
+
+    def _packed_total(self, held: _Held, bucket: int, turn: _Turn) -> torch.Tensor:
+        """Return the sum over all hosts of a bucket as it travels."""
+        message = self._message(bucket, held.whole)
+        if message.stretch:
+            return self._slots.stretch(0, self._into, *message.stretch)
+        buffer = self._take(turn)[: message.num_bytes]
+        for (span, _, _), view in zip(message.blocks, message.views(buffer), strict=True):
+            view.copy_(self._slots.span(0, self._into, held.whole, span))
         return buffer
 
     def _put_sum(
-        self, tree: Sum, held: _Held, span: Span, operand: Callable[[Node], torch.Tensor], out: torch.Tensor
+        self, tree: Sum, is_present: Callable[[Node], bool], operand: Callable[[Node], torch.Tensor], out: torch.Tensor
     ) -> None:
         """Put the sum of what is present into `out`, which nobody reads where nothing is."""
-        parameter = span.blocks[0].parameter
-        if not held.everywhere[parameter]:
-            present = without_absent(tree, present_nodes(held.touched, parameter))
-            if present is None:
-                return
-            tree = present
-        total = self._adder.add_up(tree, operand, out)
+        present = without_absent(tree, is_present)
+        if present is None:
+            return
+        total = self._adder.add_up(present, operand, out)
         if total.data_ptr() != out.data_ptr():
             out.copy_(total)
+
+    def _num_blocks(self, bucket: int) -> int:
+        spec = self._layout.buckets[bucket]
+        return spec.end_block - spec.first_block
 
     def _message(self, bucket: int, node: Node) -> Message:
         return self._messages[node.end - node.first == 1][bucket]
@@ -312,8 +434,3 @@ class Exchange:
         buffer = self._free.pop() if self._free else torch.empty(self._largest, dtype=torch.uint8)
         turn.buffers.append(buffer)
         return buffer
-
-
-def _only(held: _Held) -> _Held:
-    """Return `held` as it is once the sum of all lies in the leader's slot."""
-    return replace(held, places={held.whole: (0, held.into)})

@@ -13,15 +13,17 @@ is rounded to it as it is made, and a slot has 2 bytes for each element.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from lightwork.engine.completion import Completion
 from lightwork.engine.memory import SharedMemory
 from lightwork.engine.residency import Residency
 from lightwork.engine.weights import DTYPES, Weights, like
 from lightwork.errors import UsageError
-from lightwork.spec.layout import Span
+from lightwork.spec.layout import Span, spans_of
 from lightwork.spec.tree import Node, fold
 
 
@@ -29,6 +31,7 @@ class Slots:
     """The partial sums of all workers of the host, as flat tensors."""
 
     def __init__(self, memory: SharedMemory, weights: Weights, num_slots: int, wire: torch.dtype) -> None:
+        self._memory = memory
         self._layout = weights.layout
         self._num_slots = num_slots
         self.wire = wire
@@ -76,6 +79,23 @@ class Slots:
             self._views[key] = view
         return view
 
+    def release(self, rank: int, slot: int, bucket: int) -> None:
+        """Give back the memory of a bucket in a partial sum (where it lies in memory; `Residency` sees to the disk)."""
+        if self._memory.is_on_disk("partial sums"):
+            return
+        first = (rank * self._num_slots + slot) * self._layout.numel
+        for span in spans_of(self._layout, self._layout.buckets[bucket]):
+            start, end = ((first + element) * self.wire.itemsize for element in (span.start, span.end))
+            self._memory.release("partial sums", start, end)
+
+
+class Fold(NamedTuple):
+    """A fold in progress: the slots whose sums go into the new one, its slot, and its node."""
+
+    freed: tuple[int, ...]
+    slot: int
+    node: Node
+
 
 class Gradients:
     """This worker's side of the slots: hooks on its parameters and the fold in progress."""
@@ -91,7 +111,8 @@ class Gradients:
         self._held: dict[Node, tuple[int, bytes]] = {}  # slot, and which parameters are present
         self._open = False
         self._hooks: dict[int, RemovableHandle] = {}
-        self._touched = bytearray(len(self._names))
+        self.touched = bytearray(len(self._names))  #: by parameter: whether the fold in progress has its gradient
+        self._completion: Completion | None = None
         self._target: list[torch.Tensor] = []
         self._siblings: list[tuple[list[torch.Tensor], bytes]] = []
 
@@ -109,37 +130,55 @@ class Gradients:
             hook.remove()
         self._hooks.clear()
 
-    def run(
-        self, index: int, num_micro_batches: int, backward: Callable[[], None] | None
-    ) -> tuple[list[int], int, Node]:
-        """Call `backward` and fold the gradients that it makes as those of micro-batch `index`. None: there are none.
+    def begin(self, index: int, num_micro_batches: int, completion: Completion | None = None) -> Fold:
+        """Begin to fold the gradients of micro-batch `index`.
 
-        Returns: the slots whose sums went into the new one, its slot, and its node. They stay held until `commit`.
+        `completion` is told of each parameter, for who sends buckets that are complete.
         """
         chain, node = fold(index, num_micro_batches, self._held)
         used = {slot for slot, _ in self._held.values()}
         slot = next(s for s in range(self._num_slots) if s not in used)
-        self._touched = bytearray(len(self._names))
+        self.touched = bytearray(len(self._names))
         self._target = self._parameter_views(slot, node)
         self._siblings = [(self._parameter_views(self._held[n][0], n), self._held[n][1]) for n in chain]
-        if backward is not None:
-            self._open = True
-            try:
-                backward()
-            finally:
-                self._open = False
-        self._carry_untouched()
-        return [self._held[n][0] for n in chain], slot, node
+        self._completion = completion
+        if completion is not None:
+            completion.begin(i for i, parameter in enumerate(self._weights.parameters) if parameter.requires_grad)
+        return Fold(tuple(self._held[n][0] for n in chain), slot, node)
 
-    def commit(self, slot: int, node: Node, touched: memoryview) -> None:
+    def places(self, now: Fold) -> dict[Node, int]:
+        """Return the slot of each partial sum that is held, as it will be after the fold in progress."""
+        rest = {node: slot for node, (slot, _) in self._held.items() if slot not in now.freed}
+        return {**rest, now.node: now.slot}
+
+    def run(self, backward: Callable[[], None] | None) -> None:
+        """Call `backward` and fold the gradients that it makes. None: there are none.
+
+        What went into the sum stays held until `commit`.
+        """
+        try:
+            if backward is not None:
+                self._open = True
+                backward()
+            self._carry_untouched()
+        except BaseException:
+            if self._completion is not None:
+                self._completion.abandon()
+            raise
+        finally:
+            self._open = False
+        if self._completion is not None:
+            self._completion.complete()
+
+    def commit(self, now: Fold, touched: memoryview) -> None:
         """Take the sum that `run` made in place of those that went into it; `touched` gets the leaf's parameters."""
-        touched[:] = self._touched
-        present = bytes(self._touched)
+        touched[:] = self.touched
+        present = bytes(self.touched)
         for _, theirs in self._siblings:
             present = bytes(map(max, present, theirs)) if 0 in present else present
-        for held in [held for held in self._held if node.first <= held.first and held.end <= node.end]:
+        for held in [node for node, (slot, _) in self._held.items() if slot in now.freed]:
             del self._held[held]
-        self._held[node] = (slot, present)
+        self._held[now.node] = (now.slot, present)
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         trained = self._weights.layout.parameters[index].group is not None
@@ -155,13 +194,13 @@ class Gradients:
                 )
             if gradient is None or not trained:
                 return
-            if self._touched[index]:
+            if self.touched[index]:
                 raise UsageError(
                     f"parameter {self._names[index]} received its gradient in two pieces within one "
                     "backward. This happens "
                     "with re-entrant activation checkpointing: pass use_reentrant=False."
                 )
-            self._touched[index] = 1
+            self.touched[index] = 1
             siblings = [views[index] for views, present in self._siblings if present[index]]
             if not self._residency.enabled:
                 self._fold(self._target[index], gradient, siblings)
@@ -171,7 +210,12 @@ class Gradients:
                 self._residency.folded(index, rows)
             self._residency.folded(index)
 
-        return receive
+        def receive_and_tell(parameter: torch.Tensor) -> None:
+            receive(parameter)
+            if self._completion is not None:
+                self._completion.folded(index)
+
+        return receive_and_tell
 
     def _fold(self, target: torch.Tensor, gradient: torch.Tensor, siblings: Sequence[torch.Tensor]) -> None:
         """Put the sum of a gradient and this worker's sums beside it in the tree into `target`."""
@@ -191,9 +235,9 @@ class Gradients:
 
     def _carry_untouched(self) -> None:
         """Where this micro-batch has no gradient, the new sum is that of its siblings."""
-        if not self._siblings or 0 not in self._touched:
+        if not self._siblings or 0 not in self.touched:
             return
-        for index, touched in enumerate(self._touched):
+        for index, touched in enumerate(self.touched):
             if touched:
                 continue
             present = [views[index] for views, present in self._siblings if present[index]]

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from lightwork.engine.engine import Engine, StepResult
+from lightwork.engine.gradients import Fold
 from lightwork.errors import NonFiniteLoss, UsageError
-from lightwork.spec.tree import Node
 from lightwork.team.board import Kind, Phase
 from lightwork.trace import Trace
 
@@ -51,7 +51,7 @@ class _MicroBatch:
     start: float  #: of forward, on the trace's clock
     loss: float = 0.0
     weight: float = 0.0
-    fold: tuple[list[int], int, Node] | None = None  #: set by backward
+    fold: Fold | None = None  #: set by backward
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 

@@ -12,7 +12,7 @@ from lightwork.spec.job import Activation, Spec
 from lightwork.units import parse_bytes
 
 Carriage = Literal["host", "group"]
-Placement = Literal["replicate", "zero1"]
+Placement = Literal["replicate", "zero1", "zero2"]
 Part = Literal["optimizer", "weights", "gradients"]
 Place = Literal["host", "disk"]
 Memory = Literal["anonymous", "file"]
