@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,14 @@ class FakeCarrier(Carrier):
 
     def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
         return Arrived(self._queues.setdefault((host, self.host, tag), queue.Queue()), tensor)
+
+    def receive_from_any(self, tensor: torch.Tensor, tag: int) -> int:
+        while True:
+            for (sender, receiver, its_tag), waiting in list(self._queues.items()):
+                if (receiver, its_tag) == (self.host, tag) and not waiting.empty():
+                    tensor.copy_(waiting.get())
+                    return int(sender)
+            time.sleep(0.001)
 
     def close(self) -> None:
         pass
@@ -134,3 +143,26 @@ def test_a_host_whose_connections_are_gone_is_named() -> None:
     waiting, _ = of_gloo(2, job)
     assert isinstance(waiting, RankLost)
     assert "rank 0 lost its connection to rank 10" in str(waiting)
+
+
+@every_carrier
+def test_whoever_sends_first_is_received_from_and_named(hosts: Hosts) -> None:
+    def job(carrier: Carrier) -> list[tuple[int, int]]:
+        tensor = torch.zeros(1, dtype=torch.int64)
+        if carrier.host:
+            for number in range(3):
+                carrier.send(0, torch.tensor([10 * carrier.host + number]), FIRST_TAG).wait()
+            carrier.receive(0, tensor, FIRST_TAG + 1).wait()  # its connections stay until all is received
+            return []
+        received = []
+        for _ in range(6):
+            host = carrier.receive_from_any(tensor, FIRST_TAG)
+            received.append((host, int(tensor)))
+        for other in (1, 2):
+            carrier.send(other, tensor, FIRST_TAG + 1).wait()
+        return received
+
+    received = hosts(3, job)[0]
+    assert sorted(received) == [(host, 10 * host + number) for host in (1, 2) for number in range(3)]
+    for host in (1, 2):
+        assert [number for sender, number in received if sender == host] == [10 * host + n for n in range(3)]

@@ -9,18 +9,20 @@ import pytest
 import torch
 
 import lightwork
-from lightwork.engine.memory import PAGE_BYTES
+from lightwork.engine import sharding
+from lightwork.engine.memory import PAGE_BYTES, SharedMemory
+from lightwork.spec import layout
 from tests.cases import CASES, Case
 from tests.training import new_folder, run_team, train
 
 GROUP = {"transport": "group"}
-ZERO1, ZERO2 = ({"transport": "group", "placement": placement} for placement in ("zero1", "zero2"))
+ZERO1, ZERO2, ZERO3 = ({"transport": "group", "placement": placement} for placement in ("zero1", "zero2", "zero3"))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_step_has_the_digest_of_one_worker(case: Case) -> None:
     (alone,) = run_team(1, lambda: train(case))
-    for num_workers, settings in ((2, GROUP), (3, GROUP), (2, ZERO1), (2, ZERO2), (3, ZERO2)):
+    for num_workers, settings in ((2, GROUP), (3, GROUP), (2, ZERO1), (3, ZERO2), (2, ZERO3), (3, ZERO3)):
         for seen in run_team(num_workers, lambda: train(case), settings=settings):
             assert seen == alone
 
@@ -33,8 +35,29 @@ def test_any_number_of_micro_batches_will_do(global_batch: int, micro_batch: int
         return train(case, global_batch=global_batch, micro_batch=micro_batch, max_steps=3)
 
     (alone,) = run_team(1, job)
-    for num_workers, settings in ((2, GROUP), (3, GROUP), (5, GROUP), (5, ZERO1), (5, ZERO2)):
+    for num_workers, settings in ((2, GROUP), (3, GROUP), (5, GROUP), (5, ZERO1), (5, ZERO2), (5, ZERO3)):
         for seen in run_team(num_workers, job, settings=settings):
+            assert seen == alone
+
+
+def in_small_buckets(case: Case) -> list[tuple[float, float, str]]:
+    """Train with buckets far smaller than any parameter, and room for one bucket of the other hosts' weights."""
+    layout.BLOCK, layout.BUCKET = 64, 128
+    sharding.KEPT, sharding.AHEAD = 1, 2
+    SharedMemory.release = poison  # type: ignore[method-assign]
+    return train(case)
+
+
+def poison(memory: SharedMemory, name: str, start: int, end: int) -> None:
+    """Make NaN of what is given back, instead of zeros where it is a whole page."""
+    ctypes.memset(memory.tensor(name).data_ptr() + start, 0xFF, end - start)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_many_buckets_travel_and_come_and_go(case: Case) -> None:
+    (alone,) = run_team(1, lambda: in_small_buckets(case))
+    for num_workers, settings in ((2, GROUP), (3, ZERO1), (3, ZERO2), (2, ZERO3), (3, ZERO3)):
+        for seen in run_team(num_workers, lambda: in_small_buckets(case), settings=settings):
             assert seen == alone
 
 

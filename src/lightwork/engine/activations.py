@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import nn
@@ -36,7 +36,16 @@ SMALL = INT8_BLOCK
 LARGE_BUFFER = 64 * 1024
 
 Forward = Callable[..., Any]
-IsWeight = Callable[[torch.Tensor], bool]
+
+
+class SavedWeights(Protocol):
+    """What is done with weights that autograd saves: they stay where they are."""
+
+    def is_weight(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor lies in the memory of the weights."""
+
+    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a saved tensor when backward takes it out; a weight with its values."""
 
 
 def layers_of(model: nn.Module) -> list[str]:
@@ -96,17 +105,11 @@ class Activations:
     Owns: the `forward` attribute of these modules, until `close`.
     """
 
-    def __init__(self, model: nn.Module, chosen: Mapping[str, str], weights: torch.Tensor) -> None:
-        """`weights` is any tensor in the memory of the weights."""
+    def __init__(self, model: nn.Module, chosen: Mapping[str, str], weights: SavedWeights) -> None:
         self._wrapped: list[nn.Module] = []
-        storage = weights.untyped_storage().data_ptr()
-
-        def is_weight(tensor: torch.Tensor) -> bool:
-            return tensor.untyped_storage().data_ptr() == storage
-
         for name, value in chosen.items():
             module = model.get_submodule(name)
-            module.__dict__["forward"] = _WRAPPERS[value](name, module, is_weight)
+            module.__dict__["forward"] = _WRAPPERS[value](name, module, weights)
             self._wrapped.append(module)
 
     def close(self) -> None:
@@ -128,7 +131,7 @@ class _Call:
     """One forward of a module that is to be run again."""
 
     name: str
-    is_weight: IsWeight
+    weights: SavedWeights
     forward: Forward
     inputs: list[Any]  #: tensors detached from the graph that made them
     needed_grad: list[bool]
@@ -142,7 +145,7 @@ class _Call:
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """Let a saved tensor go, and remember which it was."""
-        if self.is_weight(tensor):
+        if self.weights.is_weight(tensor):
             return tensor
         self.saved.append(tensor.shape)
         return len(self.saved) - 1
@@ -150,7 +153,7 @@ class _Call:
     def unpack(self, place: Any) -> torch.Tensor:
         """Return the tensor that was the `place`th to be saved."""
         if isinstance(place, torch.Tensor):
-            return place
+            return self.weights.bring(place)
         if place not in self.again:
             self._run_again()
         return self.again.pop(place)
@@ -162,7 +165,7 @@ class _Call:
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal seen
-            if self.is_weight(tensor):
+            if self.weights.is_weight(tensor):
                 return tensor
             if seen >= len(self.saved) or tensor.shape != self.saved[seen]:
                 raise UsageError(self._differs())
@@ -215,7 +218,7 @@ class _Call:
         )
 
 
-def _recompute(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
+def _recompute(name: str, module: nn.Module, weights: SavedWeights) -> Forward:
     forward = module.forward
     # Such a layer overwrites what it was given.
     writes_inputs = any(vars(inner).get("inplace") is True for inner in module.modules())
@@ -234,7 +237,7 @@ def _recompute(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
         before = _versions(large)
         call = _Call(
             name=name,
-            is_weight=is_weight,
+            weights=weights,
             forward=forward,
             inputs=inputs,
             needed_grad=[isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves],
@@ -301,15 +304,15 @@ def from_int8(packed: Int8) -> torch.Tensor:
     return flat.view(packed.shape).to(packed.dtype)
 
 
-def _in_int8(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
+def _in_int8(name: str, module: nn.Module, weights: SavedWeights) -> Forward:
     forward = module.forward
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | Int8:
         is_large = tensor.is_floating_point() and tensor.numel() >= SMALL
-        return to_int8(tensor) if is_large and not is_weight(tensor) else tensor
+        return to_int8(tensor) if is_large and not weights.is_weight(tensor) else tensor
 
     def unpack(packed: torch.Tensor | Int8) -> torch.Tensor:
-        return from_int8(packed) if isinstance(packed, Int8) else packed
+        return from_int8(packed) if isinstance(packed, Int8) else weights.bring(packed)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(pack, unpack):
@@ -321,11 +324,11 @@ def _in_int8(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
 # --- to the host -----------------------------------------------------------------------------------------------------
 
 
-def _offload(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
+def _offload(name: str, module: nn.Module, weights: SavedWeights) -> Forward:
     forward = module.forward
 
     def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-        if tensor.numel() < SMALL or tensor.device.type == "cpu" or is_weight(tensor):
+        if tensor.numel() < SMALL or tensor.device.type == "cpu" or weights.is_weight(tensor):
             return tensor.device, tensor
         host = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
@@ -333,7 +336,7 @@ def _offload(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
 
     def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
         device, tensor = packed
-        return tensor.to(device, non_blocking=True)
+        return weights.bring(tensor).to(device, non_blocking=True)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(pack, unpack):
@@ -342,7 +345,7 @@ def _offload(name: str, module: nn.Module, is_weight: IsWeight) -> Forward:
     return run
 
 
-_WRAPPERS: dict[str, Callable[[str, nn.Module, IsWeight], Forward]] = {
+_WRAPPERS: dict[str, Callable[[str, nn.Module, SavedWeights], Forward]] = {
     "recompute": _recompute,
     "int8": _in_int8,
     "offload": _offload,

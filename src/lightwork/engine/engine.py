@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from lightwork.engine.activations import Activations
+from lightwork.engine.background import Background
 from lightwork.engine.buffers import Buffers
 from lightwork.engine.exchange import Exchange, Total, Touched
 from lightwork.engine.gradients import Fold, Gradients, Slots
@@ -43,6 +45,7 @@ from lightwork.engine.precision import Compute
 from lightwork.engine.random import seed_everything
 from lightwork.engine.residency import Residency
 from lightwork.engine.scaling import LossScale
+from lightwork.engine.sharding import ShardedWeights, serve
 from lightwork.engine.update import StepMap, Updater
 from lightwork.engine.update import norm_squared as norm_squared_of
 from lightwork.engine.weights import DTYPES, Weights, describe_parameters, refuse_sparse_gradients
@@ -108,6 +111,11 @@ class Blueprint:
         self.spec = spec
         self.placement: Placement = placement if len(hosts) > 1 else "replicate"
         self.sharded = self.placement != "replicate"
+        if self.placement == "zero3" and max(hosts.sizes) > 1:
+            raise SpecError(
+                f"placement='zero3' shares weights out among workers with memories of their own, and here up to "
+                f"{max(hosts.sizes)} workers of a machine share one. Choose transport='group', or placement='zero2'."
+            )
         self.hosts = hosts
         self.host = host
         self.world_size = hosts.sizes[host]
@@ -207,7 +215,9 @@ class Engine:
         *,
         activations: Mapping[str, str] | None = None,
         carrier: Carrier | None = None,
+        weights_carrier: Carrier | None = None,
     ) -> None:
+        """`carrier` is the leader's, where there are several hosts; `weights_carrier` too, with sharded weights."""
         size = blueprint.board_size
         self._blueprint = blueprint
         self.spec = blueprint.spec
@@ -230,7 +240,6 @@ class Engine:
         wire = DTYPES_OF_WIRE[self.spec.wire].itemsize
         regions = {"masters": 4, "working": 2, "partial sums": wire, **dict(self.state.regions)}
         self.residency = Residency(memory, self.weights, regions, size.world_size * size.num_places)
-        self._gradients = Gradients(rank, self.weights, slots, size.num_slots, self.residency)
         self._exchange: Exchange | None = None  # the leader's
         if carrier is not None:
             self._exchange = Exchange(
@@ -244,6 +253,12 @@ class Engine:
                 sharded=blueprint.sharded,
                 release_sent=blueprint.placement in ("zero2", "zero3"),
             )
+        self._sharded_weights: ShardedWeights | None = None
+        if weights_carrier is not None:
+            self._sharded_weights = ShardedWeights(self.weights, memory, blueprint.hosts, weights_carrier)
+            Background[None]("weights").start(partial(serve, self.weights, weights_carrier))
+        folded = self._sharded_weights.folded if self._sharded_weights else None
+        self._gradients = Gradients(rank, self.weights, slots, size.num_slots, self.residency, folded)
         self.loss_scale = LossScale(memory, enabled=self.spec.precision == "fp16")
         self._measures = self.loss_scale.enabled or self.spec.clip_grad_norm is not None
         self._updater = Updater(self.weights, slots, self.state)
@@ -273,8 +288,12 @@ class Engine:
                 if state and self.weights.layout.parameters[index].group is not None:
                     self.state.load_state(index, dict(state))
         self.residency.watch(self.model)
-        self._wrapped = Activations(self.model, self._activations, self.weights.masters)
-        self.compute = Compute(self.spec.precision, self.weights, self.model, complete=not self._sharded)
+        if self._sharded_weights is not None:
+            self._sharded_weights.watch(self.model)
+        self._wrapped = Activations(self.model, self._activations, self._sharded_weights or self.weights)
+        self.compute = Compute(
+            self.spec.precision, self.weights, self.model, complete=not self._sharded, sharded=self._sharded_weights
+        )
 
     def take_from_first_host(self) -> None:
         """Make the shared memory of the first host that of all: weights, buffers and state. Called by the leaders."""
@@ -287,6 +306,8 @@ class Engine:
         """Bring the masters and state that are sharded to every host, until `release`. Called by the leaders."""
         if not self._sharded:
             return
+        if self._sharded_weights is not None:
+            self._sharded_weights.forget()
         exchange = self._between_hosts()
         own = bytes(self.state.initialised)
         for host, theirs in enumerate(exchange.exchange_bytes("state", own)):
@@ -307,16 +328,20 @@ class Engine:
         exchange.share(tensors_of)
 
     def release(self) -> None:
-        """Give back the memory of masters and state that other hosts own. Called by the leaders."""
+        """Give back the memory of what other hosts own. Called by the leaders."""
         if not self._sharded:
             return
+        holds_weights = self._sharded_weights is None
         for bucket in range(len(self.weights.layout.buckets)):
             if self._hosts.owner(bucket) == self._host:
                 continue
             for block in self._blocks(bucket):
                 span = span_of(self.weights.layout, block)
-                if self.weights.layout.parameters[block.parameter].dtype != "float32":
+                narrow = self.weights.layout.parameters[block.parameter].dtype != "float32"
+                if narrow or not holds_weights:
                     self._memory.release("masters", span.start * 4, span.end * 4)
+                if narrow and not holds_weights:
+                    self._memory.release("working", span.start * 2, span.end * 2)
                 for region, size in self.state.regions:
                     self._memory.release(region, span.start * size, span.end * size)
 
@@ -334,6 +359,8 @@ class Engine:
         self._gradients.close()
         if self._exchange is not None:
             self._exchange.close()
+        if self._sharded_weights is not None:
+            self._sharded_weights.close()
         self.residency.close()
         if self._wrapped is not None:
             self._wrapped.close()
@@ -373,8 +400,7 @@ class Engine:
             return fold
         share = weight / self.spec.micro_batch * self.loss_scale.of(step)
         scaled = loss if share == 1.0 else loss * share
-        with self.compute.backward():
-            self._gradients.run(scaled.backward)
+        self._gradients.run(lambda: self.compute.backward(scaled))
         self.buffers.restore()
         return fold
 
@@ -435,9 +461,12 @@ class Engine:
                 case Phase.AGREE:
                     exchange.norms()
                 case Phase.GATHER:
-                    exchange.share(lambda bucket: self.weights.stretches(self._blocks(bucket)))
-                    if not self._measures:
-                        exchange.norms()
+                    if self._sharded_weights is not None:
+                        self._sharded_weights.forget()
+                    else:
+                        exchange.share(self.weights.of_bucket)
+                    if not self._measures or self._sharded_weights is not None:
+                        exchange.norms()  # and with it nobody asks for weights before they are updated
         self._seconds["exchange"] += time.perf_counter() - start
         return self.board.finished_exchange(step, total)
 

@@ -100,8 +100,18 @@ class Fold(NamedTuple):
 class Gradients:
     """This worker's side of the slots: hooks on its parameters and the fold in progress."""
 
-    def __init__(self, rank: int, weights: Weights, slots: Slots, num_slots: int, residency: Residency) -> None:
+    def __init__(
+        self,
+        rank: int,
+        weights: Weights,
+        slots: Slots,
+        num_slots: int,
+        residency: Residency,
+        folded: Callable[[int], None] | None = None,
+    ) -> None:
+        """`folded` is told of each parameter whose gradient backward has made."""
         self._residency = residency
+        self._folded = folded
         self._rank = rank
         self._weights = weights
         self._slots = slots
@@ -212,6 +222,8 @@ class Gradients:
 
         def receive_and_tell(parameter: torch.Tensor) -> None:
             receive(parameter)
+            if self._folded is not None:
+                self._folded(index)
             if self._completion is not None:
                 self._completion.folded(index)
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightwork.engine.sharding import ShardedWeights
 from lightwork.engine.weights import DTYPES, NARROW, Weights
 from lightwork.errors import UsageError
 from lightwork.spec.job import Precision
@@ -64,8 +66,8 @@ class MasterWeights(TorchFunctionMode):
             return func(*args, **kwargs)
         if not self._complete:
             raise UsageError(
-                "the model switches autocast off and uses weights there, which takes their fp32 masters, and placement "
-                "zero1 shares these out among the hosts. Name the module in fp32_modules, or choose replicate."
+                "the model switches autocast off and uses weights there, which takes their fp32 masters, and the "
+                "placement shares these out among the hosts. Name the module in fp32_modules, or choose replicate."
             )
         self.used = True
         for at, leaf in enumerate(leaves):
@@ -87,8 +89,17 @@ class Compute:
     each worker, and stays on where it was needed, or where the code of a module mentions autocast.
     """
 
-    def __init__(self, precision: Precision, weights: Weights, model: nn.Module, *, complete: bool) -> None:
-        """`complete` is False where this host does not hold all masters."""
+    def __init__(
+        self,
+        precision: Precision,
+        weights: Weights,
+        model: nn.Module,
+        *,
+        complete: bool,
+        sharded: ShardedWeights | None = None,
+    ) -> None:
+        """`complete` is False where this host does not hold all masters; `sharded` brings weights of other hosts."""
+        self._sharded = sharded
         self._dtype = DTYPES[NARROW.get(precision, "float32")]
         self._masters = MasterWeights(weights, complete=complete) if precision in NARROW else None
         classes = {cls for module in model.modules() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
@@ -99,23 +110,32 @@ class Compute:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Be in the precision of the spec: around the body of the inner loop, or an evaluation."""
-        if self._masters is None:
-            yield
-            return
-        self._bodies += 1
-        with self._masters if self._is_watched else contextlib.nullcontext(), torch.autocast("cpu", self._dtype):
-            yield
+        with self._sharded.active() if self._sharded else contextlib.nullcontext():
+            if self._masters is None:
+                yield
+                return
+            self._bodies += 1
+            with self._masters if self._is_watched else contextlib.nullcontext(), torch.autocast("cpu", self._dtype):
+                yield
 
-    @contextlib.contextmanager
-    def backward(self) -> Iterator[None]:
-        """Switch autocast off: backward runs in the types that forward chose."""
-        if self._masters is None:
-            yield
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run backward, with autocast off: it runs in the types that forward chose."""
+        if self._masters is None and self._sharded is None:
+            loss.backward()  # type: ignore[no-untyped-call]
             return
-        # Recomputed regions need the masters; elsewhere the mode would only slow down the hooks on gradients.
-        quiet = torch._C.DisableTorchFunction() if not self._masters.used else contextlib.nullcontext()
-        with quiet, torch.autocast("cpu", enabled=False):
-            yield
+        # Regions that backward runs again need the modes; elsewhere they would only slow down the hooks on gradients.
+        needs_modes = self._sharded is not None or (self._masters is not None and self._masters.used)
+        with (
+            contextlib.nullcontext() if needs_modes else torch._C.DisableTorchFunction(),
+            self._sharded.backward() if self._sharded else contextlib.nullcontext(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            if needs_modes:
+                # `backward` is a torch function itself, and a mode is off in what it is called for.
+                one = torch.ones_like(loss)
+                _engine_run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            else:
+                loss.backward()  # type: ignore[no-untyped-call]
 
     @property
     def _is_watched(self) -> bool:

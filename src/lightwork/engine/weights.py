@@ -112,6 +112,7 @@ class Weights:
         narrow = next((p.dtype for p in layout.parameters if p.dtype != "float32"), None)
         self._working = memory.tensor("working", DTYPES[narrow], numel=layout.numel) if narrow else None
         self._versions: list[int] = []
+        self._stretches: dict[int, list[torch.Tensor]] = {}  # of each bucket, made once
 
     def attach(self, *, write: bool, done: Callable[[int], None] = lambda index: None) -> list[int]:
         """Point every parameter at the shared memory; with `write`, after putting its present value there.
@@ -167,8 +168,22 @@ class Weights:
             if self.layout.parameters[index].group is not None:
                 self.publish(index, 0, parameter.numel())
 
-    def stretches(self, blocks: Sequence[Block]) -> list[torch.Tensor]:
-        """Return the working weights of blocks as flat tensors, neighbours of one type together."""
+    @property
+    def flats(self) -> dict[str, torch.Tensor]:
+        """The flat tensors in which working weights lie, by region."""
+        return {"masters": self.masters} | ({"working": self._working} if self._working is not None else {})
+
+    def of_bucket(self, bucket: int) -> list[torch.Tensor]:
+        """Return the working weights of a bucket as flat tensors, neighbours of one type together."""
+        stretches = self._stretches.get(bucket)
+        if stretches is None:
+            spec = self.layout.buckets[bucket]
+            with torch.no_grad():
+                stretches = self._stretches_of(self.layout.blocks[spec.first_block : spec.end_block])
+            self._stretches[bucket] = stretches
+        return stretches
+
+    def _stretches_of(self, blocks: Sequence[Block]) -> list[torch.Tensor]:
         found: list[tuple[torch.Tensor, int, int]] = []
         for block in blocks:
             flat, offset = self._flat(block.parameter), self.layout.offsets[block.parameter]
@@ -178,6 +193,15 @@ class Weights:
             else:
                 found.append((flat, start, end))
         return [flat[start:end] for flat, start, end in found]
+
+    def is_weight(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor lies in the memory of the weights."""
+        storages = (flat.untyped_storage().data_ptr() for flat in self.flats.values())
+        return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in storages
+
+    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a saved tensor as it is: weights are always here."""
+        return tensor
 
     def accept_versions(self) -> None:
         """Take every parameter's value as it is now for legitimate."""

@@ -85,7 +85,8 @@ def distribute(
         transport: "host": workers of a machine share memory, and machines are joined by torch.distributed (Gloo);
             "group": each worker has a memory of its own. Left out: as the plan says, which is "host" by default.
         placement: "replicate": every host holds everything; "zero1": masters and optimizer state are shared out
-            among the hosts (one host holds them once in any case). Left out: as the plan says, "replicate" by default.
+            among the hosts; "zero2": gradients too; "zero3": weights too, each brought from its owner when it is
+            needed. (One host holds them once in any case.) Left out: as the plan says, "replicate" by default.
         offload: where "optimizer" (its state, and masters), "weights" and "gradients" lie: on the "host", or on "disk",
             in a file in the plan's `offload_dir`, of which a worker maps what it uses. For workers on CPUs "host" is
             where they are anyway. Left out: as the plan says, which is nothing by default.
@@ -150,6 +151,7 @@ def distribute(
         trace,
         activations=plan.activations,
         carrier=team.carrier,
+        weights_carrier=team.weights_carrier,
     )
     if team.is_leader:
         engine.attach(write=True)

@@ -37,7 +37,7 @@ from lightwork.team.environment import Environment, Launcher
 from lightwork.team.peers import Peers
 from lightwork.team.rendezvous import JOIN_TIMEOUT, Rendezvous
 from lightwork.transport.base import Carrier, Transport
-from lightwork.transport.group import GlooCarrier
+from lightwork.transport.group import PATIENCE, GlooCarrier
 from lightwork.transport.host import HostTransport
 from lightwork.transport.layered import LayeredTransport
 from lightwork.transport.lock import FileLock
@@ -67,6 +67,7 @@ class Team:
     mailboxes: HostTransport  #: of the workers of this host
     transport: Transport  #: of all workers
     carrier: Carrier | None  #: the leader's, where there are several hosts
+    weights_carrier: Carrier | None  #: ... and weights are sharded
     hosts: Hosts
     host: int
     peers: Peers
@@ -247,9 +248,13 @@ def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous:
         store = open_store(published["address"])
         disk = open_store(published["disk"]) if published["disk"] else None
     carrier: Carrier | None = None
+    weights_carrier: Carrier | None = None
     if local_rank == 0 and len(hosts) > 1:
         leaders = [hosts.first_rank(other) for other in range(len(hosts))]
-        carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, rendezvous.address())
+        address = rendezvous.address()
+        carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, address)
+        if blueprint.placement == "zero3":
+            weights_carrier = GlooCarrier(rendezvous.store(f"weights {run_number}"), host, leaders, address, PATIENCE)
     memory = SharedMemory(store.buffer, memory_map, disk.buffer if disk else None)
     signal = Signal(store.buffer, memory_map.offsets["signal"])
     fd = store.fileno()
@@ -279,6 +284,7 @@ def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous:
         mailboxes=mailboxes,
         transport=mailboxes if len(hosts) == 1 else LayeredTransport(mailboxes, hosts, host, carrier),
         carrier=carrier,
+        weights_carrier=weights_carrier,
         hosts=hosts,
         host=host,
         peers=Peers(),

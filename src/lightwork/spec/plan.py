@@ -12,7 +12,7 @@ from lightwork.spec.job import Activation, Spec
 from lightwork.units import parse_bytes
 
 Carriage = Literal["host", "group"]
-Placement = Literal["replicate", "zero1", "zero2"]
+Placement = Literal["replicate", "zero1", "zero2", "zero3"]
 Part = Literal["optimizer", "weights", "gradients"]
 Place = Literal["host", "disk"]
 Memory = Literal["anonymous", "file"]
@@ -25,7 +25,7 @@ class Plan:
     world_size: int = 1  #: workers; the launcher's business alone
     transport: Carriage = "host"  #: host: workers of a machine share memory; group: each has its own, joined by Gloo
     shared_memory: Memory = "anonymous"  #: an anonymous memory file, or an unlinked temporary one where there are none
-    placement: Placement = "replicate"  #: zero1: a host holds masters and optimizer state of its share of the buckets
+    placement: Placement = "replicate"  #: what is shared out: nothing, optimizer state, gradients too, weights too
     offload: Mapping[str, Place] = field(default_factory=dict)  #: what lies where, if not on the worker's device
     memory: str | None = None  #: resident bytes of a worker, such as "1GiB": what does not fit is offloaded to disk
     offload_dir: str = ""  #: of the disk; the system's temporary folder unless given

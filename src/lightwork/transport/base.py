@@ -77,6 +77,14 @@ class Carrier(ABC):
         """Begin to receive into `tensor`, of the size and type that is sent."""
 
     @abstractmethod
+    def receive_from_any(self, tensor: torch.Tensor, tag: int) -> int:
+        """Receive into `tensor` from whoever sends first, and return the host.
+
+        Blocks: until one sends.
+        Raises: RankLost.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of the connections."""
 

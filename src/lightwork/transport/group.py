@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 #: How long a host may be silent. One that has died is noticed at once, by its closed connection.
 SILENCE = timedelta(minutes=30)
 
+#: ... that answers requests, which may be rare.
+PATIENCE = timedelta(days=365)
+
 
 @final
 class _Work(Pending):
@@ -35,10 +38,9 @@ class _Work(Pending):
         try:
             self._work.wait()
         except RuntimeError as error:
-            reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]  # without Gloo's place in its source
             raise RankLost(
-                f"rank {self._rank} lost its connection to rank {self._other} ({reason}). Its process ended, or the "
-                "network between them did; see its log."
+                f"rank {self._rank} lost its connection to rank {self._other} ({_reason(error)}). Its process ended, "
+                "or the network between them did; see its log."
             ) from error
 
 
@@ -49,15 +51,25 @@ class GlooCarrier(Carrier):
     Owns: the process group, which is no other code's default group.
     """
 
-    def __init__(self, store: Store, host: int, leaders: list[int], address: str | None = None) -> None:
-        """`address` is this machine's, as the others reach it; None leaves it to Gloo (GLOO_SOCKET_IFNAME)."""
+    def __init__(
+        self,
+        store: Store,
+        host: int,
+        leaders: list[int],
+        address: str | None = None,
+        silence: timedelta = SILENCE,
+    ) -> None:
+        """`address` is this machine's, as the others reach it; None leaves it to Gloo (GLOO_SOCKET_IFNAME).
+
+        `silence` is how long a host may be silent.
+        """
         # torch's type stubs leave out most of this class.
         from torch.distributed import ProcessGroupGloo as Gloo
 
         make: Any = Gloo
         super().__init__(host, leaders)
         options = make._Options()
-        options._timeout = SILENCE
+        options._timeout = silence
         device = make.create_device(hostname=address) if address is not None else make.create_default_device()
         options._devices = [device]
         self._group: Any = make(store, host, len(leaders), options)
@@ -70,6 +82,17 @@ class GlooCarrier(Carrier):
         """Begin to receive."""
         return self._pending(self._open().recv([tensor], host, tag), tensor, host)
 
+    def receive_from_any(self, tensor: torch.Tensor, tag: int) -> int:
+        """Receive from whoever sends first."""
+        work = self._open().recv_anysource([tensor], tag)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RankLost(
+                f"rank {self.leaders[self.host]} lost its connections ({_reason(error)}). See the logs of the others."
+            ) from error
+        return int(work._source_rank())
+
     def close(self) -> None:
         """Close the connections: the others notice."""
         self._group = None
@@ -81,3 +104,8 @@ class GlooCarrier(Carrier):
 
     def _pending(self, work: Work, tensor: torch.Tensor, host: int) -> Pending:
         return _Work(work, tensor, self.leaders[self.host], self.leaders[host])
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return Gloo's reason, without its place in Gloo's source."""
+    return re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]
