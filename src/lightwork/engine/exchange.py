@@ -32,7 +32,7 @@ import torch
 from lightwork.engine.background import Background
 from lightwork.engine.buffers import Buffers
 from lightwork.engine.completion import Completion
-from lightwork.engine.gradients import Slots
+from lightwork.engine.gradients import LEAF, Slots
 from lightwork.engine.memory import SharedMemory
 from lightwork.engine.sums import Adder
 from lightwork.spec.hosts import Hosts
@@ -82,7 +82,7 @@ def message_of(layout: Layout, slots: Slots, bucket: int, *, leaf: bool) -> Mess
     """Return how `bucket` travels, as the gradient of a single micro-batch (`leaf`) or as a sum."""
     spec = layout.buckets[bucket]
     spans = [span_of(layout, block) for block in layout.blocks[spec.first_block : spec.end_block]]
-    node = Node(0, 1) if leaf else Node(0, 2)
+    node = LEAF if leaf else Node(0, 2)
     dtypes = [slots.dtype(node, span.blocks[0].parameter) for span in spans]
     neighbours = all(0 <= after.start - before.end < ALIGNMENT for before, after in itertools.pairwise(spans))
     first, end = spans[0].start, spans[-1].end
@@ -364,8 +364,9 @@ class Exchange:
         for pending in turn.sent:
             pending.wait()
         self._free += turn.buffers
-        if self._release_sent:
-            for bucket in turn.buckets.values():
+        for bucket in turn.buckets.values():
+            self._slots.give_back(bucket)
+            if self._release_sent:
                 for rank, slot in held.places.values():
                     self._slots.release(rank, slot, bucket)
         self.completion.taken(len(turn.buckets))
@@ -387,7 +388,7 @@ class Exchange:
     def _packed(self, held: _Held, node: Node, bucket: int, turn: _Turn) -> torch.Tensor:
         """Return a bucket of a node of this host as it travels: where it lies, or in a buffer."""
         message = self._message(bucket, node)
-        if message.stretch and node in held.places:
+        if message.stretch and node in held.places and not self._slots.lends(*held.places[node]):
             return self._slots.stretch(*held.places[node], *message.stretch)
         buffer = self._take(turn)[: message.num_bytes]
         tree = sum_of(node, held.places)

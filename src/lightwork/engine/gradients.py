@@ -38,6 +38,15 @@ class Slots:
         self._flat = memory.tensor("partial sums", wire)
         self._views: dict[tuple[int, int, bool, int], torch.Tensor] = {}
         self._dtypes = [DTYPES[p.dtype] for p in self._layout.parameters]
+        self._lent: dict[int, torch.Tensor] = {}
+        self._lent_place: tuple[int, int] | None = None
+        self._parameters = [
+            {block.parameter for block in self._layout.blocks[bucket.first_block : bucket.end_block]}
+            for bucket in self._layout.buckets
+        ]
+        self._last_bucket: dict[int, int] = {}  # of each parameter, in the order in which they travel
+        for bucket, parameters in reversed(list(enumerate(self._parameters))):
+            self._last_bucket |= dict.fromkeys(parameters, bucket)
 
     @staticmethod
     def num_bytes(world_size: int, num_slots: int, numel: int, wire: torch.dtype) -> int:
@@ -68,16 +77,35 @@ class Slots:
 
         The views are kept: making one costs as much as a sum.
         """
+        first = span.blocks[0]
+        if self.lends(rank, slot) and first.parameter in self._lent:
+            return self._lent[first.parameter][first.start : first.end]
         key = (rank, slot, node.end - node.first > 1, span.start)
         view = self._views.get(key)
         if view is None or view.numel() != span.numel:
-            first = span.blocks[0]
             if len(span.blocks) == 1:
                 view = self.elements(rank, slot, node, first.parameter, first.start, first.end)
             else:
                 view = self.stretch(rank, slot, span.start, span.end)
             self._views[key] = view
         return view
+
+    # --- gradients that leave as they are -------------------------------------------------------------------------
+
+    def lend(self, rank: int, slot: int, parameter: int, gradient: torch.Tensor) -> None:
+        """Take a gradient as it is in place of what would be copied into the slot, until its last bucket has left."""
+        self._lent_place = rank, slot
+        self._lent[parameter] = gradient.view(-1)
+
+    def lends(self, rank: int, slot: int) -> bool:
+        """Return whether a partial sum is in part where autograd has put it."""
+        return bool(self._lent) and (rank, slot) == self._lent_place
+
+    def give_back(self, bucket: int) -> None:
+        """Let go of the gradients whose last bucket this is."""
+        for parameter in self._parameters[bucket]:
+            if self._last_bucket[parameter] == bucket:
+                self._lent.pop(parameter, None)
 
     def release(self, rank: int, slot: int, bucket: int) -> None:
         """Give back the memory of a bucket in a partial sum (where it lies in memory; `Residency` sees to the disk)."""
@@ -87,6 +115,10 @@ class Slots:
         for span in spans_of(self._layout, self._layout.buckets[bucket]):
             start, end = ((first + element) * self.wire.itemsize for element in (span.start, span.end))
             self._memory.release("partial sums", start, end)
+
+
+#: Stands for any single micro-batch.
+LEAF = Node(0, 1)
 
 
 class Fold(NamedTuple):
@@ -124,6 +156,7 @@ class Gradients:
         self.touched = bytearray(len(self._names))  #: by parameter: whether the fold in progress has its gradient
         self._completion: Completion | None = None
         self._target: list[torch.Tensor] = []
+        self._lends: int | None = None  # the slot of the fold in progress, if its gradients may be lent
         self._siblings: list[tuple[list[torch.Tensor], bytes]] = []
 
     def begin_step(self) -> None:
@@ -152,6 +185,8 @@ class Gradients:
         self._target = self._parameter_views(slot, node)
         self._siblings = [(self._parameter_views(self._held[n][0], n), self._held[n][1]) for n in chain]
         self._completion = completion
+        leaves_at_once = completion is not None and not chain and not self._residency.enabled
+        self._lends = slot if leaves_at_once else None
         if completion is not None:
             completion.begin(i for i, parameter in enumerate(self._weights.parameters) if parameter.requires_grad)
         return Fold(tuple(self._held[n][0] for n in chain), slot, node)
@@ -211,6 +246,9 @@ class Gradients:
                     "with re-entrant activation checkpointing: pass use_reentrant=False."
                 )
             self.touched[index] = 1
+            if self._lends is not None and self._may_lend(index, gradient):
+                self._slots.lend(self._rank, self._lends, index, gradient)
+                return
             siblings = [views[index] for views, present in self._siblings if present[index]]
             if not self._residency.enabled:
                 self._fold(self._target[index], gradient, siblings)
@@ -221,13 +259,19 @@ class Gradients:
             self._residency.folded(index)
 
         def receive_and_tell(parameter: torch.Tensor) -> None:
-            receive(parameter)
+            with torch._C.DisableTorchFunction():  # modes are for user code, which backward may run again
+                receive(parameter)
             if self._folded is not None:
                 self._folded(index)
             if self._completion is not None:
                 self._completion.folded(index)
 
         return receive_and_tell
+
+    def _may_lend(self, index: int, gradient: torch.Tensor) -> bool:
+        """Return whether a gradient has its elements, and their type, as a slot would hold them."""
+        in_order = gradient.is_contiguous() and self._weights.parameters[index].is_contiguous()
+        return in_order and gradient.dtype is self._slots.dtype(LEAF, index)
 
     def _fold(self, target: torch.Tensor, gradient: torch.Tensor, siblings: Sequence[torch.Tensor]) -> None:
         """Put the sum of a gradient and this worker's sums beside it in the tree into `target`."""
