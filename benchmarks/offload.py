@@ -51,15 +51,16 @@ def proportional() -> int:
 
 
 class Peak(threading.Thread):
-    """Samples the proportional set size a hundred times a second."""
+    """Samples the proportional set size every `interval` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval: float = 0.01) -> None:
         super().__init__(daemon=True)
+        self._interval = interval
         self.start_bytes = self.highest = proportional()
         self._stop_now = threading.Event()
 
     def run(self) -> None:
-        while not self._stop_now.wait(0.01):
+        while not self._stop_now.wait(self._interval):
             self.highest = max(self.highest, proportional())
 
     def finish(self) -> int:

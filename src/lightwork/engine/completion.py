@@ -15,7 +15,7 @@ from lightwork.spec.layout import Layout
 class Completion:
     """Counts down the parameters of each bucket; written by one thread and waited for by another."""
 
-    def __init__(self, layout: Layout, *, backlog: int | None = None) -> None:
+    def __init__(self, layout: Layout, backlog: int) -> None:
         """`backlog` is the number of complete buckets above which backward waits until some are taken."""
         self._parameters = [
             {block.parameter for block in layout.blocks[bucket.first_block : bucket.end_block]}
@@ -50,8 +50,7 @@ class Completion:
                 with self._changed:
                     self._ahead += 1
                     self._changed.notify_all()
-                    if self._backlog is not None:
-                        self._changed.wait_for(self._has_room)
+                    self._changed.wait_for(self._has_room)
 
     def taken(self, count: int) -> None:
         """Say that so many buckets have left."""
@@ -60,7 +59,7 @@ class Completion:
             self._changed.notify_all()
 
     def _has_room(self) -> bool:
-        return self._abandoned or self._is_awaited or self._backlog is None or self._ahead <= self._backlog
+        return self._abandoned or self._is_awaited or self._ahead <= self._backlog
 
     def complete(self) -> None:
         """Say that backward has ended: everything is folded."""

@@ -21,25 +21,21 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from lightwork.engine.activations import Activations
 from lightwork.engine.background import Background
+from lightwork.engine.blueprint import DTYPES_OF_WIRE, Blueprint
 from lightwork.engine.buffers import Buffers
 from lightwork.engine.exchange import Exchange, Total, Touched
 from lightwork.engine.gradients import Fold, Gradients, Slots
-from lightwork.engine.materialise import check_can_reset, give_buffers_memory, load, reset
-from lightwork.engine.memory import MemoryMap, SharedMemory
+from lightwork.engine.materialise import load, reset
+from lightwork.engine.memory import SharedMemory
 from lightwork.engine.optimizer import (
     BlockOptimizer,
-    StateLayout,
     hyper_parameters,
-    is_elementwise,
-    probe_state,
 )
 from lightwork.engine.precision import Compute
 from lightwork.engine.random import seed_everything
@@ -48,19 +44,14 @@ from lightwork.engine.scaling import LossScale
 from lightwork.engine.sharding import ShardedWeights, serve
 from lightwork.engine.update import StepMap, Updater
 from lightwork.engine.update import norm_squared as norm_squared_of
-from lightwork.engine.weights import DTYPES, Weights, describe_parameters, refuse_sparse_gradients
+from lightwork.engine.weights import Weights
 from lightwork.errors import SpecError
-from lightwork.spec.hosts import Hosts
-from lightwork.spec.job import Spec
-from lightwork.spec.layout import Block, Layout, lay_out, span_of, spans_of
-from lightwork.spec.plan import Placement
+from lightwork.spec.layout import Block, span_of
 from lightwork.spec.seeds import derive
 from lightwork.spec.tree import Node, combine
-from lightwork.team.board import Action, Activity, Board, BoardSize, Kind, Phase
+from lightwork.team.board import Action, Activity, Board, Kind, Phase
 from lightwork.trace import Trace
 from lightwork.transport.base import Carrier
-
-DTYPES_OF_WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 #: Seconds between two looks at the other workers' health while waiting.
 WATCH_SECONDS = 0.2
@@ -85,120 +76,6 @@ class StepResult:
     weight: float
     skipped: bool  #: the gradient was not finite, and the weights are as they were (loss scaling)
     metrics: Mapping[str, float]
-
-
-class Blueprint:
-    """A model and its optimizer, laid out: what shared memory they need. Made before there is any."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        spec: Spec,
-        hosts: Hosts,
-        host: int = 0,
-        placement: Placement = "replicate",
-        weights: Path | None = None,
-    ) -> None:
-        """`weights` is a safetensors file that takes the place of the model's own values."""
-        refuse_sparse_gradients(model.named_modules())
-        if weights is None:
-            check_can_reset(model)
-        self.weights_file = weights
-        self.has_meta_buffers = give_buffers_memory(model)
-        self.model = model
-        self.optimizer = optimizer
-        self.spec = spec
-        self.placement: Placement = placement if len(hosts) > 1 else "replicate"
-        self.sharded = self.placement != "replicate"
-        if self.placement == "zero3" and max(hosts.sizes) > 1:
-            raise SpecError(
-                f"placement='zero3' shares weights out among workers with memories of their own, and here up to "
-                f"{max(hosts.sizes)} workers of a machine share one. Choose transport='group', or placement='zero2'."
-            )
-        self.hosts = hosts
-        self.host = host
-        self.world_size = hosts.sizes[host]
-        self.parameters, described = describe_parameters(model, optimizer, spec, whole=not is_elementwise(optimizer))
-        self.layout: Layout = lay_out(described)
-        if spec.optimizer_state != "fp32" and not is_elementwise(optimizer):
-            raise SpecError(
-                f"optimizer_state={spec.optimizer_state!r} is for optimizers that treat every element by itself, and "
-                f"{type(optimizer).__name__} reads whole parameters. Leave it out, or use AdamW."
-            )
-        self.state_layout = StateLayout(self.layout, probe_state(optimizer, described), spec.optimizer_state)
-        self.board_size = BoardSize(
-            world_size=self.world_size,
-            num_micro_batches=spec.num_micro_batches,
-            num_parameters=len(described),
-            num_buckets=len(self.layout.buckets),
-            num_hosts=len(hosts),
-        )
-
-    def regions_on_disk(self, offload: Mapping[str, str]) -> frozenset[str]:
-        """Return the regions of the shared memory that `offload` puts on disk."""
-        narrow = any(p.dtype != "float32" for p in self.layout.parameters)
-        parts = {
-            # Under fp32 the masters are the working weights.
-            "optimizer": [*(["masters"] if narrow else []), *(f"state {name}" for name in self.state_layout.flat)],
-            "weights": ["working"] if narrow else ["masters"],
-            "gradients": ["partial sums"],
-        }
-        return frozenset(region for part, place in offload.items() if place == "disk" for region in parts[part])
-
-    def reserve(self, memory_map: MemoryMap) -> None:
-        """Reserve the regions of the engine."""
-        numel = self.layout.numel
-        memory_map.reserve("board", Board.num_bytes(self.board_size))
-        memory_map.reserve("masters", numel * 4)
-        memory_map.reserve("working", numel * 2)
-        for name, dtype in self.state_layout.flat.items():
-            memory_map.reserve(f"state {name}", numel * dtype.itemsize)
-        for name in self.state_layout.in_8_bits:
-            memory_map.reserve(f"scales {name}", self.state_layout.num_scales * 4)
-        LossScale.reserve(memory_map)
-        memory_map.reserve("state odd", self.state_layout.odd_bytes)
-        memory_map.reserve("state initialised", len(self.layout.blocks))
-        for name, size in Buffers.reservations(self.model, self.spec.num_micro_batches).items():
-            memory_map.reserve(name, size)
-        slots = Slots.num_bytes(self.world_size, self.board_size.num_places, numel, DTYPES_OF_WIRE[self.spec.wire])
-        memory_map.reserve("partial sums", slots)
-
-    def working_set_bytes(self) -> int:
-        """Return what a worker needs beside the parts: scratch of an update, and the largest parameter in backward.
-
-        That is its weight, its gradient as autograd makes it, and its partial sum. (What is read ahead is not mapped.)
-        """
-        of_bucket = max((sum(s.numel for s in spans_of(self.layout, b)) for b in self.layout.buckets), default=0)
-        largest = max((p.numel * (2 * DTYPES[p.dtype].itemsize + 4) for p in self.layout.parameters), default=0)
-        entries = len(self.state_layout.flat) + 2  # beside the state: master and gradient
-        return of_bucket * 4 * (entries + 2) + largest
-
-    def expected_bytes(self) -> dict[str, int]:
-        """Return the bytes of shared memory that training will really take, by the parts that can be offloaded."""
-        trained = sum(p.numel for p in self.layout.parameters if p.group is not None)
-        low = sum(p.numel for p in self.layout.parameters if p.dtype != "float32")
-        shards = len(self.hosts) if self.sharded else 1
-        of_host = len(self.hosts.micro_batches(self.host, self.spec.num_micro_batches))
-        active = max(1, min(self.world_size, of_host))
-        of_worker = -(-of_host // active)
-        if self.spec.wire == "bf16":
-            sums = active * trained * 2 * (1 if of_worker == 1 else of_worker.bit_length() + 1)
-        elif of_worker == 1:
-            sums = active * (trained * 4 - min(low, trained) * 2)
-        else:
-            sums = active * trained * 4 * (of_worker.bit_length() + 1)
-        if self.placement in ("zero2", "zero3") and of_worker == 1 and active == 1:
-            sums = 0  # each bucket leaves as soon as it is there
-        if len(self.hosts) > 1:
-            sums += trained * DTYPES_OF_WIRE[self.spec.wire].itemsize // shards  # the sum over all hosts
-        masters = low * 4 if trained else 0
-        state = sum(trained * dtype.itemsize for dtype in self.state_layout.flat.values())
-        return {
-            "weights": (self.layout.numel - low) * 4 + low * 2,
-            "optimizer": (masters + state) // shards,
-            "gradients": sums,
-        }
 
 
 class Engine:

@@ -43,8 +43,11 @@ from lightwork.transport.base import FIRST_TAG, Carrier, Pending
 
 _SUMS, _TOTALS, _SHARED, _PRESENCE = range(FIRST_TAG, FIRST_TAG + 4)
 
-#: Buckets that backward may complete before they travel, where sent gradients are given back: it waits then.
-MAX_BACKLOG = 8
+#: Buckets that backward may complete before they travel: then it waits, so that few gradients are held.
+MAX_BACKLOG = 2
+
+#: Turns that are on their way at once: one begins, one is added up, and of one the sums arrive.
+TURNS_AT_ONCE = 3
 
 #: A byte for each parameter: whether a micro-batch gave it a gradient.
 Touched = memoryview | bytearray
@@ -163,7 +166,7 @@ class Exchange:
         of_any = [message for messages in self._messages.values() for message in messages]
         self._largest = max((message.num_bytes for message in of_any), default=0)
         self._free: list[torch.Tensor] = []  # byte buffers, used in turn
-        self.completion = Completion(layout, backlog=MAX_BACKLOG if release_sent else None)
+        self.completion = Completion(layout, MAX_BACKLOG)
         self._thread: Background[Total] = Background("exchange")
         self._going: Future[Total] | None = None
         self.busy_seconds = 0.0  #: of the thread in this step, waits for backward left out

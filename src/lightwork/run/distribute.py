@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from lightwork.engine.activations import resolve
-from lightwork.engine.engine import Blueprint, Engine
+from lightwork.engine.blueprint import Blueprint
+from lightwork.engine.engine import Engine
 from lightwork.engine.optimizer import describe_optimizer
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, SpecError, UsageError
 from lightwork.run.fit import fit

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightwork.engine.engine import Blueprint
+from lightwork.engine.blueprint import Blueprint
 from lightwork.errors import MemoryFull
 from lightwork.spec.plan import Place
 from lightwork.units import format_bytes, parse_bytes

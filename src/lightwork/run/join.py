@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lightwork.engine.engine import Blueprint
+from lightwork.engine.blueprint import Blueprint
 from lightwork.engine.memory import MemoryMap, SharedMemory
 from lightwork.errors import Disagreement, RankLost, TeamError
 from lightwork.spec.hosts import Hosts
