@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from lightwork.data import Source, source_of, tensors
+from lightwork.data.source import stream_of
 from lightwork.errors import DataError, UsageError
 
 
@@ -223,9 +224,10 @@ class Lengthless(Dataset):
 
 
 @pytest.mark.parametrize("data", [Stream(), DataLoader(Stream()), ChainDataset([Stream()])], ids=type)
-def test_an_iterable_data_set_is_refused_by_name_with_the_alternative(data):
-    with pytest.raises(UsageError, match=r"(Stream|ChainDataset) is an IterableDataset.*write __len__ and __getitem__"):
-        source_of(data, seed=0)
+def test_what_is_iterated_is_a_stream(data):
+    stream = stream_of(data, seed=0)
+    assert list(stream.lane(0, 0, 4)) == list(range(5))
+    assert stream_of([1, 2, 3], seed=0) is None
 
 
 @pytest.mark.parametrize(

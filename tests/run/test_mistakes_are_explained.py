@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightwork
 from lightwork.launcher.team import fork_team
@@ -190,17 +190,11 @@ class Shrinking(TensorDataset):
         return super().__getitem__(index)
 
 
-class Stream(IterableDataset[int]):
-    def __iter__(self) -> Any:
-        return iter(range(9))
-
-
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
         (lambda: TensorDataset(torch.zeros(0, 20)), "is empty"),
         (lambda: Shrinking(*vectors().tensors), "changed its length: 44 samples when the run began, 43"),
-        (Stream, "is an IterableDataset"),
         (lambda: 17, "is not a data set"),
         (
             lambda: DataLoader(

@@ -67,20 +67,10 @@ class Fetcher:
         """
         if self._gathered is not None:
             return self._gathered.fetch(ids)
-        with _as_in_a_loading_worker():
+        with as_in_a_loading_worker():
             samples = [self._sample(epoch, sample_id) for sample_id in ids.tolist()]
-            return self._collated(epoch, ids, samples)
-
-    def _collated(self, epoch: int, ids: Ids, samples: list[Any]) -> Batch:
-        seed_all(derive(self._seed, "collate", epoch, int(ids[0])))
-        try:
-            return self._collate(samples)
-        except Exception as error:
-            raise DataError(
-                f"the collate function failed on samples {_some(ids)} of {self.name}, epoch {epoch}: "
-                f"{_described(error)}. Samples of different shapes need a collate function: pass a "
-                "DataLoader with collate_fn= in place of the data set."
-            ) from error
+            seed_all(derive(self._seed, "collate", epoch, int(ids[0])))
+            return collated(self._collate, self.name, epoch, ids, samples)
 
     def _sample(self, epoch: int, sample_id: int) -> Any:
         seed_all(derive(self._seed, "sample", epoch, sample_id))
@@ -96,7 +86,7 @@ class Fetcher:
                 ) from error
             raise DataError(
                 f"sample {sample_id} of {self.name} could not be fetched at epoch {epoch}: "
-                f"{_described(error)}. Its len() is {num_samples}, so dataset[{sample_id}] must work; the "
+                f"{described(error)}. Its len() is {num_samples}, so dataset[{sample_id}] must work; the "
                 "traceback shows the cause."
             ) from error
 
@@ -139,6 +129,21 @@ def _gathered(dataset: object) -> _Gathered | None:
     return _Gathered(dataset.tensors, None)
 
 
+def collated(collate: Collate, name: str, epoch: int, ids: Ids, samples: list[Any]) -> Batch:
+    """Return the batch that a collate function makes of samples; `name` is their data set's.
+
+    Raises: DataError when it raised, with the cause.
+    """
+    try:
+        return collate(samples)
+    except Exception as error:
+        raise DataError(
+            f"the collate function failed on samples {_some(ids)} of {name}, epoch {epoch}: "
+            f"{described(error)}. Samples of different shapes need a collate function: pass a "
+            "DataLoader with collate_fn= in place of the data set."
+        ) from error
+
+
 def seed_all(value: int) -> None:
     """Seed torch (CPU), numpy and random. 7 us (2026-11)."""
     torch.default_generator.manual_seed(value)
@@ -147,7 +152,8 @@ def seed_all(value: int) -> None:
 
 
 @contextmanager
-def _as_in_a_loading_worker() -> Iterator[None]:
+def as_in_a_loading_worker() -> Iterator[None]:
+    """Run with one thread and without autocast."""
     num_threads = torch.get_num_threads()
     autocast = torch.is_autocast_enabled("cpu")
     if num_threads != 1:
@@ -163,7 +169,8 @@ def _as_in_a_loading_worker() -> Iterator[None]:
             torch.set_autocast_enabled("cpu", True)
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
+    """Return an error's type and text."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -76,6 +76,14 @@ class Loader:
             return aligned(self._ahead.take())
         return aligned(self._source.fetch(epoch, self._order.micro_batch_ids(*position)))
 
+    def ids(self, epoch: int, step_in_epoch: int, index: int) -> Ids:
+        """Return the ids of a micro-batch's samples."""
+        return self._order.micro_batch_ids(epoch, step_in_epoch, index)
+
+    def has_more(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
+        """Return None: the order says how long an epoch is."""
+        return None
+
     def idle(self) -> bool:
         """Load one micro-batch of a later step ahead, while the worker would only be waiting for the others.
 

@@ -8,6 +8,7 @@ workers is nowhere. No samples are fetched here.
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,6 +74,21 @@ class Order:
             while len(self._cache) > NUM_CACHED_EPOCHS:
                 del self._cache[next(iter(self._cache))]
         return cached
+
+    def describe(self, epoch: int) -> dict[str, object]:
+        """Return what must be the same on every worker."""
+        return {
+            "samples in the data set": self.num_samples,
+            "order of the samples": zlib.crc32(self.ids(epoch).tobytes()),
+        }
+
+    def has_step(self, epoch: int, step_in_epoch: int) -> bool:
+        """Return whether an epoch has this step."""
+        return step_in_epoch < self.num_steps(epoch)
+
+    def after(self, epoch: int, step_in_epoch: int, more: float) -> tuple[int, int]:
+        """Return the epoch and step after one; it need not exist (`has_step`)."""
+        return epoch, step_in_epoch + 1
 
     def num_steps(self, epoch: int) -> int:
         """Return the number of global batches of an epoch."""

@@ -7,13 +7,14 @@ the run's), pin_memory and its generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -24,6 +25,7 @@ from torch.utils.data import (
 from lightwork.data.batch import Batch
 from lightwork.data.fetch import Fetcher, MapStyle
 from lightwork.data.order import Arrangement, Custom, CustomOrder, Ids, Order, Sampled, shuffled, unshuffled
+from lightwork.data.stream import Stream
 from lightwork.errors import UsageError
 
 
@@ -68,6 +70,49 @@ class Source:
         )
 
 
+def stream_of(
+    data: object,
+    *,
+    seed: int,
+    shuffle: bool | None = None,
+    order: CustomOrder | None = None,
+    drop_last: bool | None = None,
+) -> Stream | None:
+    """Return the stream that an IterableDataset, or a DataLoader of one, stands for; None for anything else.
+
+    The order is the stream's; with shards, theirs is a new permutation each epoch unless `shuffle` is False.
+
+    Raises: UsageError for what a stream can not do.
+    """
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    if not (isinstance(dataset, IterableDataset) or _is_iterated(dataset)):
+        return None
+    stream = Stream(
+        dataset=dataset,
+        collate=default_collate,
+        seed=seed,
+        shuffle=shuffle is not False,
+        drop_last=bool(drop_last),
+    )
+    if order is not None:
+        raise UsageError(f"order= was given for {stream.name}, a stream, whose samples have no ids. Leave it out.")
+    if shuffle and stream.num_shards is None:
+        raise UsageError(
+            f"shuffle=True was given for {stream.name}, a stream that is read in its own order. Shuffle in the data "
+            "set, or give it shards: num_shards and shard(num_shards=, index=)."
+        )
+    if not isinstance(data, DataLoader):
+        return stream
+    _refuse_whole_batches(data)
+    return replace(stream, collate=data.collate_fn, drop_last=data.drop_last if drop_last is None else stream.drop_last)
+
+
+def _is_iterated(data: object) -> bool:
+    """Return whether `data` is no torch data set and can only be iterated, again and again."""
+    reads = isinstance(data, Iterable) and not isinstance(data, (Iterator, type, str, bytes, Mapping, Set))
+    return reads and not isinstance(data, (MapStyle, Dataset))
+
+
 def source_of(data: object, *, seed: int, shuffle: bool | None = None, order: CustomOrder | None = None) -> Source:
     """Return the source that a data set or DataLoader stands for.
 
@@ -109,12 +154,7 @@ def _source_of_loader(loader: DataLoader[Any], seed: int, shuffle: bool | None, 
                 f"the DataLoader has a {type(inner).__name__} for {inner.num_replicas} replicas, and the run "
                 "splits the samples over its workers itself. Leave the sampler out; shuffle=True is enough."
             )
-    if loader.batch_sampler is None:
-        raise UsageError(
-            "the DataLoader has batch_size=None, so its data set hands out whole batches, which the "
-            "run can not cut into its own. Give a data set of single samples, and the sizes of the batches to "
-            "distribute: global_batch= and micro_batch=."
-        )
+    _refuse_whole_batches(loader)
     arrangement = _arrangement_of(loader, len(dataset))
     if isinstance(arrangement, Sampled) and shuffle is not None:
         # A sampler may choose a part of the data set: the other part must not come in by a keyword about order.
@@ -136,6 +176,15 @@ def _source_of_loader(loader: DataLoader[Any], seed: int, shuffle: bool | None, 
         drop_last=loader.drop_last,
         loading_workers=workers,
     )
+
+
+def _refuse_whole_batches(loader: DataLoader[Any]) -> None:
+    if loader.batch_sampler is None:
+        raise UsageError(
+            "the DataLoader has batch_size=None, so its data set hands out whole batches, which the "
+            "run can not cut into its own. Give a data set of single samples, and the sizes of the batches to "
+            "distribute: global_batch= and micro_batch=."
+        )
 
 
 def _chosen(shuffle: bool | None, order: CustomOrder | None) -> Arrangement | None:
@@ -160,11 +209,6 @@ def _arrangement_of(loader: DataLoader[Any], num_samples: int) -> Arrangement:
 
 def _check_dataset(data: object) -> MapStyle:
     name = type(data).__name__
-    if isinstance(data, IterableDataset):
-        raise UsageError(
-            f"{name} is an IterableDataset, whose samples can not be split over a team by their ids. Use a "
-            "map-style data set: write __len__ and __getitem__(index), or read the stream into a list first."
-        )
     if isinstance(data, type):
         raise UsageError(f"{name} {data.__name__} was passed itself, not an instance. Write {data.__name__}(...).")
     if not isinstance(data, MapStyle):

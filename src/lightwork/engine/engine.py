@@ -266,12 +266,7 @@ class Engine:
         The loss is scaled by weight / micro_batch, and the sum divided by the same of the whole batch: exact for a
         single full micro-batch. (And both by the loss scale, a power of two.)
         """
-        self.buffers.capture(index)
-        exchange = self._exchange if self._is_last_of_host() else None
-        fold = self._gradients.begin(index, self._num_micro_batches, exchange.completion if exchange else None)
-        if exchange is not None:
-            places = {node: (0, slot) for node, slot in self._gradients.places(fold).items()}
-            exchange.begin(self._num_micro_batches, places, {**self._touched_here(), index: self._gradients.touched})
+        fold = self._begin_fold(index)
         if weight == 0:
             self._gradients.run(None)
             return fold
@@ -279,6 +274,22 @@ class Engine:
         scaled = loss if share == 1.0 else loss * share
         self._gradients.run(lambda: self.compute.backward(scaled))
         self.buffers.restore()
+        return fold
+
+    def skip(self, index: int) -> Fold:
+        """Fold a micro-batch without samples: one without gradients."""
+        fold = self._begin_fold(index)
+        self._gradients.run(None)
+        return fold
+
+    def _begin_fold(self, index: int) -> Fold:
+        """Begin to fold a micro-batch's gradients and, with the last one, to exchange what is complete."""
+        self.buffers.capture(index)
+        exchange = self._exchange if self._is_last_of_host() else None
+        fold = self._gradients.begin(index, self._num_micro_batches, exchange.completion if exchange else None)
+        if exchange is not None:
+            places = {node: (0, slot) for node, slot in self._gradients.places(fold).items()}
+            exchange.begin(self._num_micro_batches, places, {**self._touched_here(), index: self._gradients.touched})
         return fold
 
     def finish_micro_batch(

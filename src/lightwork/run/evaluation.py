@@ -9,9 +9,7 @@ from typing import Any, final
 
 import torch
 
-from lightwork.data.loader import Loader
-from lightwork.data.order import Order
-from lightwork.data.source import Source
+from lightwork.data.feed import Feed
 from lightwork.engine.engine import Engine, combine_metrics
 from lightwork.engine.random import RandomState, seed_everything
 from lightwork.errors import UsageError
@@ -28,11 +26,11 @@ class Evaluation:
     the batches, so they do not depend on who took which.
     """
 
-    def __init__(self, team: Team, engine: Engine, source: Source, order: Order, number: int) -> None:
+    def __init__(self, team: Team, engine: Engine, feed: Feed, number: int) -> None:
         self._team = team
         self._engine = engine
-        self._loader = Loader(source, order)
-        self._order = order
+        self._loader = feed.load(())
+        self._order = feed.order
         self._number = number
         self._added: dict[int, dict[str, tuple[float, float]]] = {}
         self._index = -1
@@ -70,9 +68,7 @@ class Evaluation:
         return self._metrics
 
     def __enter__(self) -> Evaluation:
-        self._team.meet_equal(
-            "evaluate", {"samples in the data set": self._order.num_samples, "evaluation": self._number}
-        )
+        self._team.meet_equal("evaluate", {**self._order.describe(0), "evaluation": self._number})
         self._random_state = RandomState.capture()
         self._modes = [(module, module.training) for module in self._engine.model.modules()]
         self._engine.model.eval()
@@ -81,10 +77,11 @@ class Evaluation:
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        num_batches = self._order.micro_batches(0, 0)
-        while (index := self._team.board.take_evaluation(self._number)) < num_batches:
-            self._index, self._size = index, len(self._order.micro_batch_ids(0, 0, index))
-            batch = self._loader.get(0, 0, index)
+        while self._order.has_step(0, index := self._team.board.take_evaluation(self._number)):
+            self._index, self._size = index, len(self._loader.ids(0, index, 0))
+            if not self._size:  # the end of a stream
+                break
+            batch = self._loader.get(0, index, 0)
             self._added.setdefault(index, {})
             seed_everything(derive(self._engine.spec.seed, "evaluate", index))
             with self._engine.compute.active():

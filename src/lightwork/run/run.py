@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -19,9 +18,8 @@ from torch import nn
 from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint.checkpoint import Checkpoint, Position
 from lightwork.data.batch import count_tokens
-from lightwork.data.loader import Loader
-from lightwork.data.order import CustomOrder, Order
-from lightwork.data.source import Source, source_for_evaluation, source_of
+from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of
+from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
 from lightwork.engine.scaling import Scale
 from lightwork.errors import CheckpointError, UsageError
@@ -35,9 +33,6 @@ from lightwork.spec.plan import Plan
 from lightwork.team.board import Activity
 from lightwork.team.rendezvous import Progress
 from lightwork.trace import Trace
-
-#: A global batch that holds any data set.
-_EVERYTHING = 2**62
 
 
 class Stateful(Protocol):
@@ -125,11 +120,13 @@ class Run:
 
         Args:
             dataset: a map-style data set (`len()` and `[]`), or a DataLoader, of which the data set, collate function,
-                loading workers and sampler are used; the batches are the run's.
+                loading workers and sampler are used; the batches are the run's. Or a stream, such as an
+                IterableDataset, which the worker reads itself: in its own order or, where it has `num_shards` and
+                `shard(num_shards=, index=)`, each micro-batch of a step from shards of its own.
             epochs: passes over the data; 1 if `max_steps` is not given either.
             max_steps: stop after so many steps, wherever that is. Both count from the beginning of this loop, also when
                 the run was resumed in the middle of it.
-            shuffle: a new permutation each epoch (the default), or the ids in order.
+            shuffle: a new permutation each epoch (the default), or the ids in order; of a stream, its shards.
             order: the ids of an epoch: a function from its number, or the same ids for every one.
             drop_last: leave out a last global batch that is short.
 
@@ -143,13 +140,22 @@ class Run:
             raise UsageError(
                 "run.steps was called inside a loop over run.steps. End the one before beginning the next."
             )
-        source, sample_order = self._data(dataset, shuffle, order, drop_last)
-        return self._steps(source, sample_order, 1 if epochs is None and max_steps is None else epochs, max_steps)
+        feed = feed_of(
+            dataset,
+            seed=self.spec.seed,
+            global_batch=self.spec.global_batch,
+            micro_batch=self.spec.micro_batch,
+            shuffle=shuffle,
+            order=order,
+            drop_last=drop_last,
+        )
+        return self._steps(feed, 1 if epochs is None and max_steps is None else epochs, max_steps)
 
-    def _steps(self, source: Source, order: Order, epochs: int | None, max_steps: int | None) -> Iterator[Step]:
+    def _steps(self, feed: Feed, epochs: int | None, max_steps: int | None) -> Iterator[Step]:
+        order = feed.order
         if not self._begin_loop(order):
             return
-        loader: Loader | None = None
+        loader: Batches | None = None
         try:
             start = self._position
             total = self._total_steps(order, epochs, max_steps)
@@ -159,11 +165,13 @@ class Run:
                 total=None if total is None else start.step - start.steps_in_call + total,
             )
             upcoming = self._upcoming(order, start, total)
-            loader = Loader(source, order, upcoming)
+            loader = feed.load(upcoming)
             epoch, step_in_epoch = start.epoch, start.step_in_epoch
             while total is None or self._position.steps_in_call < total:
-                while step_in_epoch >= order.num_steps(epoch):
+                while not order.has_step(epoch, step_in_epoch):
                     epoch, step_in_epoch = epoch + 1, 0
+                if epochs is not None and epoch >= epochs:
+                    break
                 if self._team.board.anyone_left():
                     break
                 self._engine.check_parameters()
@@ -177,7 +185,7 @@ class Run:
             if loader is not None:
                 loader.close()
 
-    def _begin_loop(self, order: Order) -> bool:
+    def _begin_loop(self, order: Schedule) -> bool:
         """Meet the others before a loop; return False for one that a resumed run had finished."""
         call, self._calls = self._calls, self._calls + 1
         self._meet_where("steps")
@@ -186,10 +194,7 @@ class Run:
         if call != self._position.call:
             self._position = Position(step=self._position.step, call=call)
         self._team.board.leave(left=False)
-        first_ids = zlib.crc32(order.ids(self._position.epoch).tobytes())
-        self._team.meet_equal(
-            "run.steps", {"samples in the data set": order.num_samples, "order of the samples": first_ids}
-        )
+        self._team.meet_equal("run.steps", order.describe(self._position.epoch))
         self._looping = True
         self._team.rendezvous.report(Progress.TRAINING)
         return True
@@ -211,24 +216,25 @@ class Run:
             self._team.board.show(Activity.OUTSIDE)
             self._team.rendezvous.report(Progress.BETWEEN)
 
-    def _total_steps(self, order: Order, epochs: int | None, max_steps: int | None) -> int | None:
+    def _total_steps(self, order: Schedule, epochs: int | None, max_steps: int | None) -> int | None:
         """Return how many steps this loop makes in all; None while epochs of unknown lengths lie ahead."""
         limits = [] if max_steps is None else [max_steps]
         if epochs is not None:
-            limits.append(order.total_steps(epochs))
+            total = order.total_steps(epochs)
+            limits += [total] if total is not None else []
         return min(limits) if limits else None
 
-    def _upcoming(self, order: Order, start: Position, total: int | None) -> Iterator[tuple[int, int, int]]:
+    def _upcoming(self, order: Schedule, start: Position, total: int | None) -> Iterator[tuple[int, int, int]]:
         """Yield the micro-batches that fall to this worker if nobody is late, in order."""
         epoch, step_in_epoch, done = start.epoch, start.step_in_epoch, start.steps_in_call
         while total is None or done < total:
-            while step_in_epoch >= order.num_steps(epoch):
+            while not order.has_step(epoch, step_in_epoch):
                 epoch, step_in_epoch = epoch + 1, 0
             for index in share(self.rank, self.world_size, order.micro_batches(epoch, step_in_epoch)):
                 yield (epoch, step_in_epoch, index)
             step_in_epoch, done = step_in_epoch + 1, done + 1
 
-    def _make_step(self, order: Order, loader: Loader, epoch: int, step_in_epoch: int) -> Step:
+    def _make_step(self, order: Schedule, loader: Batches, epoch: int, step_in_epoch: int) -> Step:
         return Step(
             rank=self.rank,
             index=self._position.step,
@@ -236,12 +242,11 @@ class Run:
             step_in_epoch=step_in_epoch,
             num_micro_batches=order.micro_batches(epoch, step_in_epoch),
             engine=self._engine,
-            ids=order.micro_batch_ids,
             loader=loader,
             trace=self._trace,
             watch=self._team.watch_step,
             count_tokens=count_tokens,
-            updated=partial(self._advance, epoch, step_in_epoch),
+            updated=partial(self._advance, order, epoch, step_in_epoch),
         )
 
     def _meet_where(self, what: str) -> None:
@@ -252,23 +257,19 @@ class Run:
         places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._position)).encode())]
         self._position = Position(**max(places, key=lambda place: (place["step"], place["call"])))
 
-    def _advance(self, epoch: int, step_in_epoch: int) -> None:
-        """Take note of an update that is done: what is saved from here on is the state after it."""
+    def _advance(self, order: Schedule, epoch: int, step_in_epoch: int, more: float) -> None:
+        """Take note of an update that is done: what is saved from here on is the state after it.
+
+        `more` is the share of micro-batches that have samples after them, of those that tell.
+        """
         self._guard.updated()
+        epoch, step_in_epoch = order.after(epoch, step_in_epoch, more)
         self._position = Position(
             step=self._position.step + 1,
             call=self._position.call,
             steps_in_call=self._position.steps_in_call + 1,
             epoch=epoch,
-            step_in_epoch=step_in_epoch + 1,
-        )
-
-    def _data(
-        self, dataset: Any, shuffle: bool | None, order: CustomOrder | None, drop_last: bool | None
-    ) -> tuple[Source, Order]:
-        source = source_of(dataset, seed=self.spec.seed, shuffle=shuffle, order=order)
-        return source, source.order(
-            global_batch=self.spec.global_batch, micro_batch=self.spec.micro_batch, drop_last=drop_last
+            step_in_epoch=step_in_epoch,
         )
 
     # --- collective calls -------------------------------------------------------------------------------------------
@@ -279,10 +280,9 @@ class Run:
         Each sample comes once, on one of the workers, in micro-batches; random state and buffers are left alone.
         """
         self._refuse_in_step("evaluate")
-        source = source_for_evaluation(dataset, seed=self.spec.seed)
-        order = source.order(global_batch=_EVERYTHING, micro_batch=self.spec.micro_batch, drop_last=False)
+        feed = feed_for_evaluation(dataset, seed=self.spec.seed, micro_batch=self.spec.micro_batch)
         self._evaluations += 1
-        return Evaluation(self._team, self._engine, source, order, self._evaluations)
+        return Evaluation(self._team, self._engine, feed, self._evaluations)
 
     def keep(self, **objects: Stateful) -> None:
         """Save these with the run, and restore them with it: anything with `state_dict` and `load_state_dict`.

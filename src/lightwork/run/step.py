@@ -12,34 +12,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from lightwork.data.feed import Batches
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.engine.gradients import Fold
 from lightwork.errors import NonFiniteLoss, UsageError
 from lightwork.team.board import Kind, Phase
 from lightwork.trace import Trace
 
-
-class Ids(Protocol):
-    """The sample ids of micro-batches."""
-
-    def __call__(self, epoch: int, step_in_epoch: int, index: int) -> npt.NDArray[np.int64]:
-        """Return those of one."""
-
-
-class Loader(Protocol):
-    """Where a step's micro-batches come from."""
-
-    def get(self, epoch: int, step_in_epoch: int, index: int) -> Any:
-        """Return the collated micro-batch."""
-
-    def idle(self) -> bool:
-        """Load something ahead; return whether there was anything to do."""
+#: The name of a metric that is not the user's: whether samples follow those of a micro-batch.
+_MORE = "\0more"
 
 
 @dataclass
@@ -72,12 +59,11 @@ class Step:
         step_in_epoch: int,
         num_micro_batches: int,
         engine: Engine,
-        ids: Ids,
-        loader: Loader,
+        loader: Batches,
         trace: Trace,
         watch: Callable[[int], Callable[[], None]],
         count_tokens: Callable[[Any], int],
-        updated: Callable[[], None],
+        updated: Callable[[float], None],
     ) -> None:
         self.index = index  #: 0 for the first update of the run
         self.epoch = epoch  #: 0 for the first pass over the data
@@ -85,7 +71,6 @@ class Step:
         self.step_in_epoch = step_in_epoch
         self._num_micro_batches = num_micro_batches
         self._engine = engine
-        self._ids = ids
         self._loader = loader
         self._trace = trace
         self._watch = watch
@@ -169,7 +154,7 @@ class Step:
     @property
     def metrics(self) -> Mapping[str, float]:
         """Every metric given to `add`."""
-        return self._finished("metrics").metrics
+        return {name: value for name, value in self._finished("metrics").metrics.items() if name != _MORE}
 
     def __getitem__(self, name: str) -> float:
         return self._finished(f"step[{name!r}]").metrics[name]
@@ -196,17 +181,23 @@ class Step:
         while action.kind is not Kind.COMMITTED:
             if action.kind is Kind.COMPUTE:
                 micro, batch = self._load(action.item)
-                self._current = micro
-                with engine.compute.active():
-                    yield batch
-                self._current = None
-                del batch
+                if len(micro.ids):
+                    self._current = micro
+                    with engine.compute.active():
+                        yield batch
+                    self._current = None
+                    del batch
+                else:
+                    micro.fold = engine.skip(micro.index)
                 if micro.fold is None:
                     raise UsageError(
                         f"step.backward was not called for micro-batch {micro.index} of step "
                         f"{self.index} (rank {self._rank}). "
                         "Call it once in the loop body; for nothing to learn from, with weight=0."
                     )
+                has_more = self._loader.has_more(self.epoch, self.step_in_epoch, micro.index)
+                if has_more is not None:
+                    micro.metrics[_MORE] = float(has_more), 1.0
                 metrics = json.dumps(micro.metrics).encode() if micro.metrics else b""
                 action = engine.finish_micro_batch(
                     self.index, micro.index, micro.fold, loss=micro.loss, weight=micro.weight, metrics=metrics
@@ -218,7 +209,7 @@ class Step:
             else:
                 action = engine.process(self.index, action)
         self._result = engine.leave(self.index)
-        self._updated()
+        self._updated(self._result.metrics.get(_MORE, 1.0))
         self._trace.event(
             "step",
             step=self.index,
@@ -232,8 +223,8 @@ class Step:
 
     def _load(self, index: int) -> tuple[_MicroBatch, Any]:
         start = time.perf_counter()
-        ids = self._ids(self.epoch, self.step_in_epoch, index)
-        batch = self._loader.get(self.epoch, self.step_in_epoch, index)
+        ids = self._loader.ids(self.epoch, self.step_in_epoch, index)
+        batch = self._loader.get(self.epoch, self.step_in_epoch, index) if len(ids) else None
         self._own.append(index)
         self._num_samples += len(ids)
         self._num_tokens += self._count_tokens(batch)

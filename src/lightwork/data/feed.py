@@ -1,0 +1,101 @@
+"""From what the user passes to `run.steps` or `run.evaluate` to an order of micro-batches and a loader of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from lightwork.data.batch import Batch
+from lightwork.data.loader import Loader
+from lightwork.data.order import CustomOrder, Ids
+from lightwork.data.source import source_for_evaluation, source_of, stream_of
+from lightwork.data.stream import StreamLoader, StreamOrder
+
+#: Positions that will fall to this worker, in order: epoch, step in it, micro-batch.
+Upcoming = Iterable[tuple[int, int, int]]
+
+
+class Schedule(Protocol):
+    """The steps and micro-batches of every epoch, as far as they are known."""
+
+    def describe(self, epoch: int) -> dict[str, object]:
+        """Return what must be the same on every worker."""
+
+    def total_steps(self, epochs: int) -> int | None:
+        """Return the steps of the first `epochs` epochs; None where only reading shows them."""
+
+    def has_step(self, epoch: int, step_in_epoch: int) -> bool:
+        """Return whether an epoch has this step, as far as is known."""
+
+    def after(self, epoch: int, step_in_epoch: int, more: float) -> tuple[int, int]:
+        """Return the epoch and step after one; `more` is the share of its micro-batches that told of more samples."""
+
+    def micro_batches(self, epoch: int, step_in_epoch: int) -> int:
+        """Return the number of micro-batches of a step."""
+
+
+class Batches(Protocol):
+    """The micro-batches of one worker."""
+
+    def ids(self, epoch: int, step_in_epoch: int, index: int) -> Ids:
+        """Return the ids of a micro-batch's samples; none where a stream has ended."""
+
+    def get(self, epoch: int, step_in_epoch: int, index: int) -> Batch:
+        """Return the collated micro-batch."""
+
+    def has_more(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
+        """Return whether samples follow those of a micro-batch; None where it does not tell."""
+
+    def idle(self) -> bool:
+        """Load something ahead; return whether there was anything to do."""
+
+    def close(self) -> None:
+        """Let go of what was loaded, and end the loading workers."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """An order of micro-batches, and how to load them."""
+
+    order: Schedule
+    load: Callable[[Upcoming], Batches]
+
+
+def feed_of(
+    data: Any,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    shuffle: bool | None = None,
+    order: CustomOrder | None = None,
+    drop_last: bool | None = None,
+) -> Feed:
+    """Return the feed of training; arguments as those of `Run.steps` and `distribute`.
+
+    Raises: UsageError when `data` is no data set, or of a kind that can not be split over a team; DataError when it is
+    empty.
+    """
+    stream = stream_of(data, seed=seed, shuffle=shuffle, order=order, drop_last=drop_last)
+    if stream is not None:
+        steps = StreamOrder(stream=stream, global_batch=global_batch, micro_batch=micro_batch)
+        return Feed(steps, partial(StreamLoader, steps))
+    source = source_of(data, seed=seed, shuffle=shuffle, order=order)
+    ids = source.order(global_batch=global_batch, micro_batch=micro_batch, drop_last=drop_last)
+    return Feed(ids, partial(Loader, source, ids))
+
+
+def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int) -> Feed:
+    """Return the feed of an evaluation: each sample once, in steps of one micro-batch.
+
+    Raises: as `feed_of`.
+    """
+    stream = stream_of(data, seed=seed, shuffle=False, drop_last=False)
+    if stream is not None:
+        steps = StreamOrder(stream=stream, global_batch=micro_batch, micro_batch=micro_batch)
+        return Feed(steps, partial(StreamLoader, steps))
+    source = source_for_evaluation(data, seed=seed)
+    ids = source.order(global_batch=micro_batch, micro_batch=micro_batch, drop_last=False)
+    return Feed(ids, partial(Loader, source, ids))
