@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from lightwork.engine.buffers import Buffers
-from lightwork.engine.exchange import MAX_BACKLOG, TURNS_AT_ONCE
+from lightwork.engine.exchange import TURNS_AT_ONCE
 from lightwork.engine.gradients import Slots
 from lightwork.engine.materialise import check_can_reset, give_buffers_memory
 from lightwork.engine.memory import MemoryMap
 from lightwork.engine.optimizer import StateLayout, is_elementwise, probe_state
+from lightwork.engine.outbox import MAX_BACKLOG
 from lightwork.engine.scaling import LossScale
 from lightwork.engine.sharding import AHEAD, KEPT
 from lightwork.engine.weights import DTYPES, describe_parameters, refuse_sparse_gradients

@@ -286,10 +286,11 @@ class Engine:
         """Begin to fold a micro-batch's gradients and, with the last one, to exchange what is complete."""
         self.buffers.capture(index)
         exchange = self._exchange if self._is_last_of_host() else None
-        fold = self._gradients.begin(index, self._num_micro_batches, exchange.completion if exchange else None)
+        fold = self._gradients.begin(index, self._num_micro_batches, exchange.outbox if exchange else None)
         if exchange is not None:
             places = {node: (0, slot) for node, slot in self._gradients.places(fold).items()}
-            exchange.begin(self._num_micro_batches, places, {**self._touched_here(), index: self._gradients.touched})
+            touched = {**self._touched_here(), index: self._gradients.touched}
+            exchange.begin(self._num_micro_batches, places, touched, None if fold.freed else fold.node)
         return fold
 
     def finish_micro_batch(
@@ -340,7 +341,7 @@ class Engine:
             match phase:
                 case Phase.EXCHANGE:
                     if not exchange.is_going:
-                        exchange.completion.begin(())
+                        exchange.outbox.begin(())
                         exchange.begin(self._num_micro_batches, self._places(), self._touched_here())
                     exchange.records(step, self._num_micro_batches)
                     total = exchange.partial_sums()

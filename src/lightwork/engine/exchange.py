@@ -3,7 +3,7 @@
 Data travels bucket by bucket, in turns: in each turn every host owns one bucket. It receives the others' partial sums
 of it, adds them up with its own in the fixed tree, and sends the sum to all. While the leaders wait for one turn's
 tensors, those of the next are on their way. All this happens in a thread beside backward of the last micro-batch: the
-last buckets come first, and a bucket leaves as soon as backward has completed it (`completion`). Which of its blocks
+last buckets come first, and a bucket leaves as soon as backward has completed it (`outbox`). Which of its blocks
 hold anything travels with it, because no host knows by then which parameters the others' micro-batches touch.
 
     own partial sums --> nodes of the tree over the host's micro-batches --> owner of the bucket: sum --> every host
@@ -20,7 +20,6 @@ the sums from them, in and out: a ring all-reduce's traffic.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -31,20 +30,17 @@ import torch
 
 from lightwork.engine.background import Background
 from lightwork.engine.buffers import Buffers
-from lightwork.engine.completion import Completion
 from lightwork.engine.gradients import LEAF, Slots
 from lightwork.engine.memory import SharedMemory
+from lightwork.engine.outbox import Message, Outbox, Pool, message_of
 from lightwork.engine.sums import Adder
 from lightwork.spec.hosts import Hosts
-from lightwork.spec.layout import ALIGNMENT, Layout, Span, span_of
+from lightwork.spec.layout import Layout, Span
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
 from lightwork.team.board import Board
 from lightwork.transport.base import FIRST_TAG, Carrier, Pending
 
 _SUMS, _TOTALS, _SHARED, _PRESENCE = range(FIRST_TAG, FIRST_TAG + 4)
-
-#: Buckets that backward may complete before they travel: then it waits, so that few gradients are held.
-MAX_BACKLOG = 2
 
 #: Turns that are on their way at once: one begins, one is added up, and of one the sums arrive.
 TURNS_AT_ONCE = 3
@@ -55,49 +51,12 @@ Touched = memoryview | bytearray
 #: Bytes of a message of a broadcast.
 _CHUNK_BYTES = 64 * 1024 * 1024
 
-#: Bytes between two blocks of a packed message.
-_PACKED_ALIGNMENT = 64
-
 
 class Total(NamedTuple):
     """Where the sum over all hosts lies: the leader's slot, and the node that it is."""
 
     slot: int
     node: Node
-
-
-@dataclass(frozen=True)
-class Message:
-    """How a bucket of one partial sum travels: its blocks one after the other, each in its type."""
-
-    blocks: tuple[tuple[Span, torch.dtype, int], ...]  #: with the offset in bytes
-    num_bytes: int
-    stretch: tuple[int, int] | None  #: the elements of the layout that it is, if it need not be packed
-
-    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """Return each block as a tensor in `buffer`, bytes."""
-        return [
-            buffer[offset : offset + span.numel * dtype.itemsize].view(dtype) for span, dtype, offset in self.blocks
-        ]
-
-
-def message_of(layout: Layout, slots: Slots, bucket: int, *, leaf: bool) -> Message:
-    """Return how `bucket` travels, as the gradient of a single micro-batch (`leaf`) or as a sum."""
-    spec = layout.buckets[bucket]
-    spans = [span_of(layout, block) for block in layout.blocks[spec.first_block : spec.end_block]]
-    node = LEAF if leaf else Node(0, 2)
-    dtypes = [slots.dtype(node, span.blocks[0].parameter) for span in spans]
-    neighbours = all(0 <= after.start - before.end < ALIGNMENT for before, after in itertools.pairwise(spans))
-    first, end = spans[0].start, spans[-1].end
-    if neighbours and all(dtype is slots.wire for dtype in dtypes):
-        blocks = tuple((span, slots.wire, (span.start - first) * slots.wire.itemsize) for span in spans)
-        return Message(blocks, (end - first) * slots.wire.itemsize, (first, end))
-    placed = []
-    at = 0
-    for span, dtype in zip(spans, dtypes, strict=True):
-        placed.append((span, dtype, at))
-        at += -(-span.numel * dtype.itemsize // _PACKED_ALIGNMENT) * _PACKED_ALIGNMENT
-    return Message(tuple(placed), at, None)
 
 
 @dataclass
@@ -108,6 +67,7 @@ class _Held:
     places: Mapping[Node, tuple[int, int]]  #: rank of this host and slot, by node
     nodes: tuple[tuple[Node, ...], ...]  #: those that travel, by host
     touched: Mapping[int, Touched]  #: by micro-batch of this host
+    in_outbox: Node | None  #: the node that lies in the outbox
 
     def has(self, node: Node, parameter: int) -> bool:
         """Return whether a node of this host holds a sum for `parameter`."""
@@ -161,12 +121,14 @@ class Exchange:
         self._buffers = buffers
         self._adder = Adder(slots.wire)
         self._layout = layout
-        buckets = range(len(layout.buckets))
-        self._messages = {leaf: [message_of(layout, slots, b, leaf=leaf) for b in buckets] for leaf in (True, False)}
-        of_any = [message for messages in self._messages.values() for message in messages]
-        self._largest = max((message.num_bytes for message in of_any), default=0)
-        self._free: list[torch.Tensor] = []  # byte buffers, used in turn
-        self.completion = Completion(layout, MAX_BACKLOG)
+        sums = [slots.wire] * len(layout.parameters)
+        leaves = [slots.dtype(LEAF, parameter) for parameter in range(len(layout.parameters))]
+        self._sums, packed = (
+            [message_of(layout, dtypes, slots.wire, bucket) for bucket in range(len(layout.buckets))]
+            for dtypes in (sums, leaves)
+        )
+        self._pool = Pool(max((message.num_bytes for message in (*self._sums, *packed)), default=0))
+        self.outbox = Outbox(layout, leaves, self._pool, packed)
         self._thread: Background[Total] = Background("exchange")
         self._going: Future[Total] | None = None
         self.busy_seconds = 0.0  #: of the thread in this step, waits for backward left out
@@ -196,16 +158,20 @@ class Exchange:
         return self._going is not None
 
     def begin(
-        self, num_micro_batches: int, places: Mapping[Node, tuple[int, int]], touched: Mapping[int, Touched]
+        self,
+        num_micro_batches: int,
+        places: Mapping[Node, tuple[int, int]],
+        touched: Mapping[int, Touched],
+        in_outbox: Node | None = None,
     ) -> None:
-        """Begin to exchange the step's partial sums, each bucket as soon as `completion` says that it is complete.
+        """Begin to exchange the step's partial sums, each bucket as soon as `outbox` says that it is complete.
 
         Args:
-            places: the rank (of this host) and slot of each partial sum that it holds.
+            places: the rank (of this host) and slot of each partial sum that it holds; of that in the outbox too.
             touched: by micro-batch of this host, a byte for each parameter, true once its bucket is complete.
         """
         nodes = tuple(self._hosts.nodes(host, num_micro_batches) for host in range(len(self._hosts)))
-        held = _Held(Node(0, num_micro_batches), places, nodes, touched)
+        held = _Held(Node(0, num_micro_batches), places, nodes, touched, in_outbox)
         self.busy_seconds = 0.0
         self._going = self._thread.start(lambda: self._exchange(held))
 
@@ -224,7 +190,7 @@ class Exchange:
             with torch.no_grad():
                 return self._all_turns(held)
         except BaseException:
-            self.completion.abandon()  # backward may be waiting for this thread
+            self.outbox.abandon()  # backward may be waiting for this thread
             raise
 
     def _all_turns(self, held: _Held) -> Total:
@@ -261,7 +227,7 @@ class Exchange:
         `tensors_of` returns the tensors of a bucket, contiguous, in the shared memory.
         """
         on_the_way: list[Pending] = []
-        for bucket in range(len(self._messages[False])):
+        for bucket in range(len(self._sums)):
             owner = self._hosts.owner(bucket)
             for tensor in tensors_of(bucket):
                 if owner == self._host:
@@ -341,7 +307,7 @@ class Exchange:
             pending.wait()
             views[node] = self._message(bucket, node).views(buffer)
         for node in held.nodes[self._host]:
-            if node not in held.places:
+            if node == held.in_outbox or node not in held.places:
                 views[node] = self._message(bucket, node).views(self._packed(held, node, bucket, turn))
         tree = sum_of(held.whole, rows)
         for position, (span, _, _) in enumerate(self._message(bucket, held.whole).blocks):
@@ -366,17 +332,16 @@ class Exchange:
                     self._slots.span(0, self._into, held.whole, span).copy_(view)
         for pending in turn.sent:
             pending.wait()
-        self._free += turn.buffers
+        self._pool.give_back(turn.buffers)
         for bucket in turn.buckets.values():
-            self._slots.give_back(bucket)
+            self.outbox.taken(bucket)
             if self._release_sent:
                 for rank, slot in held.places.values():
                     self._slots.release(rank, slot, bucket)
-        self.completion.taken(len(turn.buckets))
 
     def _wait_for_backward(self, bucket: int) -> None:
         start = time.perf_counter()
-        self.completion.wait(bucket)
+        self.outbox.wait(bucket)
         self._waited += time.perf_counter() - start
 
     # --- sums -------------------------------------------------------------------------------------------------------
@@ -391,7 +356,9 @@ class Exchange:
     def _packed(self, held: _Held, node: Node, bucket: int, turn: _Turn) -> torch.Tensor:
         """Return a bucket of a node of this host as it travels: where it lies, or in a buffer."""
         message = self._message(bucket, node)
-        if message.stretch and node in held.places and not self._slots.lends(*held.places[node]):
+        if node == held.in_outbox:
+            return self.outbox.packed(bucket)
+        if message.stretch and node in held.places:
             return self._slots.stretch(*held.places[node], *message.stretch)
         buffer = self._take(turn)[: message.num_bytes]
         tree = sum_of(node, held.places)
@@ -432,9 +399,9 @@ class Exchange:
         return spec.end_block - spec.first_block
 
     def _message(self, bucket: int, node: Node) -> Message:
-        return self._messages[node.end - node.first == 1][bucket]
+        return (self.outbox.messages if node.end - node.first == 1 else self._sums)[bucket]
 
     def _take(self, turn: _Turn) -> torch.Tensor:
-        buffer = self._free.pop() if self._free else torch.empty(self._largest, dtype=torch.uint8)
+        buffer = self._pool.take()
         turn.buffers.append(buffer)
         return buffer

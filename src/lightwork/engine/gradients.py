@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from lightwork.engine.completion import Completion
 from lightwork.engine.memory import SharedMemory
+from lightwork.engine.outbox import Outbox
 from lightwork.engine.residency import Residency
 from lightwork.engine.weights import DTYPES, Weights, like
 from lightwork.errors import UsageError
@@ -38,15 +38,6 @@ class Slots:
         self._flat = memory.tensor("partial sums", wire)
         self._views: dict[tuple[int, int, bool, int], torch.Tensor] = {}
         self._dtypes = [DTYPES[p.dtype] for p in self._layout.parameters]
-        self._lent: dict[int, torch.Tensor] = {}
-        self._lent_place: tuple[int, int] | None = None
-        self._parameters = [
-            {block.parameter for block in self._layout.blocks[bucket.first_block : bucket.end_block]}
-            for bucket in self._layout.buckets
-        ]
-        self._last_bucket: dict[int, int] = {}  # of each parameter, in the order in which they travel
-        for bucket, parameters in reversed(list(enumerate(self._parameters))):
-            self._last_bucket |= dict.fromkeys(parameters, bucket)
 
     @staticmethod
     def num_bytes(world_size: int, num_slots: int, numel: int, wire: torch.dtype) -> int:
@@ -78,8 +69,6 @@ class Slots:
         The views are kept: making one costs as much as a sum.
         """
         first = span.blocks[0]
-        if self.lends(rank, slot) and first.parameter in self._lent:
-            return self._lent[first.parameter][first.start : first.end]
         key = (rank, slot, node.end - node.first > 1, span.start)
         view = self._views.get(key)
         if view is None or view.numel() != span.numel:
@@ -89,23 +78,6 @@ class Slots:
                 view = self.stretch(rank, slot, span.start, span.end)
             self._views[key] = view
         return view
-
-    # --- gradients that leave as they are -------------------------------------------------------------------------
-
-    def lend(self, rank: int, slot: int, parameter: int, gradient: torch.Tensor) -> None:
-        """Take a gradient as it is in place of what would be copied into the slot, until its last bucket has left."""
-        self._lent_place = rank, slot
-        self._lent[parameter] = gradient.view(-1)
-
-    def lends(self, rank: int, slot: int) -> bool:
-        """Return whether a partial sum is in part where autograd has put it."""
-        return bool(self._lent) and (rank, slot) == self._lent_place
-
-    def give_back(self, bucket: int) -> None:
-        """Let go of the gradients whose last bucket this is."""
-        for parameter in self._parameters[bucket]:
-            if self._last_bucket[parameter] == bucket:
-                self._lent.pop(parameter, None)
 
     def release(self, rank: int, slot: int, bucket: int) -> None:
         """Give back the memory of a bucket in a partial sum (where it lies in memory; `Residency` sees to the disk)."""
@@ -154,9 +126,9 @@ class Gradients:
         self._open = False
         self._hooks: dict[int, RemovableHandle] = {}
         self.touched = bytearray(len(self._names))  #: by parameter: whether the fold in progress has its gradient
-        self._completion: Completion | None = None
+        self._outbox: Outbox | None = None
         self._target: list[torch.Tensor] = []
-        self._lends: int | None = None  # the slot of the fold in progress, if its gradients may be lent
+        self._leaves_at_once = False  # whether the gradients of the fold in progress go to the outbox
         self._siblings: list[tuple[list[torch.Tensor], bytes]] = []
 
     def begin_step(self) -> None:
@@ -173,10 +145,10 @@ class Gradients:
             hook.remove()
         self._hooks.clear()
 
-    def begin(self, index: int, num_micro_batches: int, completion: Completion | None = None) -> Fold:
+    def begin(self, index: int, num_micro_batches: int, outbox: Outbox | None = None) -> Fold:
         """Begin to fold the gradients of micro-batch `index`.
 
-        `completion` is told of each parameter, for who sends buckets that are complete.
+        `outbox` is told of each parameter, for who sends buckets that are complete.
         """
         chain, node = fold(index, num_micro_batches, self._held)
         used = {slot for slot, _ in self._held.values()}
@@ -184,11 +156,10 @@ class Gradients:
         self.touched = bytearray(len(self._names))
         self._target = self._parameter_views(slot, node)
         self._siblings = [(self._parameter_views(self._held[n][0], n), self._held[n][1]) for n in chain]
-        self._completion = completion
-        leaves_at_once = completion is not None and not chain and not self._residency.enabled
-        self._lends = slot if leaves_at_once else None
-        if completion is not None:
-            completion.begin(i for i, parameter in enumerate(self._weights.parameters) if parameter.requires_grad)
+        self._outbox = outbox
+        self._leaves_at_once = outbox is not None and not chain
+        if outbox is not None:
+            outbox.begin(i for i, parameter in enumerate(self._weights.parameters) if parameter.requires_grad)
         return Fold(tuple(self._held[n][0] for n in chain), slot, node)
 
     def places(self, now: Fold) -> dict[Node, int]:
@@ -207,13 +178,13 @@ class Gradients:
                 backward()
             self._carry_untouched()
         except BaseException:
-            if self._completion is not None:
-                self._completion.abandon()
+            if self._outbox is not None:
+                self._outbox.abandon()
             raise
         finally:
             self._open = False
-        if self._completion is not None:
-            self._completion.complete()
+        if self._outbox is not None:
+            self._outbox.complete()
 
     def commit(self, now: Fold, touched: memoryview) -> None:
         """Take the sum that `run` made in place of those that went into it; `touched` gets the leaf's parameters."""
@@ -246,8 +217,9 @@ class Gradients:
                     "with re-entrant activation checkpointing: pass use_reentrant=False."
                 )
             self.touched[index] = 1
-            if self._lends is not None and self._may_lend(index, gradient):
-                self._slots.lend(self._rank, self._lends, index, gradient)
+            if self._outbox is not None and self._leaves_at_once:
+                self._outbox.put(index, gradient, parameter)
+                self._residency.folded(index)
                 return
             siblings = [views[index] for views, present in self._siblings if present[index]]
             if not self._residency.enabled:
@@ -263,15 +235,10 @@ class Gradients:
                 receive(parameter)
             if self._folded is not None:
                 self._folded(index)
-            if self._completion is not None:
-                self._completion.folded(index)
+            if self._outbox is not None:
+                self._outbox.folded(index)
 
         return receive_and_tell
-
-    def _may_lend(self, index: int, gradient: torch.Tensor) -> bool:
-        """Return whether a gradient has its elements, and their type, as a slot would hold them."""
-        in_order = gradient.is_contiguous() and self._weights.parameters[index].is_contiguous()
-        return in_order and gradient.dtype is self._slots.dtype(LEAF, index)
 
     def _fold(self, target: torch.Tensor, gradient: torch.Tensor, siblings: Sequence[torch.Tensor]) -> None:
         """Put the sum of a gradient and this worker's sums beside it in the tree into `target`."""

@@ -1,0 +1,182 @@
+"""What leaves for other hosts while backward of the last micro-batch still runs: buckets, as they become complete.
+
+Backward tells when the gradient of a parameter is folded; who sends the buckets waits until all of theirs are. A
+parameter that gets no gradient completes with the end of backward. The gradient of a single micro-batch is not folded
+into a slot: it is put where its buckets are packed for their way, in a few buffers that are used in turn, and what
+autograd has made of it can go. Backward waits where it is further ahead than these buffers should be many.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightwork.engine.weights import like
+from lightwork.spec.layout import ALIGNMENT, Layout, Span, span_of
+
+#: Buckets that backward may complete before they are taken.
+MAX_BACKLOG = 2
+
+#: Bytes between two blocks of a packed message.
+_PACKED_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Message:
+    """How a bucket of one partial sum travels: its blocks one after the other, each in its type."""
+
+    blocks: tuple[tuple[Span, torch.dtype, int], ...]  #: with the offset in bytes
+    num_bytes: int
+    stretch: tuple[int, int] | None  #: the elements of the layout that it is, if it need not be packed
+
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Return each block as a tensor in `buffer`, bytes."""
+        return [
+            buffer[offset : offset + span.numel * dtype.itemsize].view(dtype) for span, dtype, offset in self.blocks
+        ]
+
+
+def message_of(layout: Layout, dtypes: Sequence[torch.dtype], wire: torch.dtype, bucket: int) -> Message:
+    """Return how `bucket` travels; `dtypes` are those of the parameters' partial sums."""
+    spec = layout.buckets[bucket]
+    spans = [span_of(layout, block) for block in layout.blocks[spec.first_block : spec.end_block]]
+    of_blocks = [dtypes[span.blocks[0].parameter] for span in spans]
+    neighbours = all(0 <= after.start - before.end < ALIGNMENT for before, after in itertools.pairwise(spans))
+    first, end = spans[0].start, spans[-1].end
+    if neighbours and all(dtype is wire for dtype in of_blocks):
+        blocks = tuple((span, wire, (span.start - first) * wire.itemsize) for span in spans)
+        return Message(blocks, (end - first) * wire.itemsize, (first, end))
+    placed = []
+    at = 0
+    for span, dtype in zip(spans, of_blocks, strict=True):
+        placed.append((span, dtype, at))
+        at += -(-span.numel * dtype.itemsize // _PACKED_ALIGNMENT) * _PACKED_ALIGNMENT
+    return Message(tuple(placed), at, None)
+
+
+class Pool:
+    """Buffers of one size, used in turn by two threads."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._free: list[torch.Tensor] = []
+
+    def take(self) -> torch.Tensor:
+        """Return a buffer, bytes."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return torch.empty(self._num_bytes, dtype=torch.uint8)
+
+    def give_back(self, buffers: Iterable[torch.Tensor]) -> None:
+        """Take buffers back."""
+        self._free += buffers
+
+
+class Outbox:
+    """Filled by backward and emptied by another thread."""
+
+    def __init__(self, layout: Layout, dtypes: Sequence[torch.dtype], pool: Pool, messages: Sequence[Message]) -> None:
+        """`dtypes` and `messages` are those of the gradients of a single micro-batch; the pool has room for any."""
+        self.messages = messages
+        self._pool = pool
+        self._dtypes = dtypes
+        self._places: list[list[tuple[int, int, int, int]]] = [[] for _ in layout.parameters]
+        for bucket, message in enumerate(self.messages):
+            for span, _, offset in message.blocks:
+                block = span.blocks[0]
+                self._places[block.parameter].append((bucket, offset, block.start, block.end))
+        self._packed: dict[int, torch.Tensor] = {}
+        self._parameters = [
+            {block.parameter for block in layout.blocks[bucket.first_block : bucket.end_block]}
+            for bucket in layout.buckets
+        ]
+        self._buckets: list[list[int]] = [[] for _ in layout.parameters]
+        for bucket, parameters in enumerate(self._parameters):
+            for parameter in parameters:
+                self._buckets[parameter].append(bucket)
+        self._missing = [0] * len(layout.buckets)
+        self._changed = threading.Condition()
+        self._ahead = 0  # complete buckets that are not taken yet
+        self._is_awaited = False  # whether the other thread waits for backward
+        self._abandoned = False
+
+    def begin(self, expected: Iterable[int]) -> None:
+        """Start anew: these parameters are still to be folded."""
+        expected = set(expected)
+        with self._changed:
+            self._abandoned, self._ahead = False, 0
+            self._missing = [len(parameters & expected) for parameters in self._parameters]
+
+    def put(self, index: int, gradient: torch.Tensor, parameter: torch.Tensor) -> None:
+        """Pack the gradient of parameter `index`, rounded to its type on the way."""
+        if gradient.is_contiguous() and parameter.is_contiguous():
+            flat = gradient.view(-1)
+        else:  # in the order in which the parameter's elements lie in memory
+            flat = torch.empty(gradient.numel(), dtype=gradient.dtype)
+            like(flat, parameter).copy_(gradient)
+        dtype = self._dtypes[index]
+        for bucket, offset, start, end in self._places[index]:
+            if bucket not in self._packed:
+                self._packed[bucket] = self._pool.take()
+            place = self._packed[bucket][offset : offset + (end - start) * dtype.itemsize].view(dtype)
+            place.copy_(flat[start:end])
+
+    def packed(self, bucket: int) -> torch.Tensor:
+        """Return a complete bucket as it travels. Nobody reads what of it was not put."""
+        if bucket not in self._packed:
+            self._packed[bucket] = self._pool.take()
+        return self._packed[bucket][: self.messages[bucket].num_bytes]
+
+    def folded(self, parameter: int) -> None:
+        """Say that the gradient of an expected parameter is folded.
+
+        Blocks: while the other thread is busy and the backlog too long.
+        """
+        for bucket in self._buckets[parameter]:
+            self._missing[bucket] -= 1
+            if self._missing[bucket] == 0:
+                with self._changed:
+                    self._ahead += 1
+                    self._changed.notify_all()
+                    self._changed.wait_for(self._has_room)
+
+    def taken(self, bucket: int) -> None:
+        """Say that a bucket has left, or is added up."""
+        if bucket in self._packed:
+            self._pool.give_back([self._packed.pop(bucket)])
+        with self._changed:
+            self._ahead -= 1
+            self._changed.notify_all()
+
+    def _has_room(self) -> bool:
+        return self._abandoned or self._is_awaited or self._ahead <= MAX_BACKLOG
+
+    def complete(self) -> None:
+        """Say that backward has ended: everything is folded."""
+        with self._changed:
+            self._missing = [0] * len(self._missing)
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """Say that backward has failed: who waits gets an error."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
+
+    def wait(self, bucket: int) -> None:
+        """Return when the bucket is complete.
+
+        Raises: InterruptedError when backward has failed.
+        """
+        with self._changed:
+            self._is_awaited = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._abandoned or self._missing[bucket] == 0)
+            self._is_awaited = False
+            if self._abandoned:
+                raise InterruptedError("backward has failed")
