@@ -13,6 +13,7 @@ import torch
 from torch.distributed import HashStore
 
 from lightwork.errors import Disagreement, RankLost
+from lightwork.transport import group
 from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier, Pending
 from lightwork.transport.group import GlooCarrier
 
@@ -166,3 +167,21 @@ def test_whoever_sends_first_is_received_from_and_named(hosts: Hosts) -> None:
     assert sorted(received) == [(host, 10 * host + number) for host in (1, 2) for number in range(3)]
     for host in (1, 2):
         assert [number for sender, number in received if sender == host] == [10 * host + n for n in range(3)]
+
+
+def test_a_host_that_keeps_others_waiting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "NAME_AFTER_SECONDS", 0.5)
+    store, named = HashStore(), []
+
+    def job(carrier: Carrier) -> None:
+        tensor = torch.zeros(4)
+        if carrier.host:
+            time.sleep(2.5)
+            carrier.send(0, tensor, FIRST_TAG).wait()
+        else:
+            carrier.receive(1, tensor, FIRST_TAG).wait()
+        carrier.close()
+
+    run_all(lambda host: GlooCarrier(store, host, [0, 10], late=lambda *late: named.append(late)), 2, job)
+    assert [rank for rank, _ in named] == [10]
+    assert 0.5 < named[0][1] < 2.5

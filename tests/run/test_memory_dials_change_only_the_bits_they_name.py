@@ -249,6 +249,7 @@ def test_a_value_in_8_bits_is_off_by_at_most_half_a_level_of_its_block() -> None
         ({"9": "recompute"}, "activations names '9', which the model does not have"),
         ({"0": "recompute", "0.linear": "recompute"}, "'0' and '0.linear', which is inside it"),
         ("offload", "it is on a CPU already"),
+        ({"": "recompute", "0": "recompute"}, "activations names 'the model' and '0', which is inside it"),
         (7, "activations=7 is neither a value nor a choice by module"),
     ],
 )

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightwork
 from lightwork.launcher.team import fork_team
+from lightwork.spec.plan import Plan
 from lightwork.team.board import METRICS_BYTES
 from tests.cases import CASES, vectors
 from tests.training import distributed, new_folder, run_team, train
@@ -50,10 +51,18 @@ def raised(job: Callable[[], Any], num_workers: int = 1) -> str:
         ({"buffers": {"x": "median"}}, "buffers['x']='median' is not a rule"),
         ({"buffers": {"x": "mean"}}, "buffers names x, which the model does not have"),
         ({"fp32_modules": ("nope",), "precision": "bf16"}, "fp32_modules names 'nope'"),
+        ({"fp32_modules": ("nope",)}, "fp32_modules names 'nope'"),
+        ({"fp32_modules": "0"}, "fp32_modules='0' is not a list of names of modules"),
+        ({"fp32_modules": 3}, "fp32_modules=3 is not a list of names of modules"),
+        ({"buffers": "mean"}, "buffers='mean' is not a choice by name"),
+        ({"threads": 100_000}, "threads=100000 a worker is more than 1024"),
+        ({"plan": lambda: Plan(activations="recompute")}, "activations='recompute' is not a choice by module"),
+        ({"plan": lambda: Plan(activations={"0": "int8"})}, "activations has 'int8' in a plan, which takes keep"),
+        ({"plan": lambda: Plan(offload_dir=3)}, "offload_dir=3 is not the path of a folder"),
     ],
 )
 def test_an_impossible_spec_is_refused(settings: dict[str, Any], words: str) -> None:
-    assert words in raised(lambda: setting(**settings))
+    assert words in raised(lambda: setting(**{k: v() if callable(v) else v for k, v in settings.items()}))
 
 
 def test_left_out_the_micro_batch_is_an_eighth_rounded_up() -> None:

@@ -91,12 +91,14 @@ def resolve(model: nn.Module, activations: str | Mapping[str, str]) -> dict[str,
                 f"activations='offload' moves what {name} saves from a device to host memory, and it is on a CPU "
                 "already. Choose recompute, or int8."
             )
-    chosen = {name: value for name, value in chosen.items() if value != "keep"}
-    for outer in chosen:
-        inner = next((name for name in chosen if name.startswith(f"{outer}.")), None)
-        if inner is not None:
-            raise SpecError(f"activations names {outer!r} and {inner!r}, which is inside it. Name one of them.")
-    return chosen
+    for outer, value in chosen.items():
+        inner = next((name for name in chosen if name != outer and (not outer or name.startswith(f"{outer}."))), None)
+        if value != "keep" and inner is not None:
+            raise SpecError(
+                f"activations names {outer or 'the model'!r} and {inner!r}, which is inside it. Name one of them, or "
+                f"the modules beside {inner!r} one by one."
+            )
+    return {name: value for name, value in chosen.items() if value != "keep"}
 
 
 class Activations:

@@ -39,13 +39,13 @@ def describe_parameters(
     """
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     narrow = NARROW.get(spec.precision)
-    fp32 = _fp32_parameters(model, spec.fp32_modules) if narrow else None
+    fp32 = _fp32_parameters(model, spec.fp32_modules) if narrow or spec.fp32_modules else None
     parameters, specs = [], []
     for name, parameter in model.named_parameters():
         _check_supported(name, parameter)
         if not parameter.is_floating_point():
             continue
-        low = fp32 is not None and parameter not in fp32
+        low = narrow is not None and fp32 is not None and parameter not in fp32
         parameters.append(parameter)
         specs.append(
             ParameterSpec(

@@ -120,7 +120,7 @@ def distribute(
         "clip_grad_norm": clip_grad_norm,
         "threads": threads,
         "fp32_modules": fp32_modules,
-        "buffers": dict(buffers or {}),
+        "buffers": {} if buffers is None else buffers,
         "transport": transport,
         "placement": placement,
         "offload": offload,
@@ -211,7 +211,8 @@ def _settings(environment: Environment) -> Mapping[str, object]:
 def _spec(asked: Mapping[str, Any], optimizer: torch.optim.Optimizer, modes: Mapping[str, str]) -> Spec:
     values = {f.name: asked[f.name] for f in fields(Spec) if f.name in asked}
     values["micro_batch"] = choose_micro_batch(values["global_batch"], values["micro_batch"])
-    values["fp32_modules"] = tuple(values["fp32_modules"])
+    if isinstance(values["fp32_modules"], list):
+        values["fp32_modules"] = tuple(values["fp32_modules"])
     values["int8_activations"] = tuple(name for name, mode in modes.items() if mode == "int8")
     return Spec(**values, optimizer=describe_optimizer(optimizer))
 

@@ -252,7 +252,11 @@ def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous:
     if local_rank == 0 and len(hosts) > 1:
         leaders = [hosts.first_rank(other) for other in range(len(hosts))]
         address = rendezvous.address()
-        carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, address)
+
+        def late(rank: int, seconds: float) -> None:
+            notice(f"rank {environment.rank} has been waiting for rank {rank} for {seconds:.0f} s.")
+
+        carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, address, late=late)
         if blueprint.placement == "zero3":
             weights_carrier = GlooCarrier(rendezvous.store(f"weights {run_number}"), host, leaders, address, PATIENCE)
     memory = SharedMemory(store.buffer, memory_map, disk.buffer if disk else None)

@@ -16,6 +16,10 @@ Activation = Literal["keep", "recompute", "offload", "int8"]
 BufferRule = Literal["mean", "sum", "first", "last", "maximum", "minimum"]
 
 
+#: Threads of a worker, at most.
+MAX_THREADS = 1024
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """What is trained, to the bit. JSON both ways, diffable.
@@ -43,6 +47,8 @@ class Spec:
         _check_count("global_batch", self.global_batch)
         _check_count("micro_batch", self.micro_batch)
         _check_count("threads", self.threads)
+        if self.threads > MAX_THREADS:
+            raise SpecError(f"threads={self.threads} a worker is more than {MAX_THREADS}. threads=1 is the default.")
         if not _is_count(self.seed) or not 0 <= self.seed < 2**63:
             raise SpecError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1. seed=0 is the default.")
         if self.micro_batch > self.global_batch:
@@ -63,6 +69,12 @@ class Spec:
             raise SpecError(f"wire={self.wire!r} is not known. Choose one of {', '.join(get_args(Wire))}.")
         if self.clip_grad_norm is not None and not _is_positive(self.clip_grad_norm):
             raise SpecError(f"clip_grad_norm={self.clip_grad_norm!r} is not a positive number. None does not clip.")
+        if not isinstance(self.fp32_modules, tuple) or not all(isinstance(name, str) for name in self.fp32_modules):
+            raise SpecError(
+                f'fp32_modules={self.fp32_modules!r} is not a list of names of modules. Write ("head", "layers.0").'
+            )
+        if not isinstance(self.buffers, Mapping):
+            raise SpecError(f'buffers={self.buffers!r} is not a choice by name. Write {{"largest": "maximum"}}.')
         for name, rule in self.buffers.items():
             if rule not in get_args(BufferRule):
                 raise SpecError(

@@ -57,9 +57,19 @@ class Plan:
                 )
         if self.memory is not None:
             parse_bytes(str(self.memory))
-        odd = {value for value in self.activations.values() if value not in ("recompute", "offload")}
+        if not isinstance(self.activations, Mapping):
+            raise SpecError(
+                f'activations={self.activations!r} is not a choice by module. Write {{"layers.0": "recompute"}} in a '
+                "plan; distribute(activations=...) takes one value for all layers."
+            )
+        odd = {value for value in self.activations.values() if value not in ("keep", "recompute", "offload")}
         if odd:
-            raise SpecError(f"activations={odd.pop()!r} is not a plan's. Choose recompute or offload, by module.")
+            raise SpecError(
+                f"activations has {odd.pop()!r} in a plan, which takes keep, recompute and offload. What changes bits "
+                "(int8) is said to distribute(activations=...), for the spec."
+            )
+        if not isinstance(self.offload_dir, str):
+            raise SpecError(f"offload_dir={self.offload_dir!r} is not the path of a folder.")
         if self.shared_memory not in get_args(Memory):
             raise SpecError(
                 f"shared_memory={self.shared_memory!r} is not known. Choose one of {', '.join(get_args(Memory))}."

@@ -76,6 +76,9 @@ def create_disk_store(folder: Path, num_bytes: int) -> MappedStore:
 
     Raises: MemoryFull when the disk has not that much, or can not be written; SpecError when `folder` is no disk.
     """
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise SpecError(f"offload to disk would go to {folder}, which {what}. Name a folder on a disk: offload_dir=...")
     kind = _file_system(folder)
     if kind in ("tmpfs", "ramfs"):
         raise SpecError(
@@ -89,7 +92,7 @@ def create_disk_store(folder: Path, num_bytes: int) -> MappedStore:
             # Without its room, a full disk would be a bus error in the middle of training.
             os.posix_fallocate(fd, 0, num_bytes)
     except OSError as error:
-        free = format_bytes(shutil.disk_usage(folder).free) if folder.is_dir() else "nothing"
+        free = format_bytes(shutil.disk_usage(folder).free)
         raise MemoryFull(
             f"offload to disk needs {format_bytes(num_bytes)} in {folder} ({error.strerror}); {free} is free. Make "
             "room, or name another folder: offload_dir=..."

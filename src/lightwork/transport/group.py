@@ -6,7 +6,11 @@ exchange made of sends and receives (67 MB between two processes: 173 against 51
 
 from __future__ import annotations
 
+import math
 import re
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, final
 
@@ -21,20 +25,58 @@ if TYPE_CHECKING:
 #: How long a host may be silent. One that has died is noticed at once, by its closed connection.
 SILENCE = timedelta(minutes=30)
 
-#: ... that answers requests, which may be rare.
+#: How long one may be silent whose requests are awaited.
 PATIENCE = timedelta(days=365)
+
+#: Seconds after which a rank that is waited for is named.
+NAME_AFTER_SECONDS = 10.0
+
+
+#: Called with the rank that is waited for, and the seconds so far.
+Late = Callable[[int, float], None]
+
+
+class _Watcher:
+    """Names the ranks that a thread of this process waits for, ten seconds after it began and then once a minute."""
+
+    def __init__(self, late: Late) -> None:
+        self._late = late
+        self._waits: dict[int, tuple[int, float]] = {}  # by thread: for which rank, since when
+        self._is_closed = threading.Event()
+        threading.Thread(target=self._run, name="lightwork watcher", daemon=True).start()
+
+    def begin(self, rank: int) -> None:
+        self._waits[threading.get_ident()] = rank, time.monotonic()
+
+    def end(self) -> None:
+        self._waits.pop(threading.get_ident(), None)
+
+    def close(self) -> None:
+        self._is_closed.set()
+
+    def _run(self) -> None:
+        named: dict[int, float] = {}  # by rank, when
+        while not self._is_closed.wait(1.0):
+            now = time.monotonic()
+            for rank, start in list(self._waits.values()):
+                if now - start > NAME_AFTER_SECONDS and now - named.get(rank, -math.inf) > 6 * NAME_AFTER_SECONDS:
+                    named[rank] = now
+                    self._late(rank, now - start)
 
 
 @final
 class _Work(Pending):
-    def __init__(self, work: Work, tensor: torch.Tensor, rank: int, other: int) -> None:
+    def __init__(self, work: Work, tensor: torch.Tensor, rank: int, other: int, watcher: _Watcher | None) -> None:
         self._work = work
         self._tensor = tensor  # kept alive: the network reads or writes it
         self._rank = rank
         self._other = other
+        self._watcher = watcher
 
     def wait(self) -> None:
         """Wait in the kernel, without holding Python's lock."""
+        if self._watcher is not None:
+            self._watcher.begin(self._other)
         try:
             self._work.wait()
         except RuntimeError as error:
@@ -42,6 +84,9 @@ class _Work(Pending):
                 f"rank {self._rank} lost its connection to rank {self._other} ({_reason(error)}). Its process ended, "
                 "or the network between them did; see its log."
             ) from error
+        finally:
+            if self._watcher is not None:
+                self._watcher.end()
 
 
 @final
@@ -58,10 +103,11 @@ class GlooCarrier(Carrier):
         leaders: list[int],
         address: str | None = None,
         silence: timedelta = SILENCE,
+        late: Late | None = None,
     ) -> None:
         """`address` is this machine's, as the others reach it; None leaves it to Gloo (GLOO_SOCKET_IFNAME).
 
-        `silence` is how long a host may be silent.
+        `silence` is how long a host may be silent; `late` is told of those that are waited for before that.
         """
         # torch's type stubs leave out most of this class.
         from torch.distributed import ProcessGroupGloo as Gloo
@@ -72,6 +118,7 @@ class GlooCarrier(Carrier):
         options._timeout = silence
         device = make.create_device(hostname=address) if address is not None else make.create_default_device()
         options._devices = [device]
+        self._watcher = _Watcher(late) if late is not None else None
         self._group: Any = make(store, host, len(leaders), options)
 
     def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
@@ -95,6 +142,8 @@ class GlooCarrier(Carrier):
 
     def close(self) -> None:
         """Close the connections: the others notice."""
+        if self._watcher is not None:
+            self._watcher.close()
         self._group = None
 
     def _open(self) -> Any:
@@ -103,7 +152,7 @@ class GlooCarrier(Carrier):
         return self._group
 
     def _pending(self, work: Work, tensor: torch.Tensor, host: int) -> Pending:
-        return _Work(work, tensor, self.leaders[self.host], self.leaders[host])
+        return _Work(work, tensor, self.leaders[self.host], self.leaders[host], self._watcher)
 
 
 def _reason(error: RuntimeError) -> str:
