@@ -72,7 +72,7 @@ class Ended:
         who = f"rank {self.rank} (pid {self.pid})"
         if self.status < 0:
             hints: dict[int, str] = {
-                signal.SIGKILL: " Somebody killed it, or the kernel when memory ran out (see dmesg; use fewer workers).",
+                signal.SIGKILL: " Somebody killed it, or the kernel when memory ran out (see dmesg; use fewer).",
                 signal.SIGSEGV: " A crash in compiled code: run with python -X faulthandler.",
                 signal.SIGBUS: " Shared memory without room behind it: the host or its container is out of memory.",
             }
