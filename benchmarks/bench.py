@@ -301,15 +301,19 @@ CASES = (
         competitors=[
             lightwork(1, "transport=group"),
             lightwork(1, "transport=group", "placement=zero1", name="lightwork/zero1"),
-            *peers(("ddp", "zero1", "fsdp2")),
+            lightwork(1, "transport=group", "placement=zero2", name="lightwork/zero2"),
+            lightwork(1, "transport=group", "placement=zero3", name="lightwork/zero3"),
+            *peers(("ddp", "zero1", "fsdp2", "fsdp2/reshard")),
         ],
         claims=[
             Claim(text="step over DDP's, replicated", ours="lightwork", theirs=["ddp"], bar=1.0),
             Claim(
                 text="step over ZeroRedundancyOptimizer's, ZeRO-1", ours="lightwork/zero1", theirs=["zero1"], bar=1.0
             ),
+            Claim(text="step over FSDP2's, ZeRO-2", ours="lightwork/zero2", theirs=["fsdp2"], bar=1.0),
+            Claim(text="step over FSDP2's, ZeRO-3", ours="lightwork/zero3", theirs=["fsdp2/reshard"], bar=1.0),
         ],
-        keep=("ddp", "zero1", "fsdp2"),
+        keep=("ddp", "zero1", "fsdp2", "fsdp2/reshard"),
     ),
     Case(
         name="group-bf16",
@@ -320,15 +324,19 @@ CASES = (
         competitors=[
             lightwork(1, "transport=group", "wire=bf16"),
             lightwork(1, "transport=group", "wire=bf16", "placement=zero1", name="lightwork/zero1"),
-            *peers((*BF16_DDP, "zero1", "fsdp2")),
+            lightwork(1, "transport=group", "wire=bf16", "placement=zero2", name="lightwork/zero2"),
+            lightwork(1, "transport=group", "wire=bf16", "placement=zero3", name="lightwork/zero3"),
+            *peers((*BF16_DDP, "zero1", "fsdp2", "fsdp2/reshard")),
         ],
         claims=[
             Claim(text="step over DDP's, replicated", ours="lightwork", theirs=BF16_DDP, bar=1.0),
             Claim(
                 text="step over ZeroRedundancyOptimizer's, ZeRO-1", ours="lightwork/zero1", theirs=["zero1"], bar=1.0
             ),
+            Claim(text="step over FSDP2's, ZeRO-2", ours="lightwork/zero2", theirs=["fsdp2"], bar=1.0),
+            Claim(text="step over FSDP2's, ZeRO-3", ours="lightwork/zero3", theirs=["fsdp2/reshard"], bar=1.0),
         ],
-        keep=(*BF16_DDP, "zero1", "fsdp2"),
+        keep=(*BF16_DDP, "zero1", "fsdp2", "fsdp2/reshard"),
     ),
     Case(
         name="recompute",
