@@ -19,7 +19,7 @@ from lightwork.engine.weights import like
 from lightwork.spec.layout import ALIGNMENT, Layout, Span, span_of
 
 #: Buckets that backward may complete before they are taken.
-MAX_BACKLOG = 2
+MAX_BACKLOG = 8
 
 #: Bytes between two blocks of a packed message.
 _PACKED_ALIGNMENT = 64
