@@ -98,3 +98,19 @@ def test_training_leaves_torchs_compiler_out_until_the_script_imports_it(tmp_pat
     before, after = result.out.splitlines()
     assert before == "before False"
     assert after == "after 1 torch._dynamo.eval_frame", "torch's own way, as soon as there is a compiler"
+
+
+def test_the_main_worker_may_call_a_model_with_sharded_weights_after_the_others_have_ended(tmp_path: Path) -> None:
+    end = """\
+if run.is_main:
+    time.sleep(0.5)
+    with torch.no_grad():
+        print("finite", bool(model(torch.randn(4, 6)).isfinite().all()))
+"""
+    # Large enough for a bucket that the other worker owns.
+    large = "torch.nn.Linear(6, 1500), torch.nn.Tanh(), torch.nn.Linear(1500, 1500), torch.nn.Linear(1500, 3)"
+    text = script(end=end).replace("torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)", large)
+    assert large in text
+    result = lightwork_run(tmp_path, text, "--transport", "group", "--set", "placement=zero3")
+    assert result.status == 0, result.text
+    assert "finite True" in result.out

@@ -89,11 +89,14 @@ def sharded_memory() -> dict[str, int]:
     return resident(run)
 
 
-def test_zero1_holds_a_share_of_masters_and_state_and_all_of_the_rest() -> None:
+@pytest.mark.parametrize("settings", [ZERO1, ZERO2, ZERO3], ids=str)
+def test_each_host_holds_its_share_and_all_of_what_is_not_shared_out(settings: dict[str, Any]) -> None:
     whole = 4 * 1024 * 1025
-    (full, _), (half, other) = (run_team(2, sharded_memory, settings=settings) for settings in (GROUP, ZERO1))
+    (full, _), (half, other) = (run_team(2, sharded_memory, settings=settings) for settings in (GROUP, settings))
     for name in ("masters", "state exp_avg", "state exp_avg_sq"):
         assert full[name] == pytest.approx(whole * 4, rel=0.01)
         assert half[name] + other[name] == pytest.approx(whole * 4, rel=0.01)
         assert half[name] < whole * 4 * 0.7
-    assert half["working"] == other["working"] == full["working"] == pytest.approx(whole * 2, rel=0.01)
+    shared_out = settings == ZERO3
+    assert half["working"] + other["working"] == pytest.approx(whole * (2 if shared_out else 4), rel=0.02)
+    assert full["working"] == pytest.approx(whole * 2, rel=0.01)

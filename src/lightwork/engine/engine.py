@@ -231,6 +231,11 @@ class Engine:
             raise ValueError("this worker does not speak to other hosts")
         return self._exchange
 
+    @property
+    def serves_weights(self) -> bool:
+        """Whether other hosts read weights that this one has."""
+        return self._sharded_weights is not None
+
     def detach(self) -> None:
         """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
         self._gradients.close()

@@ -262,12 +262,17 @@ class ShardedWeights(TorchFunctionMode):
         if parameter != self._parameter[1]:
             self._following[self._parameter] = parameter
             self._parameter = self._parameter[1], parameter
-        for bucket in buckets:
-            self._ask(bucket)
-        self._ask_ahead(buckets)
-        for bucket in buckets:
-            self._arrive(bucket)
-            self._here.move_to_end(bucket)
+        try:
+            for bucket in buckets:
+                self._ask(bucket)
+            self._ask_ahead(buckets)
+            for bucket in buckets:
+                self._arrive(bucket)
+                self._here.move_to_end(bucket)
+        except RankLost as error:
+            raise RankLost(
+                f"{error} It owns weights that are read here (placement zero3), so it has to run as long as they are."
+            ) from error
         self._make_room()
 
     def _ask_ahead(self, needed: Sequence[int]) -> None:
@@ -298,13 +303,7 @@ class ShardedWeights(TorchFunctionMode):
 
     def _arrive(self, bucket: int) -> None:
         for pending in self._coming.pop(bucket, ()):
-            try:
-                pending.wait()
-            except RankLost as error:
-                raise RankLost(
-                    f"{error} It owns weights that are read here (placement zero3): call the model while all workers "
-                    "run, and at the end of a script use run.state_dict(), which every worker calls."
-                ) from error
+            pending.wait()
         self._here[bucket] = None
 
     def _make_room(self) -> None:

@@ -288,15 +288,21 @@ def _register_exit(run: Run, team: Team) -> None:
     """See that the others learn of this worker's end, whichever way it comes."""
     reference = weakref.ref(run)
 
+    has_failed = False
+
     def at_exit() -> None:
         run = reference()
         if run is not None:
+            if not has_failed:
+                run.stay_while_needed()
             run.close()
             team.board.announce(Activity.ENDED)
 
     previous = sys.excepthook
 
     def on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        nonlocal has_failed
+        has_failed = True
         if isinstance(error, RankFailed):
             # The cause is shown where it happened; a second traceback would hide it.
             notice(str(error))

@@ -22,7 +22,7 @@ from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, fe
 from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
 from lightwork.engine.scaling import Scale
-from lightwork.errors import CheckpointError, UsageError
+from lightwork.errors import CheckpointError, TeamError, UsageError
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.guard import Guard
 from lightwork.run.join import Team
@@ -400,6 +400,12 @@ class Run:
         self._engine.weights.accept_versions()
         self._engine.buffers.restore()
         self._trace.event("load", step=checkpoint.step)
+
+    def stay_while_needed(self) -> None:
+        """At the end of the script: wait for the others, if they may still read weights that are here."""
+        if self._engine.serves_weights and not self._closed:
+            with contextlib.suppress(TeamError):  # who is not coming any more is named elsewhere
+                self._team.meet("the end of the script")
 
     def close(self) -> None:
         """Give model and optimizer back to plain PyTorch and end the trace. Called at exit; not collective."""

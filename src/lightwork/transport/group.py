@@ -80,10 +80,7 @@ class _Work(Pending):
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise RankLost(
-                f"rank {self._rank} lost its connection to rank {self._other} ({_reason(error)}). Its process ended, "
-                "or the network between them did; see its log."
-            ) from error
+            raise _lost(self._rank, self._other, error) from error
         finally:
             if self._watcher is not None:
                 self._watcher.end()
@@ -123,11 +120,11 @@ class GlooCarrier(Carrier):
 
     def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
         """Begin to send."""
-        return self._pending(self._open().send([tensor], host, tag), tensor, host)
+        return self._begin("send", tensor, host, tag)
 
     def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
         """Begin to receive."""
-        return self._pending(self._open().recv([tensor], host, tag), tensor, host)
+        return self._begin("recv", tensor, host, tag)
 
     def receive_from_any(self, tensor: torch.Tensor, tag: int) -> int:
         """Receive from whoever sends first."""
@@ -151,8 +148,21 @@ class GlooCarrier(Carrier):
             raise RankLost(f"rank {self.leaders[self.host]} has closed its connections: its run was ended.")
         return self._group
 
-    def _pending(self, work: Work, tensor: torch.Tensor, host: int) -> Pending:
+    def _begin(self, call: str, tensor: torch.Tensor, host: int, tag: int) -> Pending:
+        group = self._open()
+        begin = group.send if call == "send" else group.recv
+        try:
+            work = begin([tensor], host, tag)
+        except RuntimeError as error:
+            raise _lost(self.leaders[self.host], self.leaders[host], error) from error
         return _Work(work, tensor, self.leaders[self.host], self.leaders[host], self._watcher)
+
+
+def _lost(rank: int, other: int, error: RuntimeError) -> RankLost:
+    return RankLost(
+        f"rank {rank} lost its connection to rank {other} ({_reason(error)}). Its process ended, or the network "
+        "between them did; see its log."
+    )
 
 
 def _reason(error: RuntimeError) -> str:

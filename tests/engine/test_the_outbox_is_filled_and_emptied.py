@@ -1,0 +1,108 @@
+"""Buckets that leave beside backward: complete when all of theirs is folded, packed as they travel, few at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from lightwork.engine import outbox as outbox_module
+from lightwork.engine.outbox import Outbox, Pool, message_of
+from lightwork.spec.layout import Layout, ParameterSpec, lay_out
+
+TYPES = (torch.bfloat16, torch.float32)
+
+
+def layout_of(sizes: list[int]) -> Layout:
+    return lay_out([ParameterSpec(name=str(i), shape=(n,), dtype="float32", group=0) for i, n in enumerate(sizes)])
+
+
+def make(sizes: list[int], dtype: torch.dtype = torch.float32) -> tuple[Outbox, Layout]:
+    layout = layout_of(sizes)
+    dtypes = [dtype] * len(sizes)
+    messages = [message_of(layout, dtypes, torch.float32, bucket) for bucket in range(len(layout.buckets))]
+    return Outbox(layout, dtypes, Pool(max(m.num_bytes for m in messages)), messages), layout
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_what_is_put_is_what_the_message_says(dtype: torch.dtype) -> None:
+    sizes = [3_000_000, 5, 700_000]
+    outbox, layout = make(sizes, dtype)
+    outbox.begin(range(3))
+    gradients = [torch.randn(size, dtype=dtype) for size in sizes]
+    for index, gradient in enumerate(gradients):
+        outbox.put(index, gradient, gradient)
+    for bucket, message in enumerate(outbox.messages):
+        for (span, _, _), view in zip(message.blocks, message.views(outbox.packed(bucket)), strict=True):
+            block = span.blocks[0]
+            assert torch.equal(view, gradients[block.parameter][block.start : block.end])
+    assert len(layout.buckets) == 4
+
+
+def test_a_gradient_travels_in_the_order_in_which_its_parameter_lies_in_memory() -> None:
+    outbox, _ = make([24])
+    parameter = torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    gradient = torch.randn(2, 3, 2, 2)
+    outbox.begin(range(1))
+    outbox.put(0, gradient, parameter)
+    (view,) = outbox.messages[0].views(outbox.packed(0))
+    assert torch.equal(view.as_strided(parameter.shape, parameter.stride()), gradient)
+
+
+def test_a_bucket_is_awaited_until_all_of_it_is_folded_or_backward_ends_or_fails() -> None:
+    outbox, _ = make([600_000, 600_000, 400_000])  # two buckets, the second of two parameters
+    seen: list[object] = []
+
+    def empty() -> None:
+        try:
+            for bucket in (1, 0, 1):
+                outbox.wait(bucket)
+                seen.append(bucket)
+        except InterruptedError as error:
+            seen.append(str(error))
+
+    outbox.begin(range(3))
+    thread = threading.Thread(target=empty)
+    thread.start()
+    outbox.folded(2)
+    time.sleep(0.05)
+    assert seen == []
+    outbox.folded(1)
+    time.sleep(0.05)
+    assert seen == [1]
+    outbox.complete()
+    thread.join(5)
+    assert seen == [1, 0, 1]
+    outbox.begin(range(3))
+    thread = threading.Thread(target=empty)
+    thread.start()
+    outbox.abandon()
+    thread.join(5)
+    assert seen[3:] == ["backward has failed"]
+
+
+def test_backward_waits_when_it_is_too_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "MAX_BACKLOG", 2)
+    outbox, layout = make([1024 * 1024] * 5)
+    assert len(layout.buckets) == 5
+    outbox.begin(range(5))
+    folded: list[int] = []
+
+    def fill() -> None:
+        for index in reversed(range(5)):
+            outbox.folded(index)
+            folded.append(index)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    time.sleep(0.1)
+    assert folded == [4, 3]  # the third is complete, and is waited with
+    outbox.taken(4)
+    time.sleep(0.1)
+    assert folded == [4, 3, 2]
+    for bucket in (3, 2, 1, 0):
+        outbox.taken(bucket)
+    thread.join(5)
+    assert not thread.is_alive()
