@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lightwork.engine import early
 from lightwork.engine.buffers import Buffers
 from lightwork.engine.exchange import TURNS_AT_ONCE
 from lightwork.engine.gradients import Slots
@@ -83,6 +84,13 @@ class Blueprint:
         """Whether any parameter has a working weight of its own."""
         return any(p.dtype != "float32" for p in self.layout.parameters)
 
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether a bucket is updated as soon as its gradient is there (`early`)."""
+        needs_norm = self.spec.clip_grad_norm is not None or self.spec.precision == "fp16"
+        is_alone = self.hosts.world_size == 1 and self.spec.num_micro_batches == 1
+        return is_alone and not needs_norm and self.layout.numel >= early.WORTH_IT
+
     def regions_on_disk(self, offload: Mapping[str, str]) -> frozenset[str]:
         """Return the regions of the shared memory that `offload` puts on disk."""
         narrow = self._is_narrow
@@ -142,7 +150,7 @@ class Blueprint:
             optimizer   the state (8 P for Adam), and 4 P for masters under bf16; 1 / H of them from zero1 on
             gradients   with several hosts the sum over all, in the wire format: 4 P or 2 P; 1 / H of it from zero1 on.
                         The workers' partial sums: up to log2(m) + 1 for m micro-batches each. On a host of one worker
-                        the last gradient is not kept: it leaves from where autograd has put it.
+                        the last gradient is not kept, nor where the update is in backward.
         """
         parameters = self.layout.parameters
         trained, low = self._elements(range(len(self.layout.buckets)))
@@ -178,6 +186,7 @@ class Blueprint:
         for index in micro_batches:
             chain, node = fold(index - micro_batches.start, len(micro_batches), held)
             leaves = len(self.hosts) > 1 and self.world_size == 1 and index == micro_batches[-1]
+            leaves = leaves or self.updates_in_backward
             if not (leaves and (not chain or self.placement in ("zero2", "zero3"))):
                 slot = next(s for s in range(len(held) + 1) if s not in held.values())
                 slots[slot] = slots.get(slot, True) and not chain

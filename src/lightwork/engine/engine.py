@@ -29,6 +29,7 @@ from lightwork.engine.activations import Activations
 from lightwork.engine.background import Background
 from lightwork.engine.blueprint import DTYPES_OF_WIRE, Blueprint
 from lightwork.engine.buffers import Buffers
+from lightwork.engine.early import UpdateInBackward
 from lightwork.engine.exchange import Exchange, Total, Touched
 from lightwork.engine.gradients import Fold, Gradients, Slots
 from lightwork.engine.materialise import load, reset
@@ -37,6 +38,7 @@ from lightwork.engine.optimizer import (
     BlockOptimizer,
     hyper_parameters,
 )
+from lightwork.engine.outbox import make_outbox
 from lightwork.engine.precision import Compute
 from lightwork.engine.random import seed_everything
 from lightwork.engine.residency import Residency
@@ -139,6 +141,10 @@ class Engine:
         self.loss_scale = LossScale(memory, enabled=self.spec.precision == "fp16")
         self._measures = self.loss_scale.enabled or self.spec.clip_grad_norm is not None
         self._updater = Updater(self.weights, slots, self.state)
+        self._early: UpdateInBackward | None = None
+        if blueprint.updates_in_backward:
+            outbox = make_outbox(self.weights.layout, slots.leaf_dtypes, slots.wire)
+            self._early = UpdateInBackward(self.weights, outbox, self._updater, self.residency)
         self._num_optimized = sum(len(group["params"]) for group in blueprint.optimizer.param_groups)
         self._num_micro_batches = 0
         self._num_computed = 0  # by this worker, in this step
@@ -167,9 +173,15 @@ class Engine:
         self.residency.watch(self.model)
         if self._sharded_weights is not None:
             self._sharded_weights.watch(self.model)
-        self._wrapped = Activations(self.model, self._activations, self._sharded_weights or self.weights)
+        saved = self._sharded_weights or self._early or self.weights
+        self._wrapped = Activations(self.model, self._activations, saved)
         self.compute = Compute(
-            self.spec.precision, self.weights, self.model, complete=not self._sharded, sharded=self._sharded_weights
+            self.spec.precision,
+            self.weights,
+            self.model,
+            complete=not self._sharded,
+            sharded=self._sharded_weights,
+            early=self._early,
         )
 
     def take_from_first_host(self) -> None:
@@ -271,7 +283,7 @@ class Engine:
         The loss is scaled by weight / micro_batch, and the sum divided by the same of the whole batch: exact for a
         single full micro-batch. (And both by the loss scale, a power of two.)
         """
-        fold = self._begin_fold(index)
+        fold = self._begin_fold(step, index, weight)
         if weight == 0:
             self._gradients.run(None)
             return fold
@@ -281,15 +293,19 @@ class Engine:
         self.buffers.restore()
         return fold
 
-    def skip(self, index: int) -> Fold:
+    def skip(self, step: int, index: int) -> Fold:
         """Fold a micro-batch without samples: one without gradients."""
-        fold = self._begin_fold(index)
+        fold = self._begin_fold(step, index, 0.0)
         self._gradients.run(None)
         return fold
 
-    def _begin_fold(self, index: int) -> Fold:
+    def _begin_fold(self, step: int, index: int, weight: float) -> Fold:
         """Begin to fold a micro-batch's gradients and, with the last one, to exchange what is complete."""
         self.buffers.capture(index)
+        if self._early is not None and self._early.begin(weight / self.spec.micro_batch * self.loss_scale.of(step)):
+            fold = self._gradients.begin(index, self._num_micro_batches, self._early.outbox)
+            self._early.follow(self._gradients.touched)
+            return fold
         exchange = self._exchange if self._is_last_of_host() else None
         fold = self._gradients.begin(index, self._num_micro_batches, exchange.outbox if exchange else None)
         if exchange is not None:
@@ -368,7 +384,9 @@ class Engine:
         """Measure or update the claimed bucket, or combine the buffers, and return what to do next."""
         start = time.perf_counter()
         step_map = self._step_map(step)
-        norm_squared: float | None = None
+        norm_squared = self._early.take_norm(action.item) if self._early is not None else None
+        if norm_squared is not None:
+            return self.board.finished_bucket(step, action, norm_squared)
         with torch.no_grad():
             if action.kind is Kind.UPDATE and action.item == len(self.weights.layout.buckets):
                 self.buffers.combine(self._weights_of(step), self.spec.micro_batch)

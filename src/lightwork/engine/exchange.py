@@ -30,9 +30,9 @@ import torch
 
 from lightwork.engine.background import Background
 from lightwork.engine.buffers import Buffers
-from lightwork.engine.gradients import LEAF, Slots
+from lightwork.engine.gradients import Slots
 from lightwork.engine.memory import SharedMemory
-from lightwork.engine.outbox import Message, Outbox, Pool, message_of
+from lightwork.engine.outbox import Message, make_outbox, message_of
 from lightwork.engine.sums import Adder
 from lightwork.spec.hosts import Hosts
 from lightwork.spec.layout import Layout, Span
@@ -122,13 +122,10 @@ class Exchange:
         self._adder = Adder(slots.wire)
         self._layout = layout
         sums = [slots.wire] * len(layout.parameters)
-        leaves = [slots.dtype(LEAF, parameter) for parameter in range(len(layout.parameters))]
-        self._sums, packed = (
-            [message_of(layout, dtypes, slots.wire, bucket) for bucket in range(len(layout.buckets))]
-            for dtypes in (sums, leaves)
-        )
-        self._pool = Pool(max((message.num_bytes for message in (*self._sums, *packed)), default=0))
-        self.outbox = Outbox(layout, leaves, self._pool, packed)
+        self._sums = [message_of(layout, sums, slots.wire, bucket) for bucket in range(len(layout.buckets))]
+        largest = max((message.num_bytes for message in self._sums), default=0)
+        self.outbox = make_outbox(layout, slots.leaf_dtypes, slots.wire, room=largest)
+        self._pool = self.outbox.pool
         self._thread: Background[Total] = Background("exchange")
         self._going: Future[Total] | None = None
         self.busy_seconds = 0.0  #: of the thread in this step, waits for backward left out

@@ -49,6 +49,11 @@ class Slots:
         is_sum = node.end - node.first > 1
         return self.wire if is_sum or self.wire is not torch.float32 else self._dtypes[parameter]
 
+    @property
+    def leaf_dtypes(self) -> list[torch.dtype]:
+        """The types of the parameters' gradients of a single micro-batch."""
+        return [self.dtype(LEAF, parameter) for parameter in range(len(self._dtypes))]
+
     def elements(self, rank: int, slot: int, node: Node, parameter: int, start: int, end: int) -> torch.Tensor:
         """Return elements `start` to `end` of a parameter in the partial sum `node` of `rank`, flat."""
         first = (rank * self._num_slots + slot) * self._layout.numel + self._layout.offsets[parameter]

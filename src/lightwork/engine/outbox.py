@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,12 +78,13 @@ class Pool:
 
 
 class Outbox:
-    """Filled by backward and emptied by another thread."""
+    """Filled by backward, and emptied by another thread or by `on_complete`."""
 
     def __init__(self, layout: Layout, dtypes: Sequence[torch.dtype], pool: Pool, messages: Sequence[Message]) -> None:
         """`dtypes` and `messages` are those of the gradients of a single micro-batch; the pool has room for any."""
         self.messages = messages
-        self._pool = pool
+        self.on_complete: Callable[[int], None] | None = None  #: called within backward, in place of a thread
+        self.pool = pool
         self._dtypes = dtypes
         self._places: list[list[tuple[int, int, int, int]]] = [[] for _ in layout.parameters]
         for bucket, message in enumerate(self.messages):
@@ -122,14 +123,14 @@ class Outbox:
         dtype = self._dtypes[index]
         for bucket, offset, start, end in self._places[index]:
             if bucket not in self._packed:
-                self._packed[bucket] = self._pool.take()
+                self._packed[bucket] = self.pool.take()
             place = self._packed[bucket][offset : offset + (end - start) * dtype.itemsize].view(dtype)
             place.copy_(flat[start:end])
 
     def packed(self, bucket: int) -> torch.Tensor:
         """Return a complete bucket as it travels. Nobody reads what of it was not put."""
         if bucket not in self._packed:
-            self._packed[bucket] = self._pool.take()
+            self._packed[bucket] = self.pool.take()
         return self._packed[bucket][: self.messages[bucket].num_bytes]
 
     def folded(self, parameter: int) -> None:
@@ -139,7 +140,9 @@ class Outbox:
         """
         for bucket in self._buckets[parameter]:
             self._missing[bucket] -= 1
-            if self._missing[bucket] == 0:
+            if self._missing[bucket] == 0 and self.on_complete is not None:
+                self.on_complete(bucket)
+            elif self._missing[bucket] == 0:
                 with self._changed:
                     self._ahead += 1
                     self._changed.notify_all()
@@ -148,7 +151,7 @@ class Outbox:
     def taken(self, bucket: int) -> None:
         """Say that a bucket has left, or is added up."""
         if bucket in self._packed:
-            self._pool.give_back([self._packed.pop(bucket)])
+            self.pool.give_back([self._packed.pop(bucket)])
         with self._changed:
             self._ahead -= 1
             self._changed.notify_all()
@@ -158,6 +161,9 @@ class Outbox:
 
     def complete(self) -> None:
         """Say that backward has ended: everything is folded."""
+        if self.on_complete is not None:
+            for bucket in reversed([bucket for bucket, missing in enumerate(self._missing) if missing > 0]):
+                self.on_complete(bucket)
         with self._changed:
             self._missing = [0] * len(self._missing)
             self._changed.notify_all()
@@ -180,3 +186,9 @@ class Outbox:
             self._is_awaited = False
             if self._abandoned:
                 raise InterruptedError("backward has failed")
+
+
+def make_outbox(layout: Layout, dtypes: Sequence[torch.dtype], wire: torch.dtype, *, room: int = 0) -> Outbox:
+    """Return an outbox for gradients of these types; its pool has room for any, and for messages of `room` bytes."""
+    messages = [message_of(layout, dtypes, wire, bucket) for bucket in range(len(layout.buckets))]
+    return Outbox(layout, dtypes, Pool(max((room, *(message.num_bytes for message in messages)))), messages)

@@ -17,6 +17,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightwork.engine.early import UpdateInBackward
 from lightwork.engine.sharding import ShardedWeights
 from lightwork.engine.weights import DTYPES, NARROW, Weights
 from lightwork.errors import UsageError
@@ -97,9 +98,14 @@ class Compute:
         *,
         complete: bool,
         sharded: ShardedWeights | None = None,
+        early: UpdateInBackward | None = None,
     ) -> None:
-        """`complete` is False where this host does not hold all masters; `sharded` brings weights of other hosts."""
+        """`complete` is False where this host does not hold all masters; `sharded` brings weights of other hosts.
+
+        `early` watches what autograd saves.
+        """
         self._sharded = sharded
+        self._early = early
         self._dtype = DTYPES[NARROW.get(precision, "float32")]
         self._masters = MasterWeights(weights, complete=complete) if precision in NARROW else None
         classes = {cls for module in model.modules() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
@@ -110,7 +116,10 @@ class Compute:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Be in the precision of the spec: around the body of the inner loop, or an evaluation."""
-        with self._sharded.active() if self._sharded else contextlib.nullcontext():
+        with (
+            self._sharded.active() if self._sharded else contextlib.nullcontext(),
+            self._early.watching() if self._early else contextlib.nullcontext(),
+        ):
             if self._masters is None:
                 yield
                 return

@@ -17,7 +17,6 @@ backward), less what stays between them.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,7 +87,6 @@ class ShardedWeights(TorchFunctionMode):
         self._regions = [
             (name, flat.data_ptr(), flat.numel() * flat.itemsize, flat.itemsize) for name, flat in weights.flats.items()
         ]
-        self._storages = {flat.untyped_storage().data_ptr() for flat in weights.flats.values()}
         self._here: OrderedDict[int, None] = OrderedDict()  # buckets, the least recently used first
         self._coming: dict[int, list[Pending]] = {}
         self._parameter = (-1, -1)  # the last two that were needed
@@ -237,22 +235,11 @@ class ShardedWeights(TorchFunctionMode):
     def _find(self, value: Any) -> Iterable[int]:
         """Return the parameters whose memory a value is, or the values of a list."""
         if isinstance(value, torch.Tensor):
-            index = self._parameter_of(value)
+            index = self._weights.parameter_of(value)
             return () if index is None else (index,)
         if isinstance(value, (list, tuple)):
             return [index for item in value for index in self._find(item)]
         return ()
-
-    def _parameter_of(self, tensor: torch.Tensor) -> int | None:
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.numel() == 0:
-            return None
-        if tensor.untyped_storage().data_ptr() not in self._storages:
-            return None
-        address = tensor.data_ptr()
-        for _, start, num_bytes, itemsize in self._regions:
-            if start <= address < start + num_bytes:
-                return bisect.bisect_right(self._weights.layout.offsets, (address - start) // itemsize) - 1
-        return None
 
     # --- their way --------------------------------------------------------------------------------------------------
 

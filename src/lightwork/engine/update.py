@@ -77,14 +77,25 @@ class Updater:
                 gradients += [self._gradient(part, out) for part, out in parts]
         return gradients
 
+    def gradients_of_one(
+        self, bucket: int, leaves: Sequence[torch.Tensor | None], divisor: float
+    ) -> list[torch.Tensor | None]:
+        """Return the mean gradient of each block of a bucket, flat, where one micro-batch is the whole step.
+
+        `leaves` are that micro-batch's; None where it did not touch the parameter.
+        """
+        spaces = [out for _, _, parts in self._spaces[bucket] for _, out in parts]
+        return [
+            None if leaf is None else _divided(leaf, divisor, out) for leaf, out in zip(leaves, spaces, strict=True)
+        ]
+
     def apply(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> float:
         """Take the optimizer's step with `gradients` and write the working weights; return their squared norm."""
-        step_map = self._current()
         squared = norm_squared(gradients)
-        if step_map.scale != 1.0:
+        if self._map is not None and self._map.scale != 1.0:
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(step_map.scale)
+                    gradient.mul_(self._map.scale)
         self._optimizer.update(bucket, gradients)
         spec = self._layout.buckets[bucket]
         blocks = self._layout.blocks[spec.first_block : spec.end_block]
@@ -132,14 +143,16 @@ class Updater:
         places = self._current().places
         space = out if self._slots.wire is torch.float32 else self._sum[: span.numel]
         total = self._adder.add_up(tree, lambda node: self._slots.span(*places[node], node, span), space)
-        divisor = self._current().divisor
-        if total.dtype is torch.float32 and divisor != 1.0:
-            torch.div(total, divisor, out=out)
-            return
-        if total.data_ptr() != out.data_ptr():
-            out.copy_(total)
-        if divisor != 1.0:
-            out.div_(divisor)
+        _divided(total, self._current().divisor, out)
+
+
+def _divided(total: torch.Tensor, divisor: float, out: torch.Tensor) -> torch.Tensor:
+    """Put total / divisor into `out`, fp32, which may be `total` itself."""
+    if total.dtype is torch.float32 and divisor != 1.0:
+        return torch.div(total, divisor, out=out)
+    if total.data_ptr() != out.data_ptr():
+        out.copy_(total)
+    return out if divisor == 1.0 else out.div_(divisor)
 
 
 def norm_squared(gradients: Sequence[torch.Tensor | None]) -> float:

@@ -8,6 +8,7 @@ fp32 working weights, because kernels of norms want them so, and they are small;
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -111,6 +112,7 @@ class Weights:
         self.masters = memory.tensor("masters", torch.float32, numel=layout.numel)
         narrow = next((p.dtype for p in layout.parameters if p.dtype != "float32"), None)
         self._working = memory.tensor("working", DTYPES[narrow], numel=layout.numel) if narrow else None
+        self._storages = {flat.untyped_storage().data_ptr() for flat in self.flats.values()}
         self._versions: list[int] = []
         self._stretches: dict[int, list[torch.Tensor]] = {}  # of each bucket, made once
 
@@ -194,10 +196,22 @@ class Weights:
                 found.append((flat, start, end))
         return [flat[start:end] for flat, start, end in found]
 
+    def parameter_of(self, tensor: torch.Tensor) -> int | None:
+        """Return the parameter in whose working weight a tensor lies, or None."""
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.numel() == 0:
+            return None
+        if tensor.untyped_storage().data_ptr() not in self._storages:
+            return None
+        address = tensor.data_ptr()
+        for flat in self.flats.values():
+            start = flat.data_ptr()
+            if start <= address < start + flat.numel() * flat.itemsize:
+                return bisect.bisect_right(self.layout.offsets, (address - start) // flat.itemsize) - 1
+        return None
+
     def is_weight(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor lies in the memory of the weights."""
-        storages = (flat.untyped_storage().data_ptr() for flat in self.flats.values())
-        return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in storages
+        return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in self._storages
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a saved tensor as it is: weights are always here."""

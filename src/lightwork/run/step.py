@@ -188,7 +188,7 @@ class Step:
                     self._current = None
                     del batch
                 else:
-                    micro.fold = engine.skip(micro.index)
+                    micro.fold = engine.skip(self.index, micro.index)
                 if micro.fold is None:
                     raise UsageError(
                         f"step.backward was not called for micro-batch {micro.index} of step "

@@ -1,0 +1,89 @@
+"""One worker, one micro-batch a step: buckets are updated within backward, to the bits of updating them after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightwork
+from lightwork.engine import early
+from lightwork.spec import layout
+from tests.cases import CASES, Case
+from tests.training import new_folder, run_team, train
+
+Seen = list[tuple[float, float, str]]
+
+
+def counted(case: Case, worth_it: int, **settings: Any) -> tuple[Seen, int]:
+    """Train with global batches of one micro-batch; return what was seen, and the buckets updated in backward."""
+    layout.BLOCK, layout.BUCKET, early.WORTH_IT = 64, 128, worth_it
+    updated: list[int] = []
+    update = early.UpdateInBackward._update
+
+    def note(self: early.UpdateInBackward, bucket: int) -> None:
+        updated.append(bucket)
+        update(self, bucket)
+
+    early.UpdateInBackward._update = note  # type: ignore[method-assign]
+    return train(case, micro_batch=16, **settings), len(updated)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("settings", [{}, {"activations": "recompute"}], ids=str)
+def test_every_step_has_the_digest_of_an_update_after_backward(case: Case, settings: dict[str, Any]) -> None:
+    ((after, none),) = run_team(1, lambda: counted(case, 2**60, **settings))
+    ((within, some),) = run_team(1, lambda: counted(case, 0, **settings))
+    assert within == after
+    needs_norm = case.settings.get("clip_grad_norm") is not None or case.settings.get("precision") == "fp16"
+    assert none == 0
+    assert (some > 0) != needs_norm
+
+
+class Detached(nn.Module):
+    """Its first layer's output goes through the last layer's detached weight, deeper in backward than its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.linear(self.first(x), self.last.weight.detach()))
+
+
+def detached(worth_it: int) -> list[tuple[float, str]]:
+    early.WORTH_IT = worth_it
+    layout.BLOCK, layout.BUCKET = 64, 64
+    torch.manual_seed(0)
+    model = Detached()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    run = lightwork.distribute(model, optimizer, global_batch=4, micro_batch=4, run_dir=str(new_folder()))
+    seen = []
+    for step in run.steps(torch.utils.data.TensorDataset(torch.randn(16, 8)), epochs=1):
+        for (x,) in step:
+            step.backward(model(x).square().mean())
+        seen.append((step.loss, run.digest()))
+    return seen
+
+
+def test_a_weight_that_is_read_after_its_gradient_is_updated_after_backward() -> None:
+    assert run_team(1, lambda: detached(0)) == run_team(1, lambda: detached(2**60))
+
+
+def test_gradients_are_never_there_as_a_whole() -> None:
+    def taken() -> int:
+        model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(20)))
+        run = lightwork.distribute(
+            model, torch.optim.SGD(model.parameters(), lr=1e-3), global_batch=1, run_dir=str(new_folder())
+        )
+        for step in run.steps(torch.utils.data.TensorDataset(torch.randn(4, 1024)), epochs=1):
+            for (x,) in step:
+                step.backward(model(x).square().mean())
+        memory = run._engine._memory
+        assert bool((memory.tensor("partial sums") == 0).all())
+        assert run._engine._blueprint.expected_bytes()["gradients"] == 0
+        return len(run._engine._early.outbox.pool._free) if run._engine._early else -1
+
+    assert run_team(1, taken) == [2]  # buffers of a bucket each, for a weight and its bias, used in turn
