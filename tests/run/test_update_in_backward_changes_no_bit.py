@@ -86,4 +86,4 @@ def test_gradients_are_never_there_as_a_whole() -> None:
         assert run._engine._blueprint.expected_bytes()["gradients"] == 0
         return len(run._engine._early.outbox.pool._free) if run._engine._early else -1
 
-    assert run_team(1, taken) == [2]  # buffers of a bucket each, for a weight and its bias, used in turn
+    assert run_team(1, taken) == [1]  # the buffer of one bucket, used in turn

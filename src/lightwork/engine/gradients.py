@@ -204,7 +204,8 @@ class Gradients:
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         trained = self._weights.layout.parameters[index].group is not None
 
-        def receive(parameter: torch.Tensor) -> None:
+        def receive(parameter: torch.Tensor) -> bool:
+            """Fold the gradient; return whether the outbox has it."""
             gradient = parameter.grad
             parameter.grad = None
             if not self._open:
@@ -214,7 +215,7 @@ class Gradients:
                     "and adds the gradients of all workers."
                 )
             if gradient is None or not trained:
-                return
+                return False
             if self.touched[index]:
                 raise UsageError(
                     f"parameter {self._names[index]} received its gradient in two pieces within one "
@@ -225,22 +226,23 @@ class Gradients:
             if self._outbox is not None and self._leaves_at_once:
                 self._outbox.put(index, gradient, parameter)
                 self._residency.folded(index)
-                return
+                return True
             siblings = [views[index] for views, present in self._siblings if present[index]]
             if not self._residency.enabled:
                 self._fold(self._target[index], gradient, siblings)
-                return
+                return False
             for rows in self._residency.pieces(gradient):
                 self._fold(self._target[index][rows], gradient[rows], [sibling[rows] for sibling in siblings])
                 self._residency.folded(index, rows)
             self._residency.folded(index)
+            return False
 
         def receive_and_tell(parameter: torch.Tensor) -> None:
             with torch._C.DisableTorchFunction():  # modes are for user code, which backward may run again
-                receive(parameter)
+                is_put = receive(parameter)
             if self._folded is not None:
                 self._folded(index)
-            if self._outbox is not None:
+            if self._outbox is not None and not is_put:
                 self._outbox.folded(index)
 
         return receive_and_tell

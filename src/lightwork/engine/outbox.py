@@ -86,20 +86,18 @@ class Outbox:
         self.on_complete: Callable[[int], None] | None = None  #: called within backward, in place of a thread
         self.pool = pool
         self._dtypes = dtypes
-        self._places: list[list[tuple[int, int, int, int]]] = [[] for _ in layout.parameters]
+        # Of each parameter, by bucket: offset in the message, and the elements from start to end.
+        self._places: list[dict[int, list[tuple[int, int, int]]]] = [{} for _ in layout.parameters]
         for bucket, message in enumerate(self.messages):
             for span, _, offset in message.blocks:
                 block = span.blocks[0]
-                self._places[block.parameter].append((bucket, offset, block.start, block.end))
+                of_bucket = self._places[block.parameter].setdefault(bucket, [])
+                of_bucket.append((offset, block.start, block.end))
         self._packed: dict[int, torch.Tensor] = {}
         self._parameters = [
             {block.parameter for block in layout.blocks[bucket.first_block : bucket.end_block]}
             for bucket in layout.buckets
         ]
-        self._buckets: list[list[int]] = [[] for _ in layout.parameters]
-        for bucket, parameters in enumerate(self._parameters):
-            for parameter in parameters:
-                self._buckets[parameter].append(bucket)
         self._missing = [0] * len(layout.buckets)
         self._changed = threading.Condition()
         self._ahead = 0  # complete buckets that are not taken yet
@@ -114,18 +112,24 @@ class Outbox:
             self._missing = [len(parameters & expected) for parameters in self._parameters]
 
     def put(self, index: int, gradient: torch.Tensor, parameter: torch.Tensor) -> None:
-        """Pack the gradient of parameter `index`, rounded to its type on the way."""
+        """Pack the gradient of parameter `index`, rounded to its type on the way, and say that it is folded.
+
+        Bucket by bucket, so that those of a large parameter can leave before all of it is packed.
+        Blocks: as `folded`.
+        """
         if gradient.is_contiguous() and parameter.is_contiguous():
             flat = gradient.view(-1)
         else:  # in the order in which the parameter's elements lie in memory
             flat = torch.empty(gradient.numel(), dtype=gradient.dtype)
             like(flat, parameter).copy_(gradient)
         dtype = self._dtypes[index]
-        for bucket, offset, start, end in self._places[index]:
+        for bucket, places in reversed(self._places[index].items()):
             if bucket not in self._packed:
                 self._packed[bucket] = self.pool.take()
-            place = self._packed[bucket][offset : offset + (end - start) * dtype.itemsize].view(dtype)
-            place.copy_(flat[start:end])
+            for offset, start, end in places:
+                place = self._packed[bucket][offset : offset + (end - start) * dtype.itemsize].view(dtype)
+                place.copy_(flat[start:end])
+            self._count_down(bucket)
 
     def packed(self, bucket: int) -> torch.Tensor:
         """Return a complete bucket as it travels. Nobody reads what of it was not put."""
@@ -138,15 +142,18 @@ class Outbox:
 
         Blocks: while the other thread is busy and the backlog too long.
         """
-        for bucket in self._buckets[parameter]:
-            self._missing[bucket] -= 1
-            if self._missing[bucket] == 0 and self.on_complete is not None:
-                self.on_complete(bucket)
-            elif self._missing[bucket] == 0:
-                with self._changed:
-                    self._ahead += 1
-                    self._changed.notify_all()
-                    self._changed.wait_for(self._has_room)
+        for bucket in self._places[parameter]:
+            self._count_down(bucket)
+
+    def _count_down(self, bucket: int) -> None:
+        self._missing[bucket] -= 1
+        if self._missing[bucket] == 0 and self.on_complete is not None:
+            self.on_complete(bucket)
+        elif self._missing[bucket] == 0:
+            with self._changed:
+                self._ahead += 1
+                self._changed.notify_all()
+                self._changed.wait_for(self._has_room)
 
     def taken(self, bucket: int) -> None:
         """Say that a bucket has left, or is added up."""
