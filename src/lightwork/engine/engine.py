@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 
 from lightwork.engine.activations import Activations
-from lightwork.engine.background import Background
 from lightwork.engine.blueprint import DTYPES_OF_WIRE, Blueprint
 from lightwork.engine.buffers import Buffers
 from lightwork.engine.early import UpdateInBackward
@@ -135,7 +134,9 @@ class Engine:
         self._sharded_weights: ShardedWeights | None = None
         if weights_carrier is not None:
             self._sharded_weights = ShardedWeights(self.weights, memory, blueprint.hosts, weights_carrier)
-            Background[None]("weights").start(partial(serve, self.weights, weights_carrier))
+            threading.Thread(
+                target=serve, args=(self.weights, weights_carrier), name="lightwork weights", daemon=True
+            ).start()
         folded = self._sharded_weights.folded if self._sharded_weights else None
         self._gradients = Gradients(rank, self.weights, slots, size.num_slots, self.residency, folded)
         self.loss_scale = LossScale(memory, enabled=self.spec.precision == "fp16")
