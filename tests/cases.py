@@ -68,10 +68,22 @@ class ConvNet(nn.Module):
         return self.head(self.features(x))
 
 
+class LSTM(nn.LSTM):
+    """Runs in PyTorch's own kernels where oneDNN has none for autocast: on CPUs without bf16."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(before and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.head = nn.LSTM(6, 12, num_layers=2, batch_first=True, dropout=0.1), nn.Linear(12, 5)
+        self.lstm, self.head = LSTM(6, 12, num_layers=2, batch_first=True, dropout=0.1), nn.Linear(12, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.lstm(x)[0][:, -1])

@@ -19,6 +19,7 @@ import lightwork
 from lightwork.engine import sharding
 from lightwork.engine.memory import SharedMemory
 from lightwork.spec import layout
+from tests.cases import LSTM
 from tests.training import new_folder, run_team
 
 ZERO3 = {"transport": "group", "placement": "zero3"}
@@ -59,7 +60,7 @@ class Odd(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(32, 16)
         self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.memory = nn.LSTM(16, 16, num_layers=2, batch_first=True)
+        self.memory = LSTM(16, 16, num_layers=2, batch_first=True)
         self.scales = nn.ParameterList(nn.Parameter(torch.rand(16)) for _ in range(3))
         self.square = nn.Parameter(torch.randn(16, 16) * 0.1)
         self.frozen = nn.Linear(16, 16).requires_grad_(False)
