@@ -13,6 +13,7 @@ lies in the shared memory) and small tensors are left alone.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, get_args
@@ -22,6 +23,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from lightwork.engine.device import Cpu, Device, Mark
 from lightwork.engine.random import RandomState
 from lightwork.errors import SpecError, UsageError
 from lightwork.spec.job import Activation
@@ -64,11 +66,12 @@ def layers_of(model: nn.Module) -> list[str]:
     return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
 
 
-def resolve(model: nn.Module, activations: str | Mapping[str, str]) -> dict[str, str]:
+def resolve(model: nn.Module, activations: str | Mapping[str, str], *, has_device: bool = False) -> dict[str, str]:
     """Return what is done with the activations of which module; `keep` is left out.
 
     Args:
         activations: one value for all layers (`layers_of`), or a value for each module by name.
+        has_device: whether the model is trained on a device with a memory of its own.
 
     Raises: SpecError for an unknown value or module, modules within each other, and a value that can not be carried
     out here.
@@ -86,7 +89,7 @@ def resolve(model: nn.Module, activations: str | Mapping[str, str]) -> dict[str,
         if name not in modules:
             near = ", ".join(list(modules)[1:6])
             raise SpecError(f"activations names {name!r}, which the model does not have. It has {near}, ...")
-        if value == "offload" and all(p.device.type == "cpu" for p in modules[name].parameters()):
+        if value == "offload" and not has_device:
             raise SpecError(
                 f"activations='offload' moves what {name} saves from a device to host memory, and it is on a CPU "
                 "already. Choose recompute, or int8."
@@ -107,11 +110,13 @@ class Activations:
     Owns: the `forward` attribute of these modules, until `close`.
     """
 
-    def __init__(self, model: nn.Module, chosen: Mapping[str, str], weights: SavedWeights) -> None:
+    def __init__(
+        self, model: nn.Module, chosen: Mapping[str, str], weights: SavedWeights, device: Device | None = None
+    ) -> None:
         self._wrapped: list[nn.Module] = []
         for name, value in chosen.items():
             module = model.get_submodule(name)
-            module.__dict__["forward"] = _WRAPPERS[value](name, module, weights)
+            module.__dict__["forward"] = _WRAPPERS[value](name, module, weights, device or Cpu())
             self._wrapped.append(module)
 
     def close(self) -> None:
@@ -139,6 +144,7 @@ class _Call:
     needed_grad: list[bool]
     versions: list[int]  #: PyTorch's counts of writes to the inputs
     tree: Any
+    device: Device
     random_state: RandomState
     buffers: list[tuple[nn.Module, str, torch.Tensor]]
     autocast: tuple[bool, torch.dtype]
@@ -161,7 +167,7 @@ class _Call:
         return self.again.pop(place)
 
     def _run_again(self) -> None:
-        now = RandomState.capture()
+        now = RandomState.capture(self.device)
         values = [(module, key, module._buffers[key]) for module, key, _ in self.buffers]
         seen = 0
 
@@ -193,20 +199,20 @@ class _Call:
         inputs = [copies.get(id(value), value) for value in self.inputs]
         args, kwargs = pytree.tree_unflatten(inputs, self.tree)
         try:
-            self.random_state.restore()
+            self.random_state.restore(self.device)
             for module, key, start in self.buffers:
                 module._buffers[key] = start.clone()
             enabled, dtype = self.autocast
             with (
                 torch.enable_grad(),
-                torch.autocast("cpu", dtype, enabled=enabled),
+                torch.autocast(self.device.place.type, dtype, enabled=enabled),
                 saved_tensors_hooks(keep, lambda tensor: tensor),
             ):
                 self.forward(*args, **kwargs)
         except _Enough:
             pass
         finally:
-            now.restore()
+            now.restore(self.device)
             for module, key, value in values:
                 module._buffers[key] = value
         if seen < len(self.saved):
@@ -220,8 +226,8 @@ class _Call:
         )
 
 
-def _recompute(name: str, module: nn.Module, weights: SavedWeights) -> Forward:
-    forward = module.forward
+def _recompute(name: str, module: nn.Module, weights: SavedWeights, device: Device) -> Forward:
+    forward, kind = module.forward, device.place.type
     # Such a layer overwrites what it was given.
     writes_inputs = any(vars(inner).get("inplace") is True for inner in module.modules())
 
@@ -245,9 +251,10 @@ def _recompute(name: str, module: nn.Module, weights: SavedWeights) -> Forward:
             needed_grad=[isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves],
             versions=_versions(inputs),
             tree=tree,
-            random_state=RandomState.capture(),
+            device=device,
+            random_state=RandomState.capture(device),
             buffers=[(owner, key, buffer.clone()) for owner, key, buffer in _written_buffers(module)],
-            autocast=(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+            autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         )
         with saved_tensors_hooks(call.pack, call.unpack):
             result = forward(*args, **kwargs)
@@ -306,7 +313,7 @@ def from_int8(packed: Int8) -> torch.Tensor:
     return flat.view(packed.shape).to(packed.dtype)
 
 
-def _in_int8(name: str, module: nn.Module, weights: SavedWeights) -> Forward:
+def _in_int8(name: str, module: nn.Module, weights: SavedWeights, device: Device) -> Forward:
     forward = module.forward
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | Int8:
@@ -325,29 +332,87 @@ def _in_int8(name: str, module: nn.Module, weights: SavedWeights) -> Forward:
 
 # --- to the host -----------------------------------------------------------------------------------------------------
 
+#: Tensors that come back before backward asks for them.
+AHEAD = 2
 
-def _offload(name: str, module: nn.Module, weights: SavedWeights) -> Forward:
+
+@dataclass
+class _Away:
+    """A tensor that autograd has saved, on the host."""
+
+    host: torch.Tensor
+    like: torch.Tensor  #: without memory: type, shape and strides
+    left: Mark  #: when it had left
+    place: int  #: among those of its forward
+    here: torch.Tensor | None = None  #: once it is on its way back
+    came: Mark = None
+
+
+class _HostActivations:
+    """What one module's forward saves: taken to the host beside computation, and back in the reverse order."""
+
+    def __init__(self, device: Device, weights: SavedWeights) -> None:
+        self._device = device
+        self._weights = weights
+        self._away: list[weakref.ref[_Away]] = []
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Away:
+        """Take a tensor to the host, unless it is small, a weight, or there."""
+        if tensor.numel() < SMALL or not self._device.is_here(tensor) or tensor.layout is not torch.strided:
+            return tensor
+        if self._weights.is_weight(tensor):
+            return tensor
+        like = torch.empty_like(tensor, device="meta")
+        tensor = tensor.detach() if like.stride() == tensor.stride() else tensor.contiguous().detach()
+        like = torch.empty_like(tensor, device="meta")
+        mark = self._device.mark()
+        with self._device.queue("out"):
+            self._device.wait(mark)
+            host = self._device.host_buffer(tensor.numel(), tensor.dtype).as_strided(tensor.shape, tensor.stride())
+            host.copy_(tensor, non_blocking=True)
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            away = _Away(host, like, self._device.mark(), len(self._away))
+        self._away.append(weakref.ref(away))
+        return away
+
+    def unpack(self, packed: torch.Tensor | _Away) -> torch.Tensor:
+        """Return a tensor of the host to the device, and those before it while backward is busy with it."""
+        if isinstance(packed, torch.Tensor):
+            return self._weights.bring(packed)
+        for place in range(packed.place, max(-1, packed.place - 1 - AHEAD), -1):
+            away = self._away[place]()
+            if away is not None and away.here is None:
+                self._begin(away)
+        self._device.wait(packed.came)
+        if packed.here is None:
+            raise ValueError("a tensor that was asked for did not come")
+        if packed.here.is_cuda:
+            packed.here.record_stream(torch.cuda.current_stream(packed.here.device))
+        return packed.here
+
+    def _begin(self, away: _Away) -> None:
+        with self._device.queue("in"):
+            self._device.wait(away.left)
+            away.here = torch.empty_strided(
+                away.like.shape, away.like.stride(), dtype=away.like.dtype, device=self._device.place
+            )
+            away.here.copy_(away.host, non_blocking=True)
+            away.came = self._device.mark()
+
+
+def _offload(name: str, module: nn.Module, weights: SavedWeights, device: Device) -> Forward:
     forward = module.forward
 
-    def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-        if tensor.numel() < SMALL or tensor.device.type == "cpu" or weights.is_weight(tensor):
-            return tensor.device, tensor
-        host = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        return tensor.device, host
-
-    def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-        device, tensor = packed
-        return weights.bring(tensor).to(device, non_blocking=True)
-
     def run(*args: Any, **kwargs: Any) -> Any:
-        with saved_tensors_hooks(pack, unpack):
+        saved = _HostActivations(device, weights)
+        with saved_tensors_hooks(saved.pack, saved.unpack):
             return forward(*args, **kwargs)
 
     return run
 
 
-_WRAPPERS: dict[str, Callable[[str, nn.Module, SavedWeights], Forward]] = {
+_WRAPPERS: dict[str, Callable[[str, nn.Module, SavedWeights, Device], Forward]] = {
     "recompute": _recompute,
     "int8": _in_int8,
     "offload": _offload,

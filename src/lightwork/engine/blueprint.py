@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
 
 from lightwork.engine import early
 from lightwork.engine.buffers import Buffers
+from lightwork.engine.device import Cpu, Device
+from lightwork.engine.elements import Units
 from lightwork.engine.exchange import TURNS_AT_ONCE
 from lightwork.engine.gradients import Slots
 from lightwork.engine.materialise import check_can_reset, give_buffers_memory
@@ -24,9 +27,12 @@ from lightwork.spec.assignment import share
 from lightwork.spec.hosts import Hosts
 from lightwork.spec.job import Spec
 from lightwork.spec.layout import Layout, lay_out, spans_of
-from lightwork.spec.plan import Placement
+from lightwork.spec.plan import Part, Place, Placement
 from lightwork.spec.tree import Node, fold
 from lightwork.team.board import Board, BoardSize
+
+_PARTS: tuple[str, ...] = get_args(Part)
+_PLACES: tuple[Place, ...] = get_args(Place)
 
 DTYPES_OF_WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,13 +49,17 @@ class Blueprint:
         host: int = 0,
         placement: Placement = "replicate",
         weights: Path | None = None,
+        device: Device | None = None,
+        offload: Mapping[str, Place] | None = None,
     ) -> None:
         """`weights` is a safetensors file that takes the place of the model's own values."""
+        self.device = device or Cpu()
+        self.offload: Mapping[str, Place] = dict(offload or {})
         refuse_sparse_gradients(model.named_modules())
         if weights is None:
             check_can_reset(model)
         self.weights_file = weights
-        self.has_meta_buffers = give_buffers_memory(model)
+        self.has_meta_buffers = give_buffers_memory(model, self.device.place)
         self.model = model
         self.optimizer = optimizer
         self.spec = spec
@@ -64,13 +74,16 @@ class Blueprint:
         self.host = host
         self.world_size = hosts.sizes[host]
         self.parameters, described = describe_parameters(model, optimizer, spec, whole=not is_elementwise(optimizer))
-        self.layout: Layout = lay_out(described)
+        self.layout: Layout = lay_out(described, self.device.cut)
+        self.units = Units(self.layout) if self.device.has_own_memory else None
         if spec.optimizer_state != "fp32" and not is_elementwise(optimizer):
             raise SpecError(
                 f"optimizer_state={spec.optimizer_state!r} is for optimizers that treat every element by itself, and "
                 f"{type(optimizer).__name__} reads whole parameters. Leave it out, or use AdamW."
             )
-        self.state_layout = StateLayout(self.layout, probe_state(optimizer, described), spec.optimizer_state)
+        self.state_layout = StateLayout(
+            self.layout, probe_state(optimizer, described, self.device.place), spec.optimizer_state
+        )
         self.board_size = BoardSize(
             world_size=self.world_size,
             num_micro_batches=spec.num_micro_batches,
@@ -85,22 +98,43 @@ class Blueprint:
         return any(p.dtype != "float32" for p in self.layout.parameters)
 
     @property
+    def streams_weights(self) -> bool:
+        """Whether weights come to a device just before they are used."""
+        return self.device.has_own_memory and "weights" in self.offload
+
+    @property
     def updates_in_backward(self) -> bool:
         """Whether a bucket is updated as soon as its gradient is there (`early`)."""
         needs_norm = self.spec.clip_grad_norm is not None or self.spec.precision == "fp16"
         is_alone = self.hosts.world_size == 1 and self.spec.num_micro_batches == 1
         return is_alone and not needs_norm and self.layout.numel >= early.WORTH_IT
 
-    def regions_on_disk(self, offload: Mapping[str, str]) -> frozenset[str]:
-        """Return the regions of the shared memory that `offload` puts on disk."""
+    def regions_of(self, part: str) -> list[str]:
+        """Return the regions of a part that can be offloaded."""
         narrow = self._is_narrow
-        parts = {
+        parts: dict[str, list[str]] = {
             # Under fp32 the masters are the working weights.
             "optimizer": [*(["masters"] if narrow else []), *(f"state {name}" for name in self.state_layout.flat)],
             "weights": ["working"] if narrow else ["masters"],
             "gradients": ["partial sums"],
         }
-        return frozenset(region for part, place in offload.items() if place == "disk" for region in parts[part])
+        return parts[part]
+
+    def memory_map(self) -> MemoryMap:
+        """Return a map in which the regions that `offload` names lie where it says, as yet without regions."""
+        placed: dict[Place, set[str]] = {place: set() for place in _PLACES}
+        for part, place in self.offload.items():
+            placed[place].update(self.regions_of(part))
+        if not self.device.has_own_memory:
+            return MemoryMap(on_disk=frozenset(placed["disk"]))
+        all_parts = {region for part in _PARTS for region in self.regions_of(part)} | {"masters", "working"}
+        scales = {f"scales {name}" for name in self.state_layout.in_8_bits}
+        flat = {"state odd", "buffers", "buffers of micro-batches"} | scales
+        return MemoryMap(
+            on_disk=frozenset(placed["disk"]),
+            beside_device=frozenset(placed["host"]),
+            on_device=frozenset((all_parts | flat) - placed["disk"] - placed["host"]),
+        )
 
     def reserve(self, memory_map: MemoryMap) -> None:
         """Reserve the regions of the engine."""
@@ -114,6 +148,7 @@ class Blueprint:
             memory_map.reserve(f"scales {name}", self.state_layout.num_scales * 4)
         LossScale.reserve(memory_map)
         memory_map.reserve("state odd", self.state_layout.odd_bytes)
+        memory_map.reserve("state numbers", self.state_layout.number_bytes)
         memory_map.reserve("state initialised", len(self.layout.blocks))
         for name, size in Buffers.reservations(self.model, self.spec.num_micro_batches).items():
             memory_map.reserve(name, size)

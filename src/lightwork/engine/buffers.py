@@ -53,6 +53,8 @@ class Buffers:
 
     def __init__(self, model: nn.Module, rules: Mapping[str, BufferRule], memory: SharedMemory) -> None:
         self._memory = memory
+        # To compare values, the host would wait for a device: there whatever may be written counts as written.
+        self._compares = not memory.device.has_own_memory
         self._num_bytes = buffer_bytes(model)
         self._buffers = self._collect(model, rules)
         self._generations = memory.region("buffer generations").cast("q")
@@ -160,7 +162,8 @@ class Buffers:
 
     def changes(self, micro_batches: range) -> bytes:
         """Return what these micro-batches, of this host, left in the buffers."""
-        return b"".join(bytes(part) for m in micro_batches for part in self._parts(m) if len(part))
+        parts = [self._parts(m) for m in micro_batches]
+        return b"".join(bytes(row) + leaves.cpu().numpy().tobytes() for row, leaves in parts)
 
     def take_changes(self, micro_batches: range, received: bytes) -> None:
         """Write down what another host's micro-batches left."""
@@ -169,15 +172,16 @@ class Buffers:
             row, leaves = self._parts(m, received[at : at + len(self._buffers)])
             row[:] = received[at : at + len(row)]
             at += len(row)
-            leaves[:] = received[at : at + len(leaves)]
+            if len(leaves):
+                leaves.copy_(torch.frombuffer(bytearray(received[at : at + len(leaves)]), dtype=torch.uint8))
             at += len(leaves)
 
-    def _parts(self, micro_batch: int, row: bytes | None = None) -> tuple[memoryview, memoryview]:
+    def _parts(self, micro_batch: int, row: bytes | None = None) -> tuple[memoryview, torch.Tensor]:
         """Return the row of changes of a micro-batch and, if there is any (by `row`, unless None), its buffers."""
         count = len(self._buffers)
         own = self._changed[micro_batch * count : (micro_batch + 1) * count]
         size = self._num_bytes if any(own if row is None else row) else 0
-        region = self._memory.region("buffers of micro-batches")
+        region = self._memory.tensor("buffers of micro-batches")
         return own, region[micro_batch * self._num_bytes : micro_batch * self._num_bytes + size]
 
     def values(self) -> dict[str, torch.Tensor]:
@@ -193,8 +197,10 @@ class Buffers:
     def _was_written(self, buffer: _Buffer) -> bool:
         if buffer.module._buffers[buffer.key] is not buffer.tensor:
             return True
-        if buffer.tensor.numel() <= _SMALL:
+        if buffer.tensor.numel() <= _SMALL and self._compares:
             return not torch.equal(buffer.tensor, buffer.start)
+        if buffer.tensor.numel() <= _SMALL and buffer.rule is not None and buffer.module.training:
+            return True
         return buffer.tensor._version != buffer.version
 
     def _reset(self, buffer: _Buffer) -> None:

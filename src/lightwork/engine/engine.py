@@ -14,6 +14,7 @@ Moves: nothing but what the buckets' owners read: each partial sum once an updat
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import threading
@@ -42,9 +43,9 @@ from lightwork.engine.precision import Compute
 from lightwork.engine.random import seed_everything
 from lightwork.engine.residency import Residency
 from lightwork.engine.scaling import LossScale
-from lightwork.engine.sharding import ShardedWeights, serve
+from lightwork.engine.sharding import Home, Owners, ShardedWeights, Source, serve
+from lightwork.engine.staging import Staging
 from lightwork.engine.update import StepMap, Updater
-from lightwork.engine.update import norm_squared as norm_squared_of
 from lightwork.engine.weights import Weights
 from lightwork.errors import SpecError
 from lightwork.spec.layout import Block, span_of
@@ -102,7 +103,8 @@ class Engine:
         self.board = board
         self.model = blueprint.model
         self.optimizer = blueprint.optimizer
-        self.weights = Weights(blueprint.parameters, blueprint.layout, memory)
+        self.device = memory.device
+        self.weights = Weights(blueprint.parameters, blueprint.layout, memory, streamed=blueprint.streams_weights)
         self.buffers = Buffers(blueprint.model, blueprint.spec.buffers, memory)
         self.state = BlockOptimizer(blueprint.optimizer, self.weights, blueprint.state_layout, memory)
         self._memory = memory
@@ -117,7 +119,14 @@ class Engine:
         self._wrapped: Activations | None = None
         wire = DTYPES_OF_WIRE[self.spec.wire].itemsize
         regions = {"masters": 4, "working": 2, "partial sums": wire, **dict(self.state.regions)}
-        self.residency = Residency(memory, self.weights, regions, size.world_size * size.num_places)
+        num_slots = size.world_size * size.num_places
+        self.residency = Residency(memory, self.weights, regions, num_slots)
+        sources: list[Source] = [Owners(blueprint.hosts, weights_carrier)] if weights_carrier is not None else []
+        staging: Staging | None = None
+        if self.device.has_own_memory:
+            self.residency = staging = Staging(memory, self.weights, regions, num_slots, self.state.places)
+            if blueprint.streams_weights:
+                sources.append(Home(self.weights, self.device, staging.left))
         self._exchange: Exchange | None = None  # the leader's
         if carrier is not None:
             self._exchange = Exchange(
@@ -130,21 +139,30 @@ class Engine:
                 into=size.num_places - 1,
                 sharded=blueprint.sharded,
                 release_sent=blueprint.placement in ("zero2", "zero3"),
+                device=self.device,
             )
+        self._serves_weights = weights_carrier is not None
         self._sharded_weights: ShardedWeights | None = None
+        if sources:
+            self._sharded_weights = ShardedWeights(self.weights, self.device, sources)
+            if staging is not None and blueprint.streams_weights:
+                staging.follow(self._sharded_weights)
         if weights_carrier is not None:
-            self._sharded_weights = ShardedWeights(self.weights, memory, blueprint.hosts, weights_carrier)
-            threading.Thread(
-                target=serve, args=(self.weights, weights_carrier), name="lightwork weights", daemon=True
-            ).start()
+            answering = (self.weights, weights_carrier, self.device)
+            threading.Thread(target=serve, args=answering, name="lightwork weights", daemon=True).start()
         folded = self._sharded_weights.folded if self._sharded_weights else None
         self._gradients = Gradients(rank, self.weights, slots, size.num_slots, self.residency, folded)
         self.loss_scale = LossScale(memory, enabled=self.spec.precision == "fp16")
         self._measures = self.loss_scale.enabled or self.spec.clip_grad_norm is not None
-        self._updater = Updater(self.weights, slots, self.state)
+        self._updater = Updater(self.weights, slots, self.state, self.device)
+        self._squares: dict[int, torch.Tensor] = {}  # by bucket, of each block's gradient: not read yet
+        self._num_own = sum(
+            not self._sharded or blueprint.hosts.owner(bucket) == blueprint.host
+            for bucket in range(len(blueprint.layout.buckets))
+        )
         self._early: UpdateInBackward | None = None
         if blueprint.updates_in_backward:
-            outbox = make_outbox(self.weights.layout, slots.leaf_dtypes, slots.wire)
+            outbox = make_outbox(self.weights.layout, slots.leaf_dtypes, slots.wire, device=self.device)
             self._early = UpdateInBackward(self.weights, outbox, self._updater, self.residency)
         self._num_optimized = sum(len(group["params"]) for group in blueprint.optimizer.param_groups)
         self._num_micro_batches = 0
@@ -175,12 +193,13 @@ class Engine:
         if self._sharded_weights is not None:
             self._sharded_weights.watch(self.model)
         saved = self._sharded_weights or self._early or self.weights
-        self._wrapped = Activations(self.model, self._activations, saved)
+        self._wrapped = Activations(self.model, self._activations, saved, self.device)
         self.compute = Compute(
             self.spec.precision,
             self.weights,
             self.model,
-            complete=not self._sharded,
+            complete=not self._sharded and self.weights.masters is self.weights.masters_here,
+            device=self.device,
             sharded=self._sharded_weights,
             early=self._early,
         )
@@ -188,16 +207,16 @@ class Engine:
     def take_from_first_host(self) -> None:
         """Make the shared memory of the first host that of all: weights, buffers and state. Called by the leaders."""
         if self._exchange is not None:
-            self._exchange.broadcast(self._memory, ("masters", "working", "buffers"))
+            self._exchange.broadcast(self.weights.regions())
+            self._exchange.broadcast([self._memory.tensor("buffers")])
             self.weights.accept_versions()
             self.release()
 
     def gather(self) -> None:
         """Bring the masters and state that are sharded to every host, until `release`. Called by the leaders."""
+        self.forget()
         if not self._sharded:
             return
-        if self._sharded_weights is not None:
-            self._sharded_weights.forget()
         exchange = self._between_hosts()
         own = bytes(self.state.initialised)
         for host, theirs in enumerate(exchange.exchange_bytes("state", own)):
@@ -211,7 +230,7 @@ class Engine:
             spec = self.weights.layout.buckets[bucket]
             for index in range(spec.first_block, spec.end_block):
                 span = span_of(self.weights.layout, self.weights.layout.blocks[index])
-                yield self.weights.masters[span.start : span.end]
+                yield self.weights.masters.view(span.start, span.end)
                 if self.state.initialised[index]:
                     yield from self.state.flat_views(index)
 
@@ -221,19 +240,23 @@ class Engine:
         """Give back the memory of what other hosts own. Called by the leaders."""
         if not self._sharded:
             return
-        holds_weights = self._sharded_weights is None
         for bucket in range(len(self.weights.layout.buckets)):
             if self._hosts.owner(bucket) == self._host:
                 continue
             for block in self._blocks(bucket):
                 span = span_of(self.weights.layout, block)
-                narrow = self.weights.layout.parameters[block.parameter].dtype != "float32"
-                if narrow or not holds_weights:
-                    self._memory.release("masters", span.start * 4, span.end * 4)
-                if narrow and not holds_weights:
-                    self._memory.release("working", span.start * 2, span.end * 2)
+                if self._serves_weights or self.weights.has_master_apart(block.parameter):
+                    self._memory.release_elements("masters", span.start, span.end, 4)
+                if self._serves_weights and self.weights.has_master_apart(block.parameter):
+                    self.weights.release_home(block)
                 for region, size in self.state.regions:
-                    self._memory.release(region, span.start * size, span.end * size)
+                    self._memory.release_elements(region, span.start, span.end, size)
+
+    def forget(self) -> None:
+        """Be where all values are at home: nothing is on its way, and what comes and goes is gone."""
+        self.residency.settle()
+        if self._sharded_weights is not None:
+            self._sharded_weights.forget()
 
     def _blocks(self, bucket: int) -> Sequence[Block]:
         spec = self.weights.layout.buckets[bucket]
@@ -247,7 +270,7 @@ class Engine:
     @property
     def serves_weights(self) -> bool:
         """Whether other hosts read weights that this one has."""
-        return self._sharded_weights is not None
+        return self._serves_weights
 
     def detach(self) -> None:
         """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
@@ -276,7 +299,21 @@ class Engine:
     def begin_micro_batch(self, step: int, index: int) -> None:
         """Set the random state and the buffers from which micro-batch `index` is computed, whoever does."""
         self.buffers.restore()
-        seed_everything(derive(self.spec.seed, "micro-batch", step, index))
+        self.seed("micro-batch", step, index)
+
+    def seed(self, *what: str | int) -> None:
+        """Set the random state that belongs to `what`."""
+        value = derive(self.spec.seed, *what)
+        seed_everything(value)
+        self.device.seed(value)
+
+    @property
+    def reads_late(self) -> bool:
+        """Whether a loss is to be read after backward was begun: before, a device would wait for the host.
+
+        (Not where backward updates weights: a loss that is not finite must be seen before.)
+        """
+        return self.device.has_own_memory and self._early is None
 
     def backward(self, step: int, index: int, loss: torch.Tensor, weight: float) -> Fold:
         """Run backward of a micro-batch's mean loss and fold its gradients; a weight of 0 makes none.
@@ -372,11 +409,10 @@ class Engine:
                 case Phase.AGREE:
                     exchange.norms()
                 case Phase.GATHER:
-                    if self._sharded_weights is not None:
-                        self._sharded_weights.forget()
-                    else:
+                    self.forget()
+                    if not self._serves_weights:
                         exchange.share(self.weights.of_bucket)
-                    if not self._measures or self._sharded_weights is not None:
+                    if not self._measures or self._serves_weights:
                         exchange.norms()  # and with it nobody asks for weights before they are updated
         self._seconds["exchange"] += time.perf_counter() - start
         return self.board.finished_exchange(step, total)
@@ -385,9 +421,9 @@ class Engine:
         """Measure or update the claimed bucket, or combine the buffers, and return what to do next."""
         start = time.perf_counter()
         step_map = self._step_map(step)
-        norm_squared = self._early.take_norm(action.item) if self._early is not None else None
-        if norm_squared is not None:
-            return self.board.finished_bucket(step, action, norm_squared)
+        squares = self._early.take_norms(action.item) if self._early is not None else None
+        if squares is not None:
+            return self._finish_bucket(step, action, squares)
         with torch.no_grad():
             if action.kind is Kind.UPDATE and action.item == len(self.weights.layout.buckets):
                 self.buffers.combine(self._weights_of(step), self.spec.micro_batch)
@@ -402,13 +438,27 @@ class Engine:
                 self._seconds["reduce"] += reduced - start
                 start = reduced
                 if action.kind is Kind.MEASURE:
-                    norm_squared = norm_squared_of(gradients)
+                    squares = self._updater.norms_squared(gradients)
                 else:
-                    norm = self._updater.apply(action.item, gradients)
+                    applied = self._updater.apply(action.item, gradients)
                     self.residency.updated(action.item)
-                    norm_squared = None if self._measures else norm
+                    squares = None if self._measures else applied
         self._seconds["update"] += time.perf_counter() - start
-        return self.board.finished_bucket(step, action, norm_squared)
+        return self._finish_bucket(step, action, squares)
+
+    def _finish_bucket(self, step: int, action: Action, squares: torch.Tensor | None) -> Action:
+        """Report a bucket, with the norm of its gradient; from a device, those of all together."""
+        if squares is None:
+            return self.board.finished_bucket(step, action, None)
+        if not self.device.has_own_memory:
+            return self.board.finished_bucket(step, action, math.fsum(squares.tolist()))
+        self._squares[action.item] = squares
+        if len(self._squares) == self._num_own:
+            values = iter(torch.cat(list(self._squares.values())).tolist())
+            for bucket, of_blocks in self._squares.items():
+                self.board.take_norm(bucket, math.fsum(itertools.islice(values, len(of_blocks))))
+            self._squares.clear()
+        return self.board.finished_bucket(step, action, None)
 
     def leave(self, step: int) -> StepResult:
         """Return what `step` came to, once it is committed, and set the random state for the code between steps."""
@@ -417,7 +467,7 @@ class Engine:
         metrics = [self.board.metrics(step, index) for index in range(self._num_micro_batches)]
         for name, seconds in self._seconds.items():
             self._trace.span(name, step, -1, self._step_start, self._step_start + seconds)
-        seed_everything(derive(self.spec.seed, "between", step))
+        self.seed("between", step)
         self.board.show(Activity.BETWEEN)
         return StepResult(
             loss=weighted_mean(records),

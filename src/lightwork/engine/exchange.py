@@ -30,8 +30,8 @@ import torch
 
 from lightwork.engine.background import Background
 from lightwork.engine.buffers import Buffers
+from lightwork.engine.device import Device, Mark
 from lightwork.engine.gradients import Slots
-from lightwork.engine.memory import SharedMemory
 from lightwork.engine.outbox import Message, make_outbox, message_of
 from lightwork.engine.sums import Adder
 from lightwork.spec.hosts import Hosts
@@ -104,6 +104,7 @@ class Exchange:
         into: int,
         sharded: bool,
         release_sent: bool,
+        device: Device,
     ) -> None:
         """`into` is the leader's slot for the sums over all hosts.
 
@@ -119,15 +120,17 @@ class Exchange:
         self._board = board
         self._slots = slots
         self._buffers = buffers
-        self._adder = Adder(slots.wire)
+        self._device = device
+        self._adder = Adder(slots.wire, device.place)
         self._layout = layout
         sums = [slots.wire] * len(layout.parameters)
         self._sums = [message_of(layout, sums, slots.wire, bucket) for bucket in range(len(layout.buckets))]
         largest = max((message.num_bytes for message in self._sums), default=0)
-        self.outbox = make_outbox(layout, slots.leaf_dtypes, slots.wire, room=largest)
+        self.outbox = make_outbox(layout, slots.leaf_dtypes, slots.wire, room=largest, device=device)
         self._pool = self.outbox.pool
         self._thread: Background[Total] = Background("exchange")
         self._going: Future[Total] | None = None
+        self._done: Mark = None  # where the thread's queue is at the end of an exchange
         self.busy_seconds = 0.0  #: of the thread in this step, waits for backward left out
 
     def close(self) -> None:
@@ -170,7 +173,8 @@ class Exchange:
         nodes = tuple(self._hosts.nodes(host, num_micro_batches) for host in range(len(self._hosts)))
         held = _Held(Node(0, num_micro_batches), places, nodes, touched, in_outbox)
         self.busy_seconds = 0.0
-        self._going = self._thread.start(lambda: self._exchange(held))
+        before = self._device.mark()  # sums of earlier micro-batches
+        self._going = self._thread.start(lambda: self._exchange(held, before))
 
     def partial_sums(self) -> Total:
         """Return where the sum over all hosts lies, once it does.
@@ -180,12 +184,17 @@ class Exchange:
         if self._going is None:
             raise ValueError("begin() comes before partial_sums()")
         going, self._going = self._going, None
-        return going.result()
+        total = going.result()
+        self._device.wait(self._done)
+        return total
 
-    def _exchange(self, held: _Held) -> Total:
+    def _exchange(self, held: _Held, before: Mark) -> Total:
         try:
-            with torch.no_grad():
-                return self._all_turns(held)
+            with torch.no_grad(), self._device.queue("exchange"):
+                self._device.wait(before)
+                total = self._all_turns(held)
+                self._done = self._device.mark()
+                return total
         except BaseException:
             self.outbox.abandon()  # backward may be waiting for this thread
             raise
@@ -203,7 +212,8 @@ class Exchange:
         # One turn ahead: while a bucket is added up, the next is on its way.
         for position in range(len(turns) + 2):
             if position < len(turns):
-                self._begin(held, turns[position])
+                with self._carrier.together():
+                    self._begin(held, turns[position])
             if 0 < position <= len(turns):
                 self._add_up(held, turns[position - 1])
             if position > 1:
@@ -238,10 +248,10 @@ class Exchange:
         """Return every host's payload."""
         return self._carrier.exchange(what, payload)
 
-    def broadcast(self, memory: SharedMemory, regions: Iterable[str]) -> None:
-        """Write the first host's contents of these regions of the shared memory on every other host."""
-        for region in regions:
-            for chunk in torch.split(memory.tensor(region), _CHUNK_BYTES):
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Write the first host's contents of these tensors into every other host's, one after the other."""
+        for tensor in tensors:
+            for chunk in torch.split(tensor.view(-1).view(torch.uint8), _CHUNK_BYTES):
                 if self._host == 0:
                     on_the_way = [self._carrier.send(host, chunk, _SUMS) for host in self._others]
                 else:
@@ -279,18 +289,21 @@ class Exchange:
         if own is not None:
             self._wait_for_backward(own)
             self._add_up_own(held, turn, own)
-            if not self._sharded:
+        if self._sharded:
+            return
+        with self._carrier.together():
+            if own is not None:
                 total = self._packed_total(held, own, turn)
                 turn.sent += [self._carrier.send(host, total, _TOTALS) for host in self._others]
-        for host, bucket in {} if self._sharded else turn.buckets.items():
-            if host == self._host:
-                continue
-            message = self._message(bucket, held.whole)
-            if message.stretch:
-                tensor = self._slots.stretch(0, self._into, *message.stretch)
-            else:
-                tensor = self._take(turn)[: message.num_bytes]
-            turn.totals.append((bucket, tensor, self._carrier.receive(host, tensor, _TOTALS)))
+            for host, bucket in turn.buckets.items():
+                if host == self._host:
+                    continue
+                message = self._message(bucket, held.whole)
+                if message.stretch:
+                    tensor = self._slots.stretch(0, self._into, held.whole, *message.stretch)
+                else:
+                    tensor = self._take(turn)[: message.num_bytes]
+                turn.totals.append((bucket, tensor, self._carrier.receive(host, tensor, _TOTALS)))
 
     def _add_up_own(self, held: _Held, turn: _Turn, bucket: int) -> None:
         rows: dict[Node, list[int]] = {}  # by node: whether it holds a sum for each block
@@ -312,7 +325,7 @@ class Exchange:
             def operand(node: Node, position: int = position, span: Span = span) -> torch.Tensor:
                 if node in views:
                     return views[node][position]
-                return self._slots.span(*held.places[node], node, span)
+                return self._slots.operand(*held.places[node], node, span)
 
             def is_present(node: Node, position: int = position) -> bool:
                 return bool(rows[node][position])
@@ -356,13 +369,13 @@ class Exchange:
         if node == held.in_outbox:
             return self.outbox.packed(bucket)
         if message.stretch and node in held.places:
-            return self._slots.stretch(*held.places[node], *message.stretch)
+            return self._slots.stretch(*held.places[node], node, *message.stretch)
         buffer = self._take(turn)[: message.num_bytes]
         tree = sum_of(node, held.places)
         for (span, _, _), view in zip(message.blocks, message.views(buffer), strict=True):
 
             def operand(node: Node, span: Span = span) -> torch.Tensor:
-                return self._slots.span(*held.places[node], node, span)
+                return self._slots.operand(*held.places[node], node, span)
 
             def is_present(node: Node, parameter: int = span.blocks[0].parameter) -> bool:
                 return held.has(node, parameter)
@@ -374,7 +387,7 @@ class Exchange:
         """Return the sum over all hosts of a bucket as it travels."""
         message = self._message(bucket, held.whole)
         if message.stretch:
-            return self._slots.stretch(0, self._into, *message.stretch)
+            return self._slots.stretch(0, self._into, held.whole, *message.stretch)
         buffer = self._take(turn)[: message.num_bytes]
         for (span, _, _), view in zip(message.blocks, message.views(buffer), strict=True):
             view.copy_(self._slots.span(0, self._into, held.whole, span))
@@ -387,7 +400,8 @@ class Exchange:
         present = without_absent(tree, is_present)
         if present is None:
             return
-        total = self._adder.add_up(present, operand, out)
+        here = torch.empty_like(out, device=self._device.place) if self._slots.are_elsewhere else out
+        total = self._adder.add_up(present, operand, here)
         if total.data_ptr() != out.data_ptr():
             out.copy_(total)
 

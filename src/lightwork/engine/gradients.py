@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from lightwork.engine.elements import UnitElements
 from lightwork.engine.memory import SharedMemory
 from lightwork.engine.outbox import Outbox
 from lightwork.engine.residency import Residency
@@ -32,12 +33,22 @@ class Slots:
 
     def __init__(self, memory: SharedMemory, weights: Weights, num_slots: int, wire: torch.dtype) -> None:
         self._memory = memory
+        self._device = memory.device
         self._layout = weights.layout
         self._num_slots = num_slots
         self.wire = wire
-        self._flat = memory.tensor("partial sums", wire)
-        self._views: dict[tuple[int, int, bool, int], torch.Tensor] = {}
         self._dtypes = [DTYPES[p.dtype] for p in self._layout.parameters]
+        self._views: dict[tuple[int, int, bool, int], torch.Tensor] = {}
+        self._flat: torch.Tensor | None = None
+        self._units: list[tuple[UnitElements, UnitElements]] = []  # by slot: for single micro-batches, and for sums
+        self.are_elsewhere = memory.device.has_own_memory and not memory.is_on_device("partial sums")
+        if memory.in_units("partial sums"):
+            make = memory.units_of("partial sums")
+            for _ in range(num_slots):
+                sums = make([wire] * len(self._dtypes))
+                self._units.append((sums if self.are_elsewhere else make(self.leaf_dtypes), sums))
+        else:
+            self._flat = memory.tensor("partial sums", wire)
 
     @staticmethod
     def num_bytes(world_size: int, num_slots: int, numel: int, wire: torch.dtype) -> int:
@@ -47,31 +58,46 @@ class Slots:
     def dtype(self, node: Node, parameter: int) -> torch.dtype:
         """Return the type of a parameter in the partial sum `node`."""
         is_sum = node.end - node.first > 1
-        return self.wire if is_sum or self.wire is not torch.float32 else self._dtypes[parameter]
+        is_wide = is_sum or self.wire is not torch.float32 or (self.are_elsewhere and bool(self._units))
+        return self.wire if is_wide else self._dtypes[parameter]
 
     @property
     def leaf_dtypes(self) -> list[torch.dtype]:
         """The types of the parameters' gradients of a single micro-batch."""
         return [self.dtype(LEAF, parameter) for parameter in range(len(self._dtypes))]
 
+    def take(self, slot: int, node: Node) -> None:
+        """Take room in a slot for the partial sum `node`; on a device, that of another kind of node goes."""
+        if self._units:
+            is_sum = node.end - node.first > 1
+            wanted, other = self._units[slot][is_sum], self._units[slot][not is_sum]
+            if other is not wanted:
+                other.release(0, self._layout.numel)
+            wanted.take(0, self._layout.numel)
+
     def elements(self, rank: int, slot: int, node: Node, parameter: int, start: int, end: int) -> torch.Tensor:
         """Return elements `start` to `end` of a parameter in the partial sum `node` of `rank`, flat."""
-        first = (rank * self._num_slots + slot) * self._layout.numel + self._layout.offsets[parameter]
-        dtype = self.dtype(node, parameter)
+        offset = self._layout.offsets[parameter]
+        if self._units:
+            return self._units[slot][node.end - node.first > 1].view(offset + start, offset + end)
+        first = (rank * self._num_slots + slot) * self._layout.numel + offset
+        dtype, flat = self.dtype(node, parameter), self._mapped()
         if dtype is self.wire:
-            return self._flat[first + start : first + end]
-        whole = self._flat[first : first + self._layout.parameters[parameter].numel]
+            return flat[first + start : first + end]
+        whole = flat[first : first + self._layout.parameters[parameter].numel]
         return whole.view(dtype)[start:end]
 
-    def stretch(self, rank: int, slot: int, start: int, end: int) -> torch.Tensor:
+    def stretch(self, rank: int, slot: int, node: Node, start: int, end: int) -> torch.Tensor:
         """Return elements `start` to `end` of the layout in a partial sum, which are all in the wire format there."""
+        if self._units:
+            return self._units[slot][node.end - node.first > 1].view(start, end)
         first = (rank * self._num_slots + slot) * self._layout.numel
-        return self._flat[first + start : first + end]
+        return self._mapped()[first + start : first + end]
 
     def span(self, rank: int, slot: int, node: Node, span: Span) -> torch.Tensor:
         """Return the elements of a span in a partial sum, flat; of several blocks, if all have the wire format there.
 
-        The views are kept: making one costs as much as a sum.
+        The views are kept in a host's memory: making one costs as much as a sum.
         """
         first = span.blocks[0]
         key = (rank, slot, node.end - node.first > 1, span.start)
@@ -80,18 +106,33 @@ class Slots:
             if len(span.blocks) == 1:
                 view = self.elements(rank, slot, node, first.parameter, first.start, first.end)
             else:
-                view = self.stretch(rank, slot, span.start, span.end)
-            self._views[key] = view
+                view = self.stretch(rank, slot, node, span.start, span.end)
+            if not self._units:
+                self._views[key] = view
         return view
+
+    def operand(self, rank: int, slot: int, node: Node, span: Span) -> torch.Tensor:
+        """Return the same where it can be added up: from the host, a copy."""
+        view = self.span(rank, slot, node, span)
+        return view.to(self._device.place, non_blocking=True) if self.are_elsewhere else view
 
     def release(self, rank: int, slot: int, bucket: int) -> None:
         """Give back the memory of a bucket in a partial sum (where it lies in memory; `Residency` sees to the disk)."""
-        if self._memory.is_on_disk("partial sums"):
+        if self._memory.is_on_disk("partial sums") or (self._units and self.are_elsewhere):
             return
         first = (rank * self._num_slots + slot) * self._layout.numel
         for span in spans_of(self._layout, self._layout.buckets[bucket]):
-            start, end = ((first + element) * self.wire.itemsize for element in (span.start, span.end))
-            self._memory.release("partial sums", start, end)
+            if self._units:
+                for region in self._units[slot]:
+                    region.release(span.start, span.end)
+            else:
+                start, end = ((first + element) * self.wire.itemsize for element in (span.start, span.end))
+                self._memory.release("partial sums", start, end)
+
+    def _mapped(self) -> torch.Tensor:
+        if self._flat is None:
+            raise ValueError("the partial sums lie in units")
+        return self._flat
 
 
 #: Stands for any single micro-batch.
@@ -159,10 +200,12 @@ class Gradients:
         used = {slot for slot, _ in self._held.values()}
         slot = next(s for s in range(self._num_slots) if s not in used)
         self.touched = bytearray(len(self._names))
-        self._target = self._parameter_views(slot, node)
-        self._siblings = [(self._parameter_views(self._held[n][0], n), self._held[n][1]) for n in chain]
         self._outbox = outbox
         self._leaves_at_once = outbox is not None and not chain
+        if not self._leaves_at_once:
+            self._slots.take(slot, node)
+            self._target = self._parameter_views(slot, node)
+        self._siblings = [(self._parameter_views(self._held[n][0], n), self._held[n][1]) for n in chain]
         if outbox is not None:
             outbox.begin(i for i, parameter in enumerate(self._weights.parameters) if parameter.requires_grad)
         return Fold(tuple(self._held[n][0] for n in chain), slot, node)
@@ -249,6 +292,14 @@ class Gradients:
 
     def _fold(self, target: torch.Tensor, gradient: torch.Tensor, siblings: Sequence[torch.Tensor]) -> None:
         """Put the sum of a gradient and this worker's sums beside it in the tree into `target`."""
+        if self._slots.are_elsewhere:  # added up here, and kept there
+            here = torch.empty_like(gradient, dtype=target.dtype)
+            self._add(here, gradient, [sibling.to(here.device, non_blocking=True) for sibling in siblings])
+            target.copy_(here, non_blocking=True)
+        else:
+            self._add(target, gradient, siblings)
+
+    def _add(self, target: torch.Tensor, gradient: torch.Tensor, siblings: Sequence[torch.Tensor]) -> None:
         if not siblings:
             target.copy_(gradient)
         elif self._slots.wire is not torch.float32:

@@ -24,14 +24,18 @@ class _Resettable(Protocol):
     def reset_parameters(self) -> None: ...
 
 
-def give_buffers_memory(model: nn.Module) -> bool:
-    """Replace buffers on the meta device by ones without values yet; return whether there were any."""
+def give_buffers_memory(model: nn.Module, device: torch.device) -> bool:
+    """Bring buffers to the device, those on the meta device without values; return whether there were any of these."""
     found = False
+    moved: dict[int, torch.Tensor] = {}  # a buffer may have two names
     for module in model.modules():
         for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[key] = torch.zeros_like(buffer, device="cpu")
-                found = True
+            if buffer is None:
+                continue
+            if id(buffer) not in moved:
+                moved[id(buffer)] = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            found = found or buffer.is_meta
+            module._buffers[key] = moved[id(buffer)]
     return found
 
 
@@ -55,18 +59,23 @@ def reset(model: nn.Module, weights: Weights, indices: Sequence[int], done: Call
         own = {index_of[id(p)]: p for p in module.parameters(recurse=False) if id(p) in index_of}
         if not isinstance(module, _Resettable) or not (own or module._buffers):
             continue
-        shared = {p: p.data.clone() for p in module.parameters(recurse=False) if id(p) not in index_of}
+        # On the host, also for weights on a device: its random numbers would be others.
+        shared = {p: p.data for p in module.parameters(recurse=False) if id(p) not in index_of}
+        for parameter, value in shared.items():  # tied, or built in memory: it has its values
+            parameter.data = torch.empty_like(value, device="cpu")
         for index, parameter in own.items():
-            parameter.data = weights.master_or_working(index)
+            on_host = weights.home_on_host(index)
+            parameter.data = torch.empty(parameter.shape) if on_host is None else on_host
         module.reset_parameters()
         with torch.no_grad():
-            for parameter, value in shared.items():  # had its values before: tied, or built in memory
-                parameter.data.copy_(value)
-        for index, parameter in own.items():
-            weights.publish(index, 0, parameter.numel())
-            parameter.data = weights.working_view(index)
-            del index_of[id(parameter)]
-            done(index)
+            for parameter, value in shared.items():
+                parameter.data = value
+            for index, parameter in own.items():
+                weights.write(index, parameter.data)
+                parameter.data = weights.working_view(index)
+                weights.written(index)
+                del index_of[id(parameter)]
+                done(index)
 
 
 def load(model: nn.Module, weights: Weights, path: Path, done: Callable[[int], None]) -> None:
@@ -99,8 +108,8 @@ def _copy(new: torch.Tensor, value: torch.Tensor, weights: Weights, index: int |
         if index is None:
             value.data.copy_(new)
             return
-        weights.master_or_working(index).copy_(new)
-        weights.publish(index, 0, value.numel())
+        weights.write(index, new)
+        weights.written(index)
 
 
 def _check_alias(model: nn.Module, name: str, names: set[str], path: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,12 @@ import torch
 from torch import optim
 
 from lightwork.engine.eight_bit import SQUARES, num_scales, restore_into, round_into
+from lightwork.engine.elements import Elements
 from lightwork.engine.memory import SharedMemory
 from lightwork.engine.weights import Weights, like
 from lightwork.errors import SpecError
 from lightwork.spec.job import StateFormat
-from lightwork.spec.layout import Block, Layout, ParameterSpec
+from lightwork.spec.layout import Block, Layout, ParameterSpec, span_of
 
 _ELEMENTWISE: tuple[type[optim.Optimizer], ...] = (
     optim.SGD,
@@ -44,10 +45,13 @@ _ELEMENTWISE: tuple[type[optim.Optimizer], ...] = (
     optim.Rprop,
 )
 _FUSED: tuple[type[optim.Optimizer], ...] = (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad)
+_FUSED_ON_GPUS = _FUSED[:3]
 _REFUSED: dict[type[optim.Optimizer], str] = {
     optim.LBFGS: "it calls the loss several times an update",
     optim.SparseAdam: "it wants sparse gradients",
 }
+
+_CPU = torch.device("cpu")
 
 #: Elements of the parameter on which an element-wise optimizer shows what state it keeps.
 _PROBE_ELEMENTS = 16
@@ -64,6 +68,7 @@ class StateEntry:
     dtype: torch.dtype
     shape: tuple[int, ...] | None  #: None: the shape of the parameter or block
     number: type[int] | type[float] | type[bool] | None = None  #: a Python number rather than a tensor
+    on_host: bool = True  #: for a worker on a device: whether it lies with the host nevertheless
 
 
 def is_elementwise(optimizer: optim.Optimizer) -> bool:
@@ -71,9 +76,9 @@ def is_elementwise(optimizer: optim.Optimizer) -> bool:
     return type(optimizer) in _ELEMENTWISE
 
 
-def describe_optimizer(optimizer: optim.Optimizer) -> str:
+def describe_optimizer(optimizer: optim.Optimizer, *, on_gpu: bool = False) -> str:
     """Return the class and the implementation that will be used, for the spec."""
-    kinds = sorted({_implementation(optimizer, group) for group in optimizer.param_groups})
+    kinds = sorted({_implementation(optimizer, group, on_gpu=on_gpu) for group in optimizer.param_groups})
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__} ({', '.join(kinds)})"
 
 
@@ -89,22 +94,23 @@ def hyper_parameters(optimizer: optim.Optimizer) -> tuple[object, ...]:
     return tuple(values)
 
 
-def _implementation(optimizer: optim.Optimizer, group: dict[str, Any]) -> str:
-    if group.get("fused") or _should_fuse(optimizer, group):
+def _implementation(optimizer: optim.Optimizer, group: dict[str, Any], *, on_gpu: bool) -> str:
+    if group.get("fused") or _should_fuse(optimizer, group, on_gpu=on_gpu):
         return "fused"
-    return "foreach" if group.get("foreach") else "single"
+    by_itself = on_gpu and group.get("foreach") is None  # torch's choice there
+    return "foreach" if group.get("foreach") or by_itself else "single"
 
 
-def _should_fuse(optimizer: optim.Optimizer, group: dict[str, Any]) -> bool:
+def _should_fuse(optimizer: optim.Optimizer, group: dict[str, Any], *, on_gpu: bool) -> bool:
     return (
-        type(optimizer) in _FUSED
+        type(optimizer) in (_FUSED_ON_GPUS if on_gpu else _FUSED)
         and group.get("fused") is None
         and not any(group.get(option) for option in ("foreach", "differentiable", "capturable"))
     )
 
 
 def probe_state(
-    optimizer: optim.Optimizer, parameters: Sequence[ParameterSpec]
+    optimizer: optim.Optimizer, parameters: Sequence[ParameterSpec], device: torch.device = _CPU
 ) -> dict[tuple[int, tuple[int, ...]], list[StateEntry]]:
     """Return what state the optimizer keeps, by parameter group and shape (element-wise ones: one shape for all).
 
@@ -121,19 +127,24 @@ def probe_state(
             continue
         shape = parameter.shape if parameter.whole else (_PROBE_ELEMENTS,)
         if (parameter.group, shape) not in found:
-            found[parameter.group, shape] = _probe(optimizer, parameter.group, shape)
+            found[parameter.group, shape] = _probe(optimizer, parameter.group, shape, device)
     return found
 
 
-def _probe(optimizer: optim.Optimizer, group_index: int, shape: tuple[int, ...]) -> list[StateEntry]:
+def _probe(
+    optimizer: optim.Optimizer, group_index: int, shape: tuple[int, ...], device: torch.device
+) -> list[StateEntry]:
     group = optimizer.param_groups[group_index]
-    scratch = torch.zeros(shape)
-    scratch.grad = torch.ones(shape)
+    scratch = torch.zeros(shape, device=device)
+    scratch.grad = torch.ones(shape, device=device)
     shadow = _shadow_of(optimizer, group, [scratch])
     existing = next((s for p in group["params"] if (s := optimizer.state.get(p)) and p.dim() > 0), None)
     if existing is not None:  # state made in the constructor (Adagrad), or loaded by the user
         owner = next(p for p in group["params"] if optimizer.state.get(p) and p.dim() > 0)
-        shadow.state[scratch] = {name: _scratch_like(value, owner, shape) for name, value in existing.items()}
+        shadow.state[scratch] = {
+            name: _scratch_like(value, owner, shape, device, moves=bool(shadow.param_groups[0].get("fused")))
+            for name, value in existing.items()
+        }
     before = {name: value for name, value in shadow.param_groups[0].items() if name != "params"}
     try:
         with torch.no_grad():
@@ -154,15 +165,21 @@ def _probe(optimizer: optim.Optimizer, group_index: int, shape: tuple[int, ...])
     return [_entry(optimizer, name, value, shape) for name, value in shadow.state[scratch].items() if value is not None]
 
 
-def _scratch_like(value: object, owner: torch.Tensor, shape: tuple[int, ...]) -> object:
+def _scratch_like(
+    value: object, owner: torch.Tensor, shape: tuple[int, ...], device: torch.device, *, moves: bool
+) -> object:
+    """Return zeros like an entry of the state of `owner`; with `moves`, also counts of steps go to the device."""
     if isinstance(value, torch.Tensor):
-        return torch.zeros(shape, dtype=value.dtype) if value.shape == owner.shape else torch.zeros_like(value)
+        alike = value.shape == owner.shape
+        place = device if alike or moves or value.device.type != "cpu" else value.device
+        return torch.zeros(shape if alike else value.shape, dtype=value.dtype, device=place)
     return value
 
 
 def _entry(optimizer: optim.Optimizer, name: str, value: object, shape: tuple[int, ...]) -> StateEntry:
     if isinstance(value, torch.Tensor):
-        return StateEntry(name, value.dtype, None if value.shape == shape else tuple(value.shape))
+        alike = value.shape == shape
+        return StateEntry(name, value.dtype, None if alike else tuple(value.shape), on_host=value.device.type == "cpu")
     if isinstance(value, (bool, int, float)):
         return StateEntry(name, torch.float64, (), type(value))
     raise SpecError(
@@ -180,7 +197,7 @@ def _shadow_of(optimizer: optim.Optimizer, group: dict[str, Any], tensors: Seque
     shadow._optimizer_step_pre_hooks = OrderedDict()
     shadow._optimizer_step_post_hooks = OrderedDict()
     shadow.param_groups = [{**group, "params": list(tensors)}]
-    if _should_fuse(optimizer, group):
+    if _should_fuse(optimizer, group, on_gpu=tensors[0].is_cuda):
         shadow.param_groups[0]["fused"] = True
     shadow.state = defaultdict(dict)
     return shadow
@@ -199,7 +216,11 @@ def _bare_step(optimizer: optim.Optimizer) -> Callable[[optim.Optimizer], object
 def _has_plain_adam_kernel(optimizer: optim.Optimizer, group: dict[str, Any]) -> bool:
     """Return whether an update is nothing but torch's fused kernel of Adam or AdamW, with numbers as settings."""
     plain = isinstance(group.get("lr"), float) and all(isinstance(beta, float) for beta in group.get("betas", (None,)))
-    return plain and type(optimizer) in (optim.Adam, optim.AdamW) and _implementation(optimizer, group) == "fused"
+    return (
+        plain
+        and type(optimizer) in (optim.Adam, optim.AdamW)
+        and _implementation(optimizer, group, on_gpu=True) == "fused"
+    )
 
 
 def _fused_adam(
@@ -249,6 +270,7 @@ class StateLayout:
             at = self.scales_of_block[-1][1]
         self.num_scales = at
         self.odd_bytes = 0
+        self.number_bytes = 0  #: of odd state on the host
         self.of_block: list[list[tuple[StateEntry, int]]] = []  # with the offset in bytes
         for block in layout.blocks:
             parameter = layout.parameters[block.parameter]
@@ -264,9 +286,13 @@ class StateLayout:
                         self.in_8_bits.add(entry.name)
                     places.append((entry, (layout.offsets[block.parameter] + block.start) * entry.dtype.itemsize))
                 else:
-                    places.append((entry, self.odd_bytes))
+                    places.append((entry, self.number_bytes if entry.on_host else self.odd_bytes))
                     num_bytes = max(1, torch.Size(entry.shape).numel()) * entry.dtype.itemsize
-                    self.odd_bytes += -(-num_bytes // _STATE_ALIGNMENT) * _STATE_ALIGNMENT
+                    num_bytes = -(-num_bytes // _STATE_ALIGNMENT) * _STATE_ALIGNMENT
+                    if entry.on_host:
+                        self.number_bytes += num_bytes
+                    else:
+                        self.odd_bytes += num_bytes
             self.of_block.append(places)
 
 
@@ -280,17 +306,21 @@ class BlockOptimizer:
         self._weights = weights
         self._layout = weights.layout
         self._state_layout = state_layout
-        self._flat = {name: memory.tensor(f"state {name}", dtype) for name, dtype in state_layout.flat.items()}
+        self._memory = memory
+        self._homes = {name: memory.home(f"state {name}", dtype) for name, dtype in state_layout.flat.items()}
+        self._here = {name: memory.here(f"state {name}", dtype) for name, dtype in state_layout.flat.items()}
         self._scales = {name: memory.tensor(f"scales {name}", torch.float32) for name in state_layout.in_8_bits}
         # Where state in 8 bits becomes fp32 for an update: of one bucket at a time.
         blocks = self._layout.blocks
         of_bucket = [blocks[bucket.first_block : bucket.end_block] for bucket in self._layout.buckets]
         largest = max((sum(b.end - b.start for b in bucket) for bucket in of_bucket), default=0)
-        self._wide = {name: torch.empty(largest) for name in state_layout.in_8_bits}
+        device = memory.device.place
+        self._wide = {name: torch.empty(largest, device=device) for name in state_layout.in_8_bits}
         self._wide_offsets = [
             sum(b.end - b.start for b in bucket[:i]) for bucket in of_bucket for i in range(len(bucket))
         ]
         self._odd = memory.tensor("state odd")
+        self._numbers = memory.tensor("state numbers")  # of the odd state, what an optimizer keeps on the host
         self._initialised = memory.region("state initialised")  # a byte for each block
         self._step = _bare_step(optimizer)
         self._shadows: dict[int, tuple[optim.Optimizer, list[torch.Tensor]]] = {}
@@ -353,25 +383,33 @@ class BlockOptimizer:
         if not blocks or not self._initialised[blocks[0]]:
             return {}
         tensor = self._weights.parameters[parameter]
+        start = self._layout.offsets[parameter]
         state = {}
         for entry, offset in self._state_layout.of_block[blocks[0]]:
             if entry.name in self._wide:
                 flat = torch.empty(tensor.numel())
                 for index in blocks:
                     block = self._layout.blocks[index]
-                    self._restore(entry.name, index, flat[block.start : block.end])
+                    packed = self._packed(entry.name, index, self._homes)
+                    wide = self._wide_view(entry.name, index)
+                    restore_into(wide, *packed, square=entry.name in SQUARES)
+                    flat[block.start : block.end].copy_(wide)
                 state[entry.name] = like(flat, tensor)
             elif entry.shape is None:
-                flat = self._flat[entry.name][offset // entry.dtype.itemsize :][: tensor.numel()]
-                state[entry.name] = like(flat, tensor)
+                state[entry.name] = like(self._homes[entry.name].view(start, start + tensor.numel()), tensor)
             else:
-                state[entry.name] = self._view(blocks[0], entry, offset)
+                state[entry.name] = self._odd_view(entry, offset)
         return state
 
     @property
     def regions(self) -> list[tuple[str, int]]:
         """The regions of the shared memory with state of the parameters' shape, and the bytes of an element."""
-        return [(f"state {name}", flat.itemsize) for name, flat in self._flat.items()]
+        return [(f"state {name}", dtype.itemsize) for name, dtype in self._state_layout.flat.items()]
+
+    @property
+    def places(self) -> list[tuple[str, Elements, Elements]]:
+        """The same regions, each at home and as an update sees it."""
+        return [(f"state {name}", home, self._here[name]) for name, home in self._homes.items()]
 
     @property
     def initialised(self) -> memoryview:
@@ -380,16 +418,15 @@ class BlockOptimizer:
 
     def flat_views(self, index: int) -> list[torch.Tensor]:
         """Return each entry of a block's state, contiguous, in shared memory."""
-        block = self._layout.blocks[index]
+        span = span_of(self._layout, self._layout.blocks[index])
         views = []
         for entry, offset in self._state_layout.of_block[index]:
             if entry.shape is None:
-                first = offset // entry.dtype.itemsize
-                views.append(self._flat[entry.name][first : first + block.end - block.start])
+                views.append(self._homes[entry.name].view(span.start, span.end))
                 if entry.name in self._scales:
                     views.append(self._scales[entry.name][slice(*self._state_layout.scales_of_block[index])])
             else:
-                views.append(self._view(index, entry, offset).view(-1))
+                views.append(self._odd_view(entry, offset).view(-1))
         return views
 
     def load_state(self, parameter: int, state: dict[str, torch.Tensor | float]) -> None:
@@ -408,7 +445,7 @@ class BlockOptimizer:
                         f"the optimizer's state for {spec.name} has no {entry.name!r}; it has {', '.join(state)}."
                     )
                 value = torch.as_tensor(state[entry.name])
-                view = self._view(index, entry, offset)
+                view = self._view(index, entry, offset, self._homes)
                 if entry.shape is None:
                     if value.numel() != spec.numel:
                         raise SpecError(
@@ -419,12 +456,13 @@ class BlockOptimizer:
                     value = self._flatten(value, parameter)[block.start : block.end].view(view.shape)
                 view.copy_(value)
                 if entry.name in self._wide:
-                    self._round(entry.name, index, view)
+                    packed = self._packed(entry.name, index, self._homes)
+                    round_into(*packed, view.to(packed[0].device), square=entry.name in SQUARES)
         self._shadows.clear()
 
     def _flatten(self, value: torch.Tensor, parameter: int) -> torch.Tensor:
         """Return a parameter-shaped tensor in the order in which the parameter's elements lie in memory."""
-        flat = torch.empty(value.numel(), dtype=value.dtype)
+        flat = torch.empty(value.numel(), dtype=value.dtype, device=value.device)
         like(flat, self._weights.parameters[parameter]).copy_(value.view(self._weights.parameters[parameter].shape))
         return flat
 
@@ -436,47 +474,51 @@ class BlockOptimizer:
             self._shadows[index] = _shadow_of(self._optimizer, group, tensors), tensors
         shadow, tensors = self._shadows[index]
         fresh = {**group, "params": tensors}
-        if _should_fuse(self._optimizer, group):
+        if _should_fuse(self._optimizer, group, on_gpu=tensors[0].is_cuda):
             fresh["fused"] = True
         shadow.param_groups[0].update(fresh)
         return shadow, tensors
 
     def _block_tensor(self, block: Block) -> torch.Tensor:
         if self._layout.parameters[block.parameter].whole:
-            return self._weights.master_view(block.parameter)
-        offset = self._layout.offsets[block.parameter]
-        return self._weights.masters[offset + block.start : offset + block.end]
+            return self._weights.master_here(block.parameter)
+        span = span_of(self._layout, block)
+        return self._weights.masters_here.view(span.start, span.end)
 
-    def _view(self, index: int, entry: StateEntry, offset: int) -> torch.Tensor:
+    def _view(self, index: int, entry: StateEntry, offset: int, places: Mapping[str, Elements]) -> torch.Tensor:
+        """Return an entry of a block's state; `places` are homes, or where an update sees them."""
         block = self._layout.blocks[index]
         if entry.name in self._wide:
             return self._wide_view(entry.name, index)
         if entry.shape is None:
-            first = offset // entry.dtype.itemsize
-            flat = self._flat[entry.name][first : first + block.end - block.start]
+            span = span_of(self._layout, block)
+            flat = places[entry.name].view(span.start, span.end)
             if self._layout.parameters[block.parameter].whole:
                 return like(flat, self._weights.parameters[block.parameter])
             return flat
-        num_bytes = torch.Size(entry.shape).numel() * entry.dtype.itemsize
-        return self._odd[offset : offset + num_bytes].view(entry.dtype).view(entry.shape)
+        return self._odd_view(entry, offset)
+
+    def _odd_view(self, entry: StateEntry, offset: int) -> torch.Tensor:
+        num_bytes = torch.Size(entry.shape or ()).numel() * entry.dtype.itemsize
+        region = self._numbers if entry.on_host else self._odd
+        return region[offset : offset + num_bytes].view(entry.dtype).view(entry.shape or ())
 
     def _wide_view(self, name: str, index: int) -> torch.Tensor:
         """Return where a block's state in 8 bits becomes fp32."""
         block, at = self._layout.blocks[index], self._wide_offsets[index]
         return self._wide[name][at : at + block.end - block.start]
 
-    def _packed(self, name: str, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _packed(self, name: str, index: int, places: Mapping[str, Elements]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a block's state in 8 bits, and its scales."""
-        block = self._layout.blocks[index]
-        first = self._layout.offsets[block.parameter] + block.start
-        scales = self._scales[name][slice(*self._state_layout.scales_of_block[index])]
-        return self._flat[name][first : first + block.end - block.start], scales
+        span = span_of(self._layout, self._layout.blocks[index])
+        values = places[name].view(span.start, span.end)
+        return values, self._scales[name][slice(*self._state_layout.scales_of_block[index])]
 
     def _restore(self, name: str, index: int, target: torch.Tensor) -> None:
-        restore_into(target, *self._packed(name, index), square=name in SQUARES)
+        restore_into(target, *self._packed(name, index, self._here), square=name in SQUARES)
 
     def _round(self, name: str, index: int, source: torch.Tensor) -> None:
-        round_into(*self._packed(name, index), source, square=name in SQUARES)
+        round_into(*self._packed(name, index, self._here), source, square=name in SQUARES)
 
     def _attach(self, shadow: optim.Optimizer, tensor: torch.Tensor, index: int) -> None:
         """Make the shadow see the shared state of a block that any worker may have updated last."""
@@ -518,5 +560,7 @@ class BlockOptimizer:
         views = self._views.get(index)
         if views is None:
             places = self._state_layout.of_block[index]
-            views = self._views[index] = [(entry, self._view(index, entry, offset)) for entry, offset in places]
+            views = self._views[index] = [
+                (entry, self._view(index, entry, offset, self._here)) for entry, offset in places
+            ]
         return views

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lightwork.engine.device import Cpu, Device, Mark
 from lightwork.engine.weights import like
 from lightwork.spec.layout import ALIGNMENT, Layout, Span, span_of
 
@@ -61,28 +62,41 @@ def message_of(layout: Layout, dtypes: Sequence[torch.dtype], wire: torch.dtype,
 class Pool:
     """Buffers of one size, used in turn by two threads."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, device: Device) -> None:
         self._num_bytes = num_bytes
-        self._free: list[torch.Tensor] = []
+        self._device = device
+        self._free: list[tuple[torch.Tensor, Mark]] = []
 
     def take(self) -> torch.Tensor:
-        """Return a buffer, bytes."""
+        """Return a buffer, bytes, which the current queue may write."""
         try:
-            return self._free.pop()
+            buffer, mark = self._free.pop()
         except IndexError:
-            return torch.empty(self._num_bytes, dtype=torch.uint8)
+            return torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device.place)
+        self._device.wait(mark)
+        return buffer
 
-    def give_back(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Take buffers back."""
-        self._free += buffers
+    def give_back(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Take buffers back that the current queue has used."""
+        mark = self._device.mark() if buffers else None
+        self._free += [(buffer, mark) for buffer in buffers]
 
 
 class Outbox:
     """Filled by backward, and emptied by another thread or by `on_complete`."""
 
-    def __init__(self, layout: Layout, dtypes: Sequence[torch.dtype], pool: Pool, messages: Sequence[Message]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        dtypes: Sequence[torch.dtype],
+        pool: Pool,
+        messages: Sequence[Message],
+        device: Device,
+    ) -> None:
         """`dtypes` and `messages` are those of the gradients of a single micro-batch; the pool has room for any."""
         self.messages = messages
+        self._device = device
+        self._marks: list[Mark] = [None] * len(messages)  # of backward's queue, when it completed a bucket
         self.on_complete: Callable[[int], None] | None = None  #: called within backward, in place of a thread
         self.pool = pool
         self._dtypes = dtypes
@@ -109,6 +123,7 @@ class Outbox:
         expected = set(expected)
         with self._changed:
             self._abandoned, self._ahead = False, 0
+            self._marks = [None] * len(self._marks)
             self._missing = [len(parameters & expected) for parameters in self._parameters]
 
     def put(self, index: int, gradient: torch.Tensor, parameter: torch.Tensor) -> None:
@@ -120,7 +135,7 @@ class Outbox:
         if gradient.is_contiguous() and parameter.is_contiguous():
             flat = gradient.view(-1)
         else:  # in the order in which the parameter's elements lie in memory
-            flat = torch.empty(gradient.numel(), dtype=gradient.dtype)
+            flat = torch.empty(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
             like(flat, parameter).copy_(gradient)
         dtype = self._dtypes[index]
         for bucket, places in reversed(self._places[index].items()):
@@ -150,6 +165,7 @@ class Outbox:
         if self._missing[bucket] == 0 and self.on_complete is not None:
             self.on_complete(bucket)
         elif self._missing[bucket] == 0:
+            self._marks[bucket] = self._device.mark()
             with self._changed:
                 self._ahead += 1
                 self._changed.notify_all()
@@ -171,8 +187,11 @@ class Outbox:
         if self.on_complete is not None:
             for bucket in reversed([bucket for bucket, missing in enumerate(self._missing) if missing > 0]):
                 self.on_complete(bucket)
+        mark = self._device.mark()
         with self._changed:
-            self._missing = [0] * len(self._missing)
+            for bucket, missing in enumerate(self._missing):
+                if missing > 0:
+                    self._marks[bucket], self._missing[bucket] = mark, 0
             self._changed.notify_all()
 
     def abandon(self) -> None:
@@ -193,9 +212,14 @@ class Outbox:
             self._is_awaited = False
             if self._abandoned:
                 raise InterruptedError("backward has failed")
+        self._device.wait(self._marks[bucket])
 
 
-def make_outbox(layout: Layout, dtypes: Sequence[torch.dtype], wire: torch.dtype, *, room: int = 0) -> Outbox:
+def make_outbox(
+    layout: Layout, dtypes: Sequence[torch.dtype], wire: torch.dtype, *, room: int = 0, device: Device | None = None
+) -> Outbox:
     """Return an outbox for gradients of these types; its pool has room for any, and for messages of `room` bytes."""
+    device = device or Cpu()
     messages = [message_of(layout, dtypes, wire, bucket) for bucket in range(len(layout.buckets))]
-    return Outbox(layout, dtypes, Pool(max((room, *(message.num_bytes for message in messages)))), messages)
+    pool = Pool(max((room, *(message.num_bytes for message in messages))), device)
+    return Outbox(layout, dtypes, pool, messages, device)

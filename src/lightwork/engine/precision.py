@@ -17,6 +17,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightwork.engine.device import Device
 from lightwork.engine.early import UpdateInBackward
 from lightwork.engine.sharding import ShardedWeights
 from lightwork.engine.weights import DTYPES, NARROW, Weights
@@ -40,9 +41,10 @@ class _Master(torch.autograd.Function):
 class MasterWeights(TorchFunctionMode):
     """While active, replaces narrow weights by their masters in every torch function called with autocast off."""
 
-    def __init__(self, weights: Weights, *, complete: bool) -> None:
+    def __init__(self, weights: Weights, *, complete: bool, device_type: str) -> None:
         super().__init__()
         self._complete = complete
+        self._device_type = device_type
         self._masters = {
             # `.data`: all views of the shared memory have one count of writes, and autograd checks it.
             id(parameter): weights.master_view(index).data
@@ -60,15 +62,16 @@ class MasterWeights(TorchFunctionMode):
     ) -> Any:
         """Call `func`, with masters for weights where autocast is off."""
         kwargs = kwargs or {}
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(self._device_type):
             return func(*args, **kwargs)
         leaves, tree = pytree.tree_flatten((args, kwargs))
         if not any(id(leaf) in self._masters for leaf in leaves) or _is_attribute(func):
             return func(*args, **kwargs)
         if not self._complete:
             raise UsageError(
-                "the model switches autocast off and uses weights there, which takes their fp32 masters, and the "
-                "placement shares these out among the hosts. Name the module in fp32_modules, or choose replicate."
+                "the model switches autocast off and uses weights there, which takes their fp32 masters, and the plan "
+                "shares these out among the hosts, or offloads them. Name the module in fp32_modules, or keep masters: "
+                "placement='replicate', without offload of the optimizer."
             )
         self.used = True
         for at, leaf in enumerate(leaves):
@@ -97,6 +100,7 @@ class Compute:
         model: nn.Module,
         *,
         complete: bool,
+        device: Device,
         sharded: ShardedWeights | None = None,
         early: UpdateInBackward | None = None,
     ) -> None:
@@ -106,8 +110,11 @@ class Compute:
         """
         self._sharded = sharded
         self._early = early
+        self._device_type = device.place.type
         self._dtype = DTYPES[NARROW.get(precision, "float32")]
-        self._masters = MasterWeights(weights, complete=complete) if precision in NARROW else None
+        self._masters = (
+            MasterWeights(weights, complete=complete, device_type=device.place.type) if precision in NARROW else None
+        )
         classes = {cls for module in model.modules() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
         functions = (f for cls in classes - {nn.Module} for f in vars(cls).values() if isinstance(f, FunctionType))
         self._watched = any(_mentions_autocast(function.__code__) for function in functions)
@@ -124,7 +131,10 @@ class Compute:
                 yield
                 return
             self._bodies += 1
-            with self._masters if self._is_watched else contextlib.nullcontext(), torch.autocast("cpu", self._dtype):
+            with (
+                self._masters if self._is_watched else contextlib.nullcontext(),
+                torch.autocast(self._device_type, self._dtype),
+            ):
                 yield
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -137,7 +147,7 @@ class Compute:
         with (
             contextlib.nullcontext() if needs_modes else torch._C.DisableTorchFunction(),
             self._sharded.backward() if self._sharded else contextlib.nullcontext(),
-            torch.autocast("cpu", enabled=False),
+            torch.autocast(self._device_type, enabled=False),
         ):
             if needs_modes:
                 # `backward` is a torch function itself, and a mode is off in what it is called for.

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightwork.engine.device import Device
+
 
 def seed_everything(value: int) -> None:
     """Seed torch, numpy and random from one number. 7 us (2026-11); `torch.manual_seed` alone takes 88."""
@@ -20,19 +22,26 @@ def seed_everything(value: int) -> None:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of torch's, numpy's and Python's generators, to be put back."""
+    """The state of torch's, numpy's and Python's generators, and of the device's, to be put back."""
 
     torch_state: torch.Tensor
+    device_state: torch.Tensor | None
     numpy_state: dict[str, Any]
     python_state: tuple[Any, ...]
 
     @classmethod
-    def capture(cls) -> RandomState:
+    def capture(cls, device: Device) -> RandomState:
         """Return the state now."""
-        return cls(torch.default_generator.get_state(), np.random.get_state(legacy=False), random.getstate())
+        return cls(
+            torch.default_generator.get_state(),
+            device.random_state(),
+            np.random.get_state(legacy=False),
+            random.getstate(),
+        )
 
-    def restore(self) -> None:
+    def restore(self, device: Device) -> None:
         """Put the state back."""
         torch.default_generator.set_state(self.torch_state)
+        device.set_random_state(self.device_state)
         np.random.set_state(self.numpy_state)
         random.setstate(self.python_state)

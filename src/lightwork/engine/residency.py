@@ -47,7 +47,7 @@ class Residency:
 
     def watch(self, model: nn.Module) -> None:
         """Drop each module's own weights after its forward, and read the next one's ahead before it."""
-        if not self._of_model:
+        if not self._of_model or self._memory.device.has_own_memory:
             return
         index_of = {id(parameter): index for index, parameter in enumerate(self._weights.parameters)}
         owners = [(module, [index_of[id(p)] for p in module.parameters(recurse=False)]) for module in model.modules()]
@@ -106,6 +106,9 @@ class Residency:
             for start, end in self._stretches(bucket):
                 self._advise(self._others, start, end, Advice.DROP)
                 self._drop_gradients(start, end)
+
+    def settle(self) -> None:
+        """Return when everything is at home: here it always is."""
 
     def drop_all(self) -> None:
         """Drop everything, after a call that has read it all."""

@@ -1,9 +1,11 @@
-"""Weights that are shared out among hosts (ZeRO-3): brought just before they are used, given back after.
+"""Weights that are brought just before they are used, and given back after: shared out among hosts (ZeRO-3), or
+offloaded from a device.
 
-Each bucket's weights stay with its owner. Elsewhere their place in memory is empty until an operation is about to read
-them: then the host asks the owner, whose thread answers whatever its worker is doing, and the values arrive at the
-same place. So weights never move as far as autograd and modules can see, no host waits for another one's path through
-the model, and a host that has more micro-batches than others hangs nobody.
+Each bucket's weights stay with its owner, or in the host's memory. Where they are computed with, their place is empty
+until an operation is about to read them: then the host asks the owner, whose thread answers whatever its worker is
+doing, or copies them, and the values arrive at the same place. So weights never move as far as autograd and modules can
+see, no host waits for another one's path through the model, and a host that has more micro-batches than others hangs
+nobody.
 
     forward    `ShardedWeights` sees every torch function of the loop body and of the model, and brings the weights
                among its arguments, and views of them
@@ -12,7 +14,7 @@ the model, and a host that has more micro-batches than others hangs nobody.
     given back when other weights need the room: least recently used first
 
 Moves: two requests of 8 bytes and twice the weights' bytes of other hosts a micro-batch, in and out (forward, and
-backward), less what stays between them.
+backward), less what stays between them. Of offloaded ones, twice their bytes to the device.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol, final
 
 import torch
 from torch import nn
@@ -29,7 +31,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightwork.engine.memory import Advice, SharedMemory
+from lightwork.engine.device import Device, Mark
+from lightwork.engine.staging import Backlog
 from lightwork.engine.weights import Weights
 from lightwork.errors import RankLost, SpecError
 from lightwork.spec.hosts import Hosts
@@ -50,43 +53,120 @@ AHEAD = 2
 _LOOK_AHEAD = 16
 
 
-def serve(weights: Weights, carrier: Carrier) -> None:
+def serve(weights: Weights, carrier: Carrier, device: Device) -> None:
     """Answer the other hosts' requests for buckets, until all have said goodbye or are gone."""
     request = torch.empty(1, dtype=torch.int64)
     open_hosts = carrier.num_hosts - 1
-    with contextlib.suppress(RankLost):  # the exchange of gradients names it
+    with contextlib.suppress(RankLost), device.queue("out"):  # the exchange of gradients names it
         while open_hosts:
             host = carrier.receive_from_any(request, _REQUEST)
             bucket = int(request)
             if bucket == _GOODBYE:
                 open_hosts -= 1
                 continue
+            device.wait(weights.accepted)
             for pending in [carrier.send(host, tensor, _ANSWER) for tensor in weights.of_bucket(bucket)]:
                 pending.wait()
 
 
-class ShardedWeights(TorchFunctionMode):
-    """The weights of other hosts' buckets, as this worker needs them. As a mode: brings what torch functions read.
+class Source(Protocol):
+    """Where weights come from."""
 
-    Owns: the memory of these weights, and hooks on the modules, until `close`.
+    def has(self, bucket: int) -> bool:
+        """Return whether a bucket comes from here."""
+
+    def request(self, bucket: int, tensors: Sequence[torch.Tensor]) -> list[Pending]:
+        """Begin to bring a bucket into `tensors`, as computation sees it."""
+
+    def close(self) -> None:
+        """Say that nothing will be asked for any more."""
+
+
+class Owners:
+    """The other hosts, as sources."""
+
+    def __init__(self, hosts: Hosts, carrier: Carrier) -> None:
+        self._hosts = hosts
+        self._carrier = carrier
+
+    def has(self, bucket: int) -> bool:
+        """Return whether another host owns it."""
+        return self._hosts.owner(bucket) != self._carrier.host
+
+    def request(self, bucket: int, tensors: Sequence[torch.Tensor]) -> list[Pending]:
+        """Ask the owner."""
+        owner = self._hosts.owner(bucket)
+        pending = [self._carrier.receive(owner, tensor, _ANSWER) for tensor in tensors]
+        return [*pending, self._carrier.send(owner, torch.tensor([bucket]), _REQUEST)]
+
+    def close(self) -> None:
+        """Let the other hosts' threads end."""
+        goodbye = torch.tensor([_GOODBYE])
+        for host in range(len(self._hosts)):
+            if host != self._carrier.host:
+                with contextlib.suppress(RankLost):
+                    self._carrier.send(host, goodbye, _REQUEST).wait()
+
+
+class Home:
+    """This host's memory, as the source of what a device has offloaded."""
+
+    def __init__(self, weights: Weights, device: Device, left: Callable[[int], Mark]) -> None:
+        """`left` returns when a bucket was last at home again."""
+        self._weights = weights
+        self._device = device
+        self._left = left
+
+    def has(self, bucket: int) -> bool:
+        """Return True."""
+        return True
+
+    def request(self, bucket: int, tensors: Sequence[torch.Tensor]) -> list[Pending]:
+        """Begin to copy it."""
+        with self._device.queue("in"):
+            self._device.wait(self._left(bucket))
+            for home, here in zip(self._weights.of_bucket(bucket), tensors, strict=True):
+                here.copy_(home, non_blocking=True)
+            return [_Copied(self._device, self._device.mark())]
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@final
+class _Copied(Pending):
+    """What a queue brings."""
+
+    def __init__(self, device: Device, mark: Mark) -> None:
+        self._device = device
+        self._mark = mark
+
+    def wait(self) -> None:
+        """Let the current queue wait."""
+        self._device.wait(self._mark)
+
+
+class ShardedWeights(TorchFunctionMode):
+    """The weights that are not kept here, as this worker needs them. As a mode: brings what torch functions read.
+
+    Owns: the memory of these weights here, and hooks on the modules, until `close`.
     """
 
-    def __init__(self, weights: Weights, memory: SharedMemory, hosts: Hosts, carrier: Carrier) -> None:
+    def __init__(self, weights: Weights, device: Device, sources: Sequence[Source]) -> None:
+        """Of the `sources`, the first that has a bucket brings it; what none has is always here."""
         super().__init__()
         self._weights = weights
-        self._memory = memory
-        self._carrier = carrier
-        self._hosts = hosts
+        self._device = device
+        self._sources = sources
+        self._backlog = Backlog(device, KEPT)
         layout = weights.layout
         self._buckets_of: list[list[int]] = [[] for _ in layout.parameters]
         for bucket, spec in enumerate(layout.buckets):
-            if hosts.owner(bucket) != carrier.host:
+            if any(source.has(bucket) for source in sources):
                 for parameter in sorted({b.parameter for b in layout.blocks[spec.first_block : spec.end_block]}):
                     self._buckets_of[parameter].append(bucket)
         self._index_of = {id(parameter): index for index, parameter in enumerate(weights.parameters)}
-        self._regions = [
-            (name, flat.data_ptr(), flat.numel() * flat.itemsize, flat.itemsize) for name, flat in weights.flats.items()
-        ]
+        self._taken: Mark = None  # when room was taken
         self._here: OrderedDict[int, None] = OrderedDict()  # buckets, the least recently used first
         self._coming: dict[int, list[Pending]] = {}
         self._parameter = (-1, -1)  # the last two that were needed
@@ -156,11 +236,8 @@ class ShardedWeights(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        goodbye = torch.tensor([_GOODBYE])
-        for host in range(len(self._hosts)):
-            if host != self._carrier.host:
-                with contextlib.suppress(RankLost):
-                    self._carrier.send(host, goodbye, _REQUEST).wait()
+        for source in self._sources:
+            source.close()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -230,6 +307,22 @@ class ShardedWeights(TorchFunctionMode):
         for bucket in [*self._here]:
             self._give_back(bucket)
 
+    def hold(self, bucket: int, *, values: bool) -> None:
+        """Keep room for a bucket here, with its present values if they are wanted, until `leave`."""
+        if values:
+            self._ask(bucket)
+        elif bucket not in self._here and bucket not in self._coming:
+            self._take(bucket)
+            self._device.wait(self._taken)
+        self._arrive(bucket)
+        self._in_use.add(bucket)
+
+    def leave(self, bucket: int) -> None:
+        """Let go of a bucket: its values here are no longer those at home, which are about to change."""
+        self._in_use.discard(bucket)
+        self._here.pop(bucket, None)
+        self._weights.give_back(bucket)
+
     # --- which parameters -------------------------------------------------------------------------------------------
 
     def _find(self, value: Any) -> Iterable[int]:
@@ -282,11 +375,14 @@ class ShardedWeights(TorchFunctionMode):
         """Ask the owner for a bucket that is neither here nor coming."""
         if bucket in self._here or bucket in self._coming:
             return
-        owner, tensors = self._hosts.owner(bucket), self._weights.of_bucket(bucket)
-        for name, start, end in self._ranges(bucket):
-            self._memory.advise(name, start, end, Advice.MAP_TO_WRITE)
-        self._coming[bucket] = [self._carrier.receive(owner, tensor, _ANSWER) for tensor in tensors]
-        self._coming[bucket].append(self._carrier.send(owner, torch.tensor([bucket]), _REQUEST))
+        self._take(bucket)
+        source = next(source for source in self._sources if source.has(bucket))
+        self._coming[bucket] = source.request(bucket, self._weights.here_of_bucket(bucket))
+
+    def _take(self, bucket: int) -> None:
+        with self._device.queue("in"):
+            self._weights.take(bucket)
+            self._taken = self._device.mark()
 
     def _arrive(self, bucket: int) -> None:
         for pending in self._coming.pop(bucket, ()):
@@ -305,16 +401,8 @@ class ShardedWeights(TorchFunctionMode):
 
     def _give_back(self, bucket: int) -> None:
         del self._here[bucket]
-        for name, start, end in self._ranges(bucket):
-            self._memory.release(name, start, end)
-
-    def _ranges(self, bucket: int) -> Iterator[tuple[str, int, int]]:
-        """Yield where a bucket's weights lie: region, first byte and end."""
-        for tensor in self._weights.of_bucket(bucket):
-            address, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.itemsize
-            for name, start, size, _ in self._regions:
-                if start <= address < start + size:
-                    yield name, address - start, address - start + num_bytes
+        self._weights.give_back(bucket)
+        self._backlog.add(self._device.mark())
 
 
 #: Attributes of a tensor that do not read its values.

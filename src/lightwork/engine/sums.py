@@ -12,8 +12,9 @@ from lightwork.spec.tree import Node, Sum
 class Adder:
     """Adds tensors of one size, in memory that it keeps; every sum is rounded to the wire format, fp32 unless given."""
 
-    def __init__(self, wire: torch.dtype = torch.float32) -> None:
+    def __init__(self, wire: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         self._wire = wire
+        self._device = device
         self._temporaries: list[torch.Tensor] = []  # by depth, made when a tree needs them
 
     def add_up(self, tree: Sum, operand: Callable[[Node], torch.Tensor], out: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ class Adder:
 
     def _temporary(self, depth: int, size: int) -> torch.Tensor:
         while depth >= len(self._temporaries):
-            self._temporaries.append(torch.empty(0, dtype=self._wire))
+            self._temporaries.append(torch.empty(0, dtype=self._wire, device=self._device))
         if self._temporaries[depth].numel() < size:
-            self._temporaries[depth] = torch.empty(size, dtype=self._wire)
+            self._temporaries[depth] = torch.empty(size, dtype=self._wire, device=self._device)
         return self._temporaries[depth][:size]

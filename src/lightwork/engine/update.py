@@ -6,12 +6,12 @@ weight, clip, take the optimizer's step, write the working weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from lightwork.engine.device import Device
 from lightwork.engine.gradients import Slots, present_nodes
 from lightwork.engine.optimizer import BlockOptimizer
 from lightwork.engine.sums import Adder
@@ -38,16 +38,19 @@ _Space = tuple[Span, torch.Tensor, list[tuple[Span, torch.Tensor]]]
 class Updater:
     """Measures and updates buckets."""
 
-    def __init__(self, weights: Weights, slots: Slots, optimizer: BlockOptimizer) -> None:
+    def __init__(self, weights: Weights, slots: Slots, optimizer: BlockOptimizer, device: Device) -> None:
+        self._device = device
         self._weights = weights
         self._layout = weights.layout
         self._slots = slots
         self._optimizer = optimizer
         spans = [spans_of(self._layout, bucket) for bucket in self._layout.buckets]
-        self._scratch = torch.empty(max((sum(s.numel for s in of_bucket) for of_bucket in spans), default=0))
+        largest = max((sum(s.numel for s in of_bucket) for of_bucket in spans), default=0)
+        self._scratch = torch.empty(largest, device=device.place)
         self._spaces = [list(self._lay_out(of_bucket)) for of_bucket in spans]
-        self._adder = Adder(slots.wire)
-        self._sum = torch.empty(max((s.numel for of_bucket in spans for s in of_bucket), default=0), dtype=slots.wire)
+        self._adder = Adder(slots.wire, device.place)
+        longest = max((s.numel for of_bucket in spans for s in of_bucket), default=0)
+        self._sum = torch.empty(longest, dtype=slots.wire, device=device.place)
         self._map: StepMap | None = None
         self._tree: Sum = Node(0, 1)
         self._everywhere = b""  # by parameter: whether every micro-batch touched it
@@ -89,9 +92,13 @@ class Updater:
             None if leaf is None else _divided(leaf, divisor, out) for leaf, out in zip(leaves, spaces, strict=True)
         ]
 
-    def apply(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> float:
-        """Take the optimizer's step with `gradients` and write the working weights; return their squared norm."""
-        squared = norm_squared(gradients)
+    def norms_squared(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Return the squared L2 norm of each flat gradient that there is, to be read later."""
+        return self._device.norms_squared([gradient for gradient in gradients if gradient is not None])
+
+    def apply(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Take the optimizer's step with `gradients` and write the working weights; return their squared norms."""
+        squared = self.norms_squared(gradients)
         if self._map is not None and self._map.scale != 1.0:
             for gradient in gradients:
                 if gradient is not None:
@@ -99,9 +106,7 @@ class Updater:
         self._optimizer.update(bucket, gradients)
         spec = self._layout.buckets[bucket]
         blocks = self._layout.blocks[spec.first_block : spec.end_block]
-        for block, gradient in zip(blocks, gradients, strict=True):
-            if gradient is not None:
-                self._weights.publish(block.parameter, block.start, block.end)
+        self._weights.updated([b for b, gradient in zip(blocks, gradients, strict=True) if gradient is not None])
         return squared
 
     def _current(self) -> StepMap:
@@ -142,7 +147,7 @@ class Updater:
     def _average(self, tree: Sum, span: Span, out: torch.Tensor) -> None:
         places = self._current().places
         space = out if self._slots.wire is torch.float32 else self._sum[: span.numel]
-        total = self._adder.add_up(tree, lambda node: self._slots.span(*places[node], node, span), space)
+        total = self._adder.add_up(tree, lambda node: self._slots.operand(*places[node], node, span), space)
         _divided(total, self._current().divisor, out)
 
 
@@ -153,8 +158,3 @@ def _divided(total: torch.Tensor, divisor: float, out: torch.Tensor) -> torch.Te
     if total.data_ptr() != out.data_ptr():
         out.copy_(total)
     return out if divisor == 1.0 else out.div_(divisor)
-
-
-def norm_squared(gradients: Sequence[torch.Tensor | None]) -> float:
-    """Return the squared L2 norm of flat gradients."""
-    return math.fsum(float(torch.dot(g, g)) for g in gradients if g is not None)

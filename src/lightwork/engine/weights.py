@@ -9,15 +9,18 @@ fp32 working weights, because kernels of norms want them so, and they are small;
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lightwork.engine.memory import SharedMemory
+from lightwork.engine.device import Mark
+from lightwork.engine.elements import Elements
+from lightwork.engine.memory import Advice, SharedMemory
 from lightwork.errors import SpecError, UsageError
 from lightwork.spec.job import Spec
-from lightwork.spec.layout import ALIGNMENT, Block, Layout, ParameterSpec
+from lightwork.spec.layout import ALIGNMENT, Block, Layout, ParameterSpec, span_of
 
 #: Of working weights and gradients, by their name in the layout.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,9 +77,10 @@ def _check_supported(name: str, parameter: nn.Parameter) -> None:
             f"parameter {name} is of a lazy module and has no shape yet. Run one batch through the "
             "model before distribute."
         )
-    if parameter.device.type not in ("cpu", "meta"):
+    if parameter.device.type not in ("cpu", "meta", "cuda"):
         raise SpecError(
-            f"parameter {name} is on {parameter.device}. This version trains on CPUs: keep the model there."
+            f"parameter {name} is on {parameter.device}. This version trains on CPUs and CUDA devices: keep the model "
+            "on one of these."
         )
     if parameter.is_floating_point() and parameter.dtype not in (torch.float32, *_HALVES):
         raise SpecError(f"parameter {name} is {parameter.dtype}. Convert the model with model.float().")
@@ -100,118 +104,179 @@ def _fp32_parameters(model: nn.Module, names: Sequence[str]) -> set[nn.Parameter
     return keep
 
 
+class _Stretch(NamedTuple):
+    """Working weights that lie beside each other: where, their type, and their elements."""
+
+    name: str  #: of the region, where home and here are one
+    home: Elements
+    here: Elements
+    dtype: torch.dtype
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> tuple[int, int]:
+        """The first byte in the region, and the end."""
+        return self.start * self.dtype.itemsize, self.end * self.dtype.itemsize
+
+    def fits(self, home: Elements, here: Elements, dtype: torch.dtype) -> bool:
+        """Return whether weights of these regions and type can follow."""
+        return self.home is home and self.here is here and self.dtype is dtype
+
+
 class Weights:
-    """The parameters of one worker's model, attached to the shared memory.
+    """The parameters of one worker's model, attached to the memory of the team.
+
+    A value has a *home*, where it is kept from step to step, and a place *here*, where computation sees it. They are
+    one, except for a device that offloads: then what is here comes and goes (`sharding`, `staging`).
 
     Owns: the `.data` of every parameter in `parameters`.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], layout: Layout, memory: SharedMemory) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], layout: Layout, memory: SharedMemory, *, streamed: bool = False
+    ) -> None:
+        """`streamed` says that trained weights are brought here just before they are used."""
         self.parameters = list(parameters)
         self.layout = layout
-        self.masters = memory.tensor("masters", torch.float32, numel=layout.numel)
-        narrow = next((p.dtype for p in layout.parameters if p.dtype != "float32"), None)
-        self._working = memory.tensor("working", DTYPES[narrow], numel=layout.numel) if narrow else None
-        self._storages = {flat.untyped_storage().data_ptr() for flat in self.flats.values()}
+        self.streamed = streamed
+        self._memory = memory
+        narrow = next((DTYPES[p.dtype] for p in layout.parameters if p.dtype != "float32"), None)
+        self.masters = memory.home("masters", torch.float32)
+        self.masters_here = memory.here("masters", torch.float32)
+        self._working = memory.home("working", narrow) if narrow else None
+        self._working_here = memory.here("working", narrow) if narrow else None
+        self._all_working = False
+        if memory.device.has_own_memory and narrow:
+            # All working weights lie in one region there, so that masters need not be here for the fp32 ones.
+            self._all_working = True
+            self._working_here = memory.new_units([DTYPES[p.dtype] for p in layout.parameters])
+            if not streamed:
+                self._working = self._working_here
         self._versions: list[int] = []
-        self._stretches: dict[int, list[torch.Tensor]] = {}  # of each bucket, made once
+        self.accepted: Mark = None  #: when every weight had its value
+        self._stretches_of: dict[int, list[_Stretch]] = {}  # of each bucket, made once
+        self._tensors: dict[int, list[torch.Tensor]] = {}
 
     def attach(self, *, write: bool, done: Callable[[int], None] = lambda index: None) -> list[int]:
-        """Point every parameter at the shared memory; with `write`, after putting its present value there.
+        """Point every parameter at the memory of the team; with `write`, after putting its present value there.
 
         `done` is called after each. Returns the parameters that were on the meta device, which have no value yet.
         """
         were_meta = []
         for index, parameter in enumerate(self.parameters):
-            view = self.working_view(index)
             if parameter.is_meta:
                 were_meta.append(index)
                 # Its `.data` can not change its device; swapped, it stays the object that modules and optimizer hold.
                 empty = nn.Parameter(torch.empty(0), requires_grad=parameter.requires_grad)
                 torch.utils.swap_tensors(parameter, empty)  # type: ignore[no-untyped-call]
             elif write:
-                view.copy_(parameter.data)
-                if view.dtype != torch.float32 and self.layout.parameters[index].group is not None:
-                    self._strided(index, self.masters).copy_(parameter.data)
-            parameter.data = view
+                self.write(index, parameter.data)
+            parameter.data = self.working_view(index)
+            self.written(index)
             done(index)
         self.accept_versions()
         return were_meta
 
-    def master_or_working(self, index: int) -> torch.Tensor:
-        """Return where a parameter's value is written: its master, or its working weight if it has none."""
-        narrow = self.layout.parameters[index].dtype != "float32"
-        return (
-            self.working_view(index)
-            if narrow and self.layout.parameters[index].group is None
-            else (self._strided(index, self.masters))
-        )
+    def write(self, index: int, value: torch.Tensor) -> None:
+        """Give a parameter a value, in every place where it has one."""
+        if self.layout.parameters[index].group is not None or not self._is_low(index):
+            master = self._strided(index, self.masters)
+            if master.data_ptr() != value.data_ptr():
+                master.copy_(value)
+        for region in self._other_places(index):
+            self._strided(index, region).copy_(value)
+
+    def written(self, index: int) -> None:
+        """Say that a value was written whose place here was asked for: a streamed one leaves it again."""
+        if self._is_streamed(index):
+            self._region_here(index).release(*self._range(index))
+
+    def home_on_host(self, index: int) -> torch.Tensor | None:
+        """Return where the fp32 value of a parameter lies, if that is the host's memory."""
+        if self._is_low(index) and self.layout.parameters[index].group is None:
+            return None
+        master = self._strided(index, self.masters)
+        return master if master.device.type == "cpu" else None
 
     def working_view(self, index: int) -> torch.Tensor:
-        """Return the working weight of a parameter, in the parameter's shape and strides."""
-        return self._strided(index, self._flat(index))
+        """Return the working weight of a parameter, as computation sees it, in the parameter's shape and strides."""
+        return self._strided(index, self._region_here(index))
 
     def master_view(self, index: int) -> torch.Tensor:
         """Return the fp32 value of a parameter, in its shape; of a frozen narrow one, a converted copy."""
-        if self.layout.parameters[index].dtype != "float32" and self.layout.parameters[index].group is None:
+        if self._is_low(index) and self.layout.parameters[index].group is None:
             return self.working_view(index).float()
         return self._strided(index, self.masters)
 
-    def publish(self, index: int, start: int, end: int) -> None:
-        """Write elements `start` to `end` of a parameter's working weight from its master, after an update."""
-        flat = self._flat(index)
-        if flat is not self.masters and self.layout.parameters[index].group is not None:
-            offset = self.layout.offsets[index]
-            flat[offset + start : offset + end].copy_(self.masters[offset + start : offset + end])
+    def master_here(self, index: int) -> torch.Tensor:
+        """Return the fp32 value of a trained parameter where an update sees it."""
+        return self._strided(index, self.masters_here)
+
+    def updated(self, blocks: Sequence[Block]) -> None:
+        """Write the working weights of these blocks from their masters here, after an update."""
+        targets, sources = [], []
+        for block in blocks:
+            region = self._region_here(block.parameter)
+            if region is not self.masters_here:
+                start = self.layout.offsets[block.parameter] + block.start
+                end = start + block.end - block.start
+                targets.append(region.view(start, end))
+                sources.append(self.masters_here.view(start, end))
+        self._memory.device.foreach_copy(targets, sources)
 
     def publish_all(self) -> None:
-        """Write every working weight from its master."""
-        for index, parameter in enumerate(self.parameters):
+        """Write every working weight from its master's home."""
+        for index in range(len(self.parameters)):
             if self.layout.parameters[index].group is not None:
-                self.publish(index, 0, parameter.numel())
-
-    @property
-    def flats(self) -> dict[str, torch.Tensor]:
-        """The flat tensors in which working weights lie, by region."""
-        return {"masters": self.masters} | ({"working": self._working} if self._working is not None else {})
+                for region in self._other_places(index):
+                    self._strided(index, region).copy_(self._strided(index, self.masters))
 
     def of_bucket(self, bucket: int) -> list[torch.Tensor]:
-        """Return the working weights of a bucket as flat tensors, neighbours of one type together."""
-        stretches = self._stretches.get(bucket)
-        if stretches is None:
-            spec = self.layout.buckets[bucket]
+        """Return the working weights of a bucket, at home, as flat tensors, neighbours of one type together."""
+        tensors = self._tensors.get(bucket)
+        if tensors is None:
             with torch.no_grad():
-                stretches = self._stretches_of(self.layout.blocks[spec.first_block : spec.end_block])
-            self._stretches[bucket] = stretches
-        return stretches
+                tensors = [stretch.home.view(stretch.start, stretch.end) for stretch in self._stretches(bucket)]
+            if not self._memory.device.has_own_memory:
+                self._tensors[bucket] = tensors
+        return tensors
 
-    def _stretches_of(self, blocks: Sequence[Block]) -> list[torch.Tensor]:
-        found: list[tuple[torch.Tensor, int, int]] = []
-        for block in blocks:
-            flat, offset = self._flat(block.parameter), self.layout.offsets[block.parameter]
-            start, end = offset + block.start, offset + block.end
-            if found and found[-1][0] is flat and 0 <= start - found[-1][2] < ALIGNMENT:
-                found[-1] = (flat, found[-1][1], end)
+    def here_of_bucket(self, bucket: int) -> list[torch.Tensor]:
+        """Return the same as computation sees them."""
+        return [stretch.here.view(stretch.start, stretch.end) for stretch in self._stretches(bucket)]
+
+    def take(self, bucket: int) -> None:
+        """Take room here for the working weights of a bucket."""
+        for stretch in self._stretches(bucket):
+            if self._memory.device.has_own_memory:
+                stretch.here.take(stretch.start, stretch.end)
             else:
-                found.append((flat, start, end))
-        return [flat[start:end] for flat, start, end in found]
+                self._memory.advise(stretch.name, *stretch.num_bytes, Advice.MAP_TO_WRITE)
+
+    def give_back(self, bucket: int) -> None:
+        """Give back the room here of the working weights of a bucket."""
+        for stretch in self._stretches(bucket):
+            if self._memory.device.has_own_memory:
+                stretch.here.release(stretch.start, stretch.end)
+            else:
+                self._memory.release(stretch.name, *stretch.num_bytes)
 
     def parameter_of(self, tensor: torch.Tensor) -> int | None:
         """Return the parameter in whose working weight a tensor lies, or None."""
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.numel() == 0:
+        if tensor.layout is not torch.strided or tensor.numel() == 0:
             return None
-        if tensor.untyped_storage().data_ptr() not in self._storages:
+        if tensor.device.type != self._memory.device.place.type:
             return None
-        address = tensor.data_ptr()
-        for flat in self.flats.values():
-            start = flat.data_ptr()
-            if start <= address < start + flat.numel() * flat.itemsize:
-                return bisect.bisect_right(self.layout.offsets, (address - start) // flat.itemsize) - 1
+        for region in (self._working_here, self.masters_here):
+            element = region.element_of(tensor) if region is not None else None
+            if element is not None:
+                return bisect.bisect_right(self.layout.offsets, element) - 1
         return None
 
     def is_weight(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor lies in the memory of the weights."""
-        return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in self._storages
+        return self.parameter_of(tensor) is not None
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a saved tensor as it is: weights are always here."""
@@ -220,6 +285,7 @@ class Weights:
     def accept_versions(self) -> None:
         """Take every parameter's value as it is now for legitimate."""
         self._versions = [p._version for p in self.parameters]
+        self.accepted = self._memory.device.mark()
 
     def check_unwritten(self, when: str) -> None:
         """Raise UsageError when user code has written a parameter in place since `accept_versions`.
@@ -234,14 +300,85 @@ class Weights:
                 "written by the update alone: put other writes into `with run.edit():`."
             )
 
-    def _flat(self, index: int) -> torch.Tensor:
-        low = self._working is not None and self.layout.parameters[index].dtype != "float32"
+    @property
+    def working_is_apart(self) -> bool:
+        """Whether computation reads other tensors than the masters, for some parameters."""
+        return self._working_here is not None
+
+    def has_master_apart(self, index: int) -> bool:
+        """Return whether computation reads another tensor than a parameter's master."""
+        return self._region(index) is not self.masters
+
+    def release_home(self, block: Block) -> None:
+        """Give back the room of a block's working weight at its home."""
+        span, region = span_of(self.layout, block), self._region(block.parameter)
+        region.release(span.start, span.end)
+        if not self._memory.device.has_own_memory:
+            size = DTYPES[self.layout.parameters[block.parameter].dtype].itemsize
+            self._memory.release("working", span.start * size, span.end * size)
+
+    def regions(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in which a value has its home, or its only place."""
+        if not self._memory.device.has_own_memory:
+            yield self._memory.tensor("masters")
+            if self._working is not None:
+                yield self._memory.tensor("working")
+            return
+        for index, parameter in enumerate(self.layout.parameters):
+            if parameter.group is not None or not self._is_low(index):
+                yield self.masters.view(*self._range(index))
+            for region in self._other_places(index):
+                yield region.view(*self._range(index))
+
+    # --- where they lie ---------------------------------------------------------------------------------------------
+
+    def _is_low(self, index: int) -> bool:
+        return self.layout.parameters[index].dtype != "float32"
+
+    def _is_streamed(self, index: int) -> bool:
+        return self.streamed and self.layout.parameters[index].group is not None
+
+    def _region(self, index: int) -> Elements:
+        """Return the region in which a parameter's working weight has its home."""
+        low = self._working is not None and (self._is_low(index) or (self._all_working and not self.streamed))
         return self._working if low and self._working is not None else self.masters
 
-    def _strided(self, index: int, flat: torch.Tensor) -> torch.Tensor:
-        parameter = self.parameters[index]
-        offset = self.layout.offsets[index]
-        return like(flat[offset : offset + parameter.numel()], parameter)
+    def _region_here(self, index: int) -> Elements:
+        """Return the region in which computation sees a parameter's working weight."""
+        low = self._working_here is not None and (self._is_low(index) or self._all_working)
+        return self._working_here if low and self._working_here is not None else self.masters_here
+
+    def _other_places(self, index: int) -> list[Elements]:
+        """Return the regions in which a parameter has a value, beside its master."""
+        here = [] if self._is_streamed(index) else [self._region_here(index)]
+        regions: list[Elements] = []
+        for region in (self._region(index), *here):
+            if region is not self.masters and region not in regions:
+                regions.append(region)
+        return regions
+
+    def _stretches(self, bucket: int) -> list[_Stretch]:
+        found = self._stretches_of.get(bucket)
+        if found is None:
+            found = self._stretches_of[bucket] = []
+            spec = self.layout.buckets[bucket]
+            for block in self.layout.blocks[spec.first_block : spec.end_block]:
+                home, here = self._region(block.parameter), self._region_here(block.parameter)
+                span, dtype = span_of(self.layout, block), DTYPES[self.layout.parameters[block.parameter].dtype]
+                last = found[-1] if found else None
+                if last and last.fits(home, here, dtype) and 0 <= span.start - last.end < ALIGNMENT:
+                    found[-1] = last._replace(end=span.end)
+                else:
+                    name = "masters" if here is self.masters_here else "working"
+                    found.append(_Stretch(name, home, here, dtype, span.start, span.end))
+        return found
+
+    def _range(self, index: int) -> tuple[int, int]:
+        start = self.layout.offsets[index]
+        return start, start + self.layout.parameters[index].numel
+
+    def _strided(self, index: int, region: Elements) -> torch.Tensor:
+        return like(region.view(*self._range(index)), self.parameters[index])
 
 
 def like(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

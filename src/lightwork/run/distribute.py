@@ -18,6 +18,7 @@ from torch import nn
 
 from lightwork.engine.activations import resolve
 from lightwork.engine.blueprint import Blueprint
+from lightwork.engine.device import open_device
 from lightwork.engine.engine import Engine
 from lightwork.engine.optimizer import describe_optimizer
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, SpecError, UsageError
@@ -26,7 +27,16 @@ from lightwork.run.folder import create_run_dir, prepare_run_dir
 from lightwork.run.guard import Guard
 from lightwork.run.join import Team, find_hosts, join, notice
 from lightwork.run.run import Run
-from lightwork.spec.job import Activation, BufferRule, Precision, Spec, StateFormat, Wire, choose_micro_batch
+from lightwork.spec.job import (
+    Activation,
+    BufferRule,
+    DeviceKind,
+    Precision,
+    Spec,
+    StateFormat,
+    Wire,
+    choose_micro_batch,
+)
 from lightwork.spec.plan import SETTABLE, Carriage, Place, Placement, Plan
 from lightwork.spec.roster import Member, Roster
 from lightwork.team import environment as environments
@@ -35,6 +45,7 @@ from lightwork.team.board import Activity
 from lightwork.team.environment import Environment, Launcher
 from lightwork.team.rendezvous import Progress
 from lightwork.trace import Trace
+from lightwork.units import parse_bytes
 
 #: The attribute of a model under which its run is found, so that a second `distribute` can end the first.
 _RUN = "_lightwork_run"
@@ -47,6 +58,7 @@ def distribute(
     global_batch: int,
     micro_batch: int | None = None,
     seed: int = 0,
+    device: DeviceKind | None = None,
     precision: Precision = "fp32",
     wire: Wire = "fp32",
     optimizer_state: StateFormat = "fp32",
@@ -73,6 +85,9 @@ def distribute(
         global_batch: samples an update.
         micro_batch: samples a forward and backward, a divisor of `global_batch`. Left out: an eighth of it, rounded up.
         seed: of the order of samples, their augmentation, and dropout.
+        device: "cpu"; "cuda": a GPU for each worker, in turn where there are more workers; model, optimizer and batches
+            are moved there, and work is deterministic in the whole process (torch.use_deterministic_algorithms);
+            "rehearsal": what a worker with a GPU does, on a CPU, to try a plan. Left out: where the model is.
         precision: "fp32"; "bf16": bf16 weights and autocast for the computation, fp32 masters, sums and state; "fp16":
             the same in fp16, with dynamic loss scaling (slow on most CPUs).
         wire: of the partial sums of gradients. "bf16" halves their memory and traffic, and rounds every one.
@@ -90,9 +105,11 @@ def distribute(
             needed. (One host holds them once in any case.) Left out: as the plan says, "replicate" by default.
         offload: where "optimizer" (its state, and masters), "weights" and "gradients" lie: on the "host", or on "disk",
             in a file in the plan's `offload_dir`, of which a worker maps what it uses. For workers on CPUs "host" is
-            where they are anyway. Left out: as the plan says, which is nothing by default.
+            where they are anyway; for one on a GPU they come to the GPU bucket by bucket, where all is computed.
+            Left out: as the plan says, which is nothing by default.
         memory: the resident bytes that a worker may have, above a bare `import torch` and without its activations:
-            "1GiB", "512MiB". What does not fit is offloaded to disk. Left out: as the plan says, no limit by default.
+            "1GiB", "512MiB". What does not fit is offloaded to disk. On a GPU the bytes of its memory, activations
+            included, and what does not fit goes to the host. Left out: as the plan says, no limit by default.
         activations: what forward leaves for backward, of all layers or by the name of a module: "keep" it,
             "recompute" it (the same bits, for about a third more compute), keep it in "int8" (other bits), or
             "offload" it from a device to host memory. Left out: as the plan says, which is "keep" by default.
@@ -114,6 +131,7 @@ def distribute(
         "global_batch": global_batch,
         "micro_batch": micro_batch,
         "seed": seed,
+        "device": device or _device_of(model),
         "precision": precision,
         "wire": wire,
         "optimizer_state": optimizer_state,
@@ -128,18 +146,26 @@ def distribute(
         "activations": activations,
     }
     asked.update(_settings(environment))
-    modes = resolve(model, (plan or Plan()).activations if asked["activations"] is None else asked["activations"])
+    modes = resolve(
+        model,
+        (plan or Plan()).activations if asked["activations"] is None else asked["activations"],
+        has_device=asked["device"] != "cpu",
+    )
     spec = _spec(asked, optimizer, modes)
     plan = _plan(plan or Plan(), environment, asked, modes)
     torch.set_num_threads(spec.threads)
+    if spec.device == "cuda":
+        environments.make_cublas_deterministic()
+    worker_device = open_device(spec.device, environment.local_rank)
     rendezvous = rendezvouses.find(environment)
     run_number = rendezvous.next_run()
-    hosts, host = find_hosts(environment, plan, rendezvous, run_number)
-    blueprint = Blueprint(
-        model, optimizer, spec, hosts, host, plan.placement, Path(weights) if weights is not None else None
-    )
+    hosts, host = find_hosts(environment, plan, rendezvous, run_number, has_own_memory=worker_device.has_own_memory)
+    values = Path(weights) if weights is not None else None
+    blueprint = Blueprint(model, optimizer, spec, hosts, host, plan.placement, values, worker_device, plan.offload)
     if plan.memory is not None:
         plan = replace(plan, offload=fit(blueprint, str(plan.memory), plan.offload))
+        blueprint.offload = plan.offload
+        worker_device.limit(parse_bytes(str(plan.memory)))
     team = join(blueprint, plan, environment, rendezvous, run_number)
     folder = _share_run_dir(team, run_dir)
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None)
@@ -214,7 +240,7 @@ def _spec(asked: Mapping[str, Any], optimizer: torch.optim.Optimizer, modes: Map
     if isinstance(values["fp32_modules"], list):
         values["fp32_modules"] = tuple(values["fp32_modules"])
     values["int8_activations"] = tuple(name for name, mode in modes.items() if mode == "int8")
-    return Spec(**values, optimizer=describe_optimizer(optimizer))
+    return Spec(**values, optimizer=describe_optimizer(optimizer, on_gpu=asked["device"] == "cuda"))
 
 
 def _plan(plan: Plan, environment: Environment, asked: Mapping[str, Any], modes: Mapping[str, str]) -> Plan:
@@ -222,6 +248,17 @@ def _plan(plan: Plan, environment: Environment, asked: Mapping[str, Any], modes:
     values = {f.name: asked[f.name] for f in fields(Plan) if asked.get(f.name) is not None}
     values["activations"] = {name: mode for name, mode in modes.items() if mode != "int8"}
     return replace(plan, **{**values, "world_size": environment.world_size})
+
+
+def _device_of(model: nn.Module) -> str:
+    """Return the kind of device that a model is on."""
+    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
+    if len(kinds) > 1:
+        raise SpecError(
+            f"the model's parameters are on {' and '.join(sorted(kinds))}. Move the model to one device, or say "
+            "device='cuda' for lightwork to do it."
+        )
+    return next(iter(kinds), "cpu")
 
 
 def _end_previous_run(model: nn.Module) -> None:

@@ -11,11 +11,10 @@ import torch
 
 from lightwork.data.feed import Feed
 from lightwork.engine.engine import Engine, combine_metrics
-from lightwork.engine.random import RandomState, seed_everything
+from lightwork.engine.random import RandomState
 from lightwork.errors import UsageError
 from lightwork.run.join import Team
-from lightwork.run.step import as_metric
-from lightwork.spec.seeds import derive
+from lightwork.run.step import as_metric, brought
 
 
 @final
@@ -69,7 +68,7 @@ class Evaluation:
 
     def __enter__(self) -> Evaluation:
         self._team.meet_equal("evaluate", {**self._order.describe(0), "evaluation": self._number})
-        self._random_state = RandomState.capture()
+        self._random_state = RandomState.capture(self._engine.device)
         self._modes = [(module, module.training) for module in self._engine.model.modules()]
         self._engine.model.eval()
         self._engine.buffers.restore()
@@ -83,7 +82,8 @@ class Evaluation:
                 break
             batch = self._loader.get(0, index, 0)
             self._added.setdefault(index, {})
-            seed_everything(derive(self._engine.spec.seed, "evaluate", index))
+            batch = brought(batch, self._engine.device)
+            self._engine.seed("evaluate", index)
             with self._engine.compute.active():
                 yield batch
         self._index = -1
@@ -96,7 +96,7 @@ class Evaluation:
         for module, training in self._modes:
             module.training = training
         self._engine.buffers.restore()
-        self._random_state.restore()
+        self._random_state.restore(self._engine.device)
         if error is not None:
             return
         if not self._exhausted:

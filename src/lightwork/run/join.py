@@ -27,7 +27,9 @@ import psutil
 import torch
 
 from lightwork.engine.blueprint import Blueprint
-from lightwork.engine.memory import MemoryMap, SharedMemory
+from lightwork.engine.device import Device
+from lightwork.engine.memory import SharedMemory
+from lightwork.engine.relay import Relay
 from lightwork.errors import Disagreement, RankLost, TeamError
 from lightwork.spec.hosts import Hosts
 from lightwork.spec.plan import Plan
@@ -36,6 +38,7 @@ from lightwork.team.board import Activity, Board
 from lightwork.team.environment import Environment, Launcher
 from lightwork.team.peers import Peers
 from lightwork.team.rendezvous import JOIN_TIMEOUT, Rendezvous
+from lightwork.transport import nccl
 from lightwork.transport.base import Carrier, Transport
 from lightwork.transport.group import PATIENCE, GlooCarrier
 from lightwork.transport.host import HostTransport
@@ -203,10 +206,15 @@ def notice(text: str) -> None:
     print(f"lightwork: {text}", file=sys.stderr, flush=True)
 
 
-def find_hosts(environment: Environment, plan: Plan, rendezvous: Rendezvous, run_number: int) -> tuple[Hosts, int]:
-    """Return which workers share a memory, and the host of this one: with transport "group", each worker by itself."""
+def find_hosts(
+    environment: Environment, plan: Plan, rendezvous: Rendezvous, run_number: int, *, has_own_memory: bool = False
+) -> tuple[Hosts, int]:
+    """Return which workers share a memory, and the host of this one.
+
+    With transport "group", or on devices, which have memories of their own, each worker by itself.
+    """
     world_size = environment.world_size
-    if plan.transport == "group":
+    if plan.transport == "group" or has_own_memory:
         return Hosts((1,) * world_size), environment.rank
     if environment.launcher in (Launcher.PYTHON, Launcher.LIGHTWORK):
         return Hosts((world_size,)), 0
@@ -228,7 +236,8 @@ def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous:
     """
     hosts, host = blueprint.hosts, blueprint.host
     local_rank = environment.rank - hosts.first_rank(host)
-    memory_map = MemoryMap(on_disk=blueprint.regions_on_disk(plan.offload))
+    device = blueprint.device
+    memory_map = blueprint.memory_map()
     memory_map.reserve("signal", _SIGNAL_BYTES)
     memory_map.reserve("mailboxes", HostTransport.num_bytes(hosts.sizes[host]))
     blueprint.reserve(memory_map)
@@ -259,7 +268,10 @@ def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous:
         carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, address, late=late)
         if blueprint.placement == "zero3":
             weights_carrier = GlooCarrier(rendezvous.store(f"weights {run_number}"), host, leaders, address, PATIENCE)
-    memory = SharedMemory(store.buffer, memory_map, disk.buffer if disk else None)
+        if device.has_own_memory:
+            carrier = Relay(device, carrier, _direct(carrier, device, environment, rendezvous, run_number))
+            weights_carrier = Relay(device, weights_carrier) if weights_carrier is not None else None
+    memory = SharedMemory(store.buffer, memory_map, disk.buffer if disk else None, device, blueprint.units)
     signal = Signal(store.buffer, memory_map.offsets["signal"])
     fd = store.fileno()
     lock: AbstractContextManager[bool | None] = FileLock(fd) if fd is not None else threading.Lock()
@@ -306,10 +318,26 @@ def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous:
     return team
 
 
+def _direct(
+    carrier: Carrier, device: Device, environment: Environment, rendezvous: Rendezvous, run_number: int
+) -> Carrier | None:
+    """Return the way between GPUs; None where there is none, or two workers share one."""
+    if device.place.type != "cuda":
+        return None
+    own = f"{environment.machine} {device.place}"
+    seen = carrier.exchange("devices", own.encode())
+    if len(set(seen)) < len(seen):
+        return None
+    return nccl.connect(rendezvous.store(f"devices {run_number}"), carrier.host, carrier.leaders, device.place)
+
+
 def _fingerprint(blueprint: Blueprint) -> dict[str, object]:
     """Return what must be the same for the workers' bits, and their memory, to fit together."""
     names = hashlib.sha256("\n".join(p.name for p in blueprint.layout.parameters).encode()).hexdigest()
+    device = blueprint.device.place
     return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision of fp32 products": torch.get_float32_matmul_precision(),
         "spec": json.loads(blueprint.spec.to_json()),
         "parameters": blueprint.layout.fingerprint(),
         "names of parameters": names,
@@ -337,7 +365,10 @@ def _short(value: object) -> str:
 
 def _check_room(blueprint: Blueprint, plan: Plan) -> None:
     parts = blueprint.expected_bytes().items()
-    needed = {part: num_bytes for part, num_bytes in parts if plan.offload.get(part) != "disk"}
+    if blueprint.device.has_own_memory:
+        needed = {part: num_bytes for part, num_bytes in parts if plan.offload.get(part) == "host"}
+    else:
+        needed = {part: num_bytes for part, num_bytes in parts if plan.offload.get(part) != "disk"}
     breakdown = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
     check_room(plan.shared_memory, sum(needed.values()), available_memory(), breakdown)
 

@@ -506,6 +506,7 @@ class Run:
     def _take(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint into the shared memory. The leader does, while the others wait."""
         weights = self._engine.weights
+        self._engine.forget()
         with torch.no_grad():
             live = self._live_state()
             for name, value in live.items():
@@ -523,5 +524,5 @@ class Run:
 
 def _sha256(value: torch.Tensor) -> str:
     hasher = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
-    hasher.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    hasher.update(value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return hasher.hexdigest()

@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lightwork.data.batch import map_tensors
 from lightwork.data.feed import Batches
+from lightwork.engine.device import Device
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.engine.gradients import Fold
 from lightwork.errors import NonFiniteLoss, UsageError
@@ -109,17 +111,13 @@ class Step:
                 f"weight={weight!r} in step.backward is not a number from 0 upwards. Pass the tokens or samples."
             )
         self._check_loss(loss, micro.weight)
-        micro.loss = float(loss.detach())
-        if micro.weight and not math.isfinite(micro.loss):
-            raise NonFiniteLoss(
-                f"the loss is {micro.loss} on rank {self._rank} in micro-batch {micro.index} of step "
-                f"{self.index}, samples "
-                f"{_some(micro.ids)}. No weight was changed by this step. Look at these samples, "
-                "lower the learning rate, or "
-                "set clip_grad_norm."
-            )
+        late = loss.detach().clone() if self._engine.reads_late else None
+        if late is None:
+            self._take_loss(micro, loss.detach())
         self._trace.span("forward", self.index, micro.index, micro.start, now)
         micro.fold = self._engine.backward(self.index, micro.index, loss, micro.weight)
+        if late is not None:
+            self._take_loss(micro, late)
         self._trace.span("backward", self.index, micro.index, now, time.perf_counter())
 
     def add(self, name: str, value: float | torch.Tensor, weight: float | None = None) -> None:
@@ -228,6 +226,7 @@ class Step:
         self._own.append(index)
         self._num_samples += len(ids)
         self._num_tokens += self._count_tokens(batch)
+        batch = brought(batch, self._engine.device)
         self._engine.begin_micro_batch(self.index, index)
         now = time.perf_counter()
         self._trace.span("load", self.index, index, start, now)
@@ -257,6 +256,17 @@ class Step:
                 "without torch.no_grad() or .detach()."
             )
 
+    def _take_loss(self, micro: _MicroBatch, loss: torch.Tensor) -> None:
+        micro.loss = float(loss)
+        if micro.weight and not math.isfinite(micro.loss):
+            raise NonFiniteLoss(
+                f"the loss is {micro.loss} on rank {self._rank} in micro-batch {micro.index} of step "
+                f"{self.index}, samples "
+                f"{_some(micro.ids)}. No weight was changed by this step. Look at these samples, "
+                "lower the learning rate, or "
+                "set clip_grad_norm."
+            )
+
     def _finished(self, what: str) -> StepResult:
         if self._result is None:
             raise UsageError(
@@ -265,6 +275,11 @@ class Step:
                 "`for ... in step:`."
             )
         return self._result
+
+
+def brought(batch: Any, device: Device) -> Any:
+    """Return a batch where the model is: moved to a device, but for what is there."""
+    return map_tensors(batch, device.bring) if device.has_own_memory else batch
 
 
 def as_metric(name: str, value: float | torch.Tensor, weight: float) -> tuple[float, float]:

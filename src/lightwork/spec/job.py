@@ -13,6 +13,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Wire = Literal["fp32", "bf16"]
 StateFormat = Literal["fp32", "int8"]
 Activation = Literal["keep", "recompute", "offload", "int8"]
+DeviceKind = Literal["cpu", "cuda", "rehearsal"]
 BufferRule = Literal["mean", "sum", "first", "last", "maximum", "minimum"]
 
 
@@ -31,6 +32,7 @@ class Spec:
     global_batch: int  #: samples an update
     micro_batch: int  #: samples a forward and backward; the last of an update may hold fewer
     seed: int = 0
+    device: DeviceKind = "cpu"  #: cuda: a GPU for each worker; rehearsal: what a GPU's worker does, on a CPU
     precision: Precision = "fp32"  #: bf16, fp16: such working weights and autocast; fp32 masters, sums and state
     wire: Wire = "fp32"  #: of partial sums, kept and sent: bf16 rounds every node of the tree
     optimizer_state: StateFormat = "fp32"  #: int8: the moments of element-wise optimizers in 8 bits
@@ -56,6 +58,8 @@ class Spec:
                 f"micro_batch={self.micro_batch} is larger than global_batch={self.global_batch}. "
                 f"Choose micro_batch={self.global_batch} or less."
             )
+        if self.device not in get_args(DeviceKind):
+            raise SpecError(f"device={self.device!r} is not known. Choose one of {', '.join(get_args(DeviceKind))}.")
         if self.precision not in get_args(Precision):
             raise SpecError(
                 f"precision={self.precision!r} is not known. Choose one of {', '.join(get_args(Precision))}."

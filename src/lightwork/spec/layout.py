@@ -24,6 +24,10 @@ BLOCK = 128 * 1024
 #: Elements of a bucket: large enough that the claim does not show, small enough to share an update evenly.
 BUCKET = 1024 * 1024
 
+#: The same on a GPU, where a kernel's start takes as long as 100 thousand elements (an estimate, not measured here).
+GPU_BLOCK = 4 * 1024 * 1024
+GPU_BUCKET = 16 * 1024 * 1024
+
 
 @dataclass(frozen=True)
 class ParameterSpec:
@@ -68,29 +72,51 @@ class Layout:
     numel: int  #: elements in all, with the gaps
     blocks: tuple[Block, ...]
     buckets: tuple[Bucket, ...]
+    longest_span: int  #: elements of neighbouring blocks that are treated as one
 
     def fingerprint(self) -> str:
         """Return a hash that two workers with the same model, optimizer groups and precision share."""
         return hashlib.sha256(repr((self.parameters, self.offsets)).encode()).hexdigest()
 
 
-def lay_out(parameters: Sequence[ParameterSpec]) -> Layout:
-    """Return the layout of `parameters`, in the order given."""
+@dataclass(frozen=True)
+class Cut:
+    """How parameters are cut, which may depend on the kind of device."""
+
+    block: int  #: elements
+    bucket: int  #: elements
+    whole_parameters: bool = False  #: no parameter lies in two buckets, however large
+
+
+def cut_for_cpus() -> Cut:
+    """Return how parameters are cut for workers on CPUs."""
+    return Cut(BLOCK, BUCKET)
+
+
+def cut_for_gpus() -> Cut:
+    """Return how parameters are cut for workers on GPUs: a bucket is an allocation there."""
+    return Cut(GPU_BLOCK, GPU_BUCKET, whole_parameters=True)
+
+
+def lay_out(parameters: Sequence[ParameterSpec], cut: Cut | None = None) -> Layout:
+    """Return the layout of `parameters`, in the order given; cut for CPUs unless `cut` is given."""
+    cut = cut or cut_for_cpus()
     offsets: list[int] = []
     end = 0
     for parameter in parameters:
         offsets.append(end)
         end += -(-parameter.numel // ALIGNMENT) * ALIGNMENT
-    blocks = [block for index, parameter in enumerate(parameters) for block in _cut(index, parameter)]
+    blocks = [block for index, parameter in enumerate(parameters) for block in _cut(index, parameter, cut.block)]
     # Blocks of one group together, so that a bucket is one call of that group's optimizer.
     blocks.sort(key=lambda block: _group(parameters, block))
-    return Layout(tuple(parameters), tuple(offsets), end, tuple(blocks), tuple(_bundle(parameters, blocks)))
+    buckets = tuple(_bundle(parameters, blocks, cut))
+    return Layout(tuple(parameters), tuple(offsets), end, tuple(blocks), buckets, cut.block)
 
 
-def _cut(index: int, parameter: ParameterSpec) -> Iterable[Block]:
+def _cut(index: int, parameter: ParameterSpec, block: int) -> Iterable[Block]:
     if parameter.group is None or parameter.numel == 0:
         return
-    size = parameter.numel if parameter.whole else BLOCK
+    size = parameter.numel if parameter.whole else block
     for start in range(0, parameter.numel, size):
         yield Block(index, start, min(start + size, parameter.numel))
 
@@ -102,11 +128,14 @@ def _group(parameters: Sequence[ParameterSpec], block: Block) -> int:
     return group
 
 
-def _bundle(parameters: Sequence[ParameterSpec], blocks: Sequence[Block]) -> Iterable[Bucket]:
+def _bundle(parameters: Sequence[ParameterSpec], blocks: Sequence[Block], cut: Cut) -> Iterable[Bucket]:
     first, size = 0, 0
     for position, block in enumerate(blocks):
         group = _group(parameters, blocks[first])
-        if size and (size + block.end - block.start > BUCKET or _group(parameters, block) != group):
+        following = block.end - block.start
+        if cut.whole_parameters:
+            following = parameters[block.parameter].numel if block.start == 0 else -size  # what is begun is kept
+        if size and (size + following > cut.bucket or _group(parameters, block) != group):
             yield Bucket(group, first, position)
             first, size = position, 0
         size += block.end - block.start
@@ -140,7 +169,7 @@ def spans_of(layout: Layout, bucket: Bucket) -> list[Span]:
     for block in layout.blocks[bucket.first_block : bucket.end_block]:
         span = span_of(layout, block)
         last = spans[-1] if spans else None
-        if last and span.start - last.end < ALIGNMENT and span.end - last.start <= BLOCK:
+        if last and span.start - last.end < ALIGNMENT and span.end - last.start <= layout.longest_span:
             spans[-1] = Span(last.start, span.end, last.blocks + span.blocks)
         else:
             spans.append(span)

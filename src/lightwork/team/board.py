@@ -391,6 +391,10 @@ class Board:
         (length,) = struct.unpack_from("<q", self._metrics, at)
         return json.loads(bytes(self._metrics[at + 8 : at + 8 + length])) if length else {}
 
+    def take_norm(self, bucket: int, norm_squared: float) -> None:
+        """Write down the norm of a bucket of this host that is known only now."""
+        self._norms[bucket] = norm_squared
+
     def take_norms(self, host: int, norms_squared: Sequence[float]) -> None:
         """Write down the norms of the buckets of another host, of which `norms_squared` holds all."""
         for bucket in range(host, self._size.num_buckets, len(self._hosts)):

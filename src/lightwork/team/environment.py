@@ -1,7 +1,7 @@
 """Where a worker finds its team: the environment variables of whoever started it.
 
 `lightwork run`, torchrun, Slurm's srun and MPI's mpirun each leave a rank and a world size behind; a plain
-`python train.py` leaves nothing and is a team of one. This file alone reads `os.environ`.
+`python train.py` leaves nothing and is a team of one. This file alone touches `os.environ`.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ class Environment:
         if self.run_dir is not None:
             variables["LIGHTWORK_RUN_DIR"] = self.run_dir
         return variables
+
+
+def make_cublas_deterministic() -> None:
+    """Set what cuBLAS reads when it is first used; without it, products may differ from one call to the next."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _number(variables: Mapping[str, str], *names: str, default: int | None = None) -> int | None:

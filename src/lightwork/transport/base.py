@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -87,6 +88,14 @@ class Carrier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the connections."""
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Let what is begun inside be on its way at once: every host begins the other sides of it inside, too.
+
+        For carriers that would otherwise wait in one call for a host that waits in another.
+        """
+        yield
 
     def exchange(self, what: str, payload: bytes) -> list[bytes]:
         """Return every host's payload, by host. Also a barrier.
