@@ -118,8 +118,8 @@ class Home:
         self._left = left
 
     def has(self, bucket: int) -> bool:
-        """Return True."""
-        return True
+        """Return whether it is offloaded."""
+        return self._weights.comes_and_goes(bucket)
 
     def request(self, bucket: int, tensors: Sequence[torch.Tensor]) -> list[Pending]:
         """Begin to copy it."""

@@ -100,7 +100,7 @@ class Staging(Residency):
         self.fetch(bucket)
         if bucket in self._coming:
             self._device.wait(self._coming.pop(bucket))
-        if self._streamed is not None:
+        if self._streamed is not None and self._weights.comes_and_goes(bucket):
             self._streamed.hold(bucket, values=not self._narrow)
 
     def updated(self, bucket: int) -> None:
@@ -115,7 +115,7 @@ class Staging(Residency):
                 for start, end in stretches:
                     self._copy(home, here, start, end)
                 here.release(*stretches[0])  # the unit of the bucket
-            if self._streamed is not None:
+            if self._streamed is not None and self._weights.comes_and_goes(bucket):
                 for home_tensor, here_tensor in zip(
                     self._weights.of_bucket(bucket), self._weights.here_of_bucket(bucket), strict=True
                 ):

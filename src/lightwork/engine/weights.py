@@ -148,7 +148,8 @@ class Weights:
         self._working_here = memory.here("working", narrow) if narrow else None
         self._all_working = False
         if memory.device.has_own_memory and narrow:
-            # All working weights lie in one region there, so that masters need not be here for the fp32 ones.
+            # All working weights lie in one region there, so that masters need not be here for the fp32 ones. These
+            # are few and small, and always here.
             self._all_working = True
             self._working_here = memory.new_units([DTYPES[p.dtype] for p in layout.parameters])
             if not streamed:
@@ -246,6 +247,10 @@ class Weights:
         """Return the same as computation sees them."""
         return [stretch.here.view(stretch.start, stretch.end) for stretch in self._stretches(bucket)]
 
+    def comes_and_goes(self, bucket: int) -> bool:
+        """Return whether a bucket's working weights are here only while they are used."""
+        return self._is_streamed(self.layout.blocks[self.layout.buckets[bucket].first_block].parameter)
+
     def take(self, bucket: int) -> None:
         """Take room here for the working weights of a bucket."""
         for stretch in self._stretches(bucket):
@@ -336,12 +341,14 @@ class Weights:
         return self.layout.parameters[index].dtype != "float32"
 
     def _is_streamed(self, index: int) -> bool:
-        return self.streamed and self.layout.parameters[index].group is not None
+        is_narrow = self._working is None or self._is_low(index)
+        return self.streamed and is_narrow and self.layout.parameters[index].group is not None
 
     def _region(self, index: int) -> Elements:
         """Return the region in which a parameter's working weight has its home."""
-        low = self._working is not None and (self._is_low(index) or (self._all_working and not self.streamed))
-        return self._working if low and self._working is not None else self.masters
+        if self._is_streamed(index) or not self._all_working:
+            return self._working if self._is_low(index) and self._working is not None else self.masters
+        return self._region_here(index)
 
     def _region_here(self, index: int) -> Elements:
         """Return the region in which computation sees a parameter's working weight."""

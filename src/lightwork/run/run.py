@@ -524,5 +524,8 @@ class Run:
 
 def _sha256(value: torch.Tensor) -> str:
     hasher = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
-    hasher.update(value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    flat = value.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+    if flat.untyped_storage().resizable():  # numpy would keep it from being given back
+        flat = flat.clone()
+    hasher.update(flat.numpy().data)
     return hasher.hexdigest()

@@ -85,7 +85,7 @@ class Cut:
 
     block: int  #: elements
     bucket: int  #: elements
-    whole_parameters: bool = False  #: no parameter lies in two buckets, however large
+    whole_parameters: bool = False  #: no parameter lies in two buckets, and no bucket holds weights of two types
 
 
 def cut_for_cpus() -> Cut:
@@ -108,7 +108,7 @@ def lay_out(parameters: Sequence[ParameterSpec], cut: Cut | None = None) -> Layo
         end += -(-parameter.numel // ALIGNMENT) * ALIGNMENT
     blocks = [block for index, parameter in enumerate(parameters) for block in _cut(index, parameter, cut.block)]
     # Blocks of one group together, so that a bucket is one call of that group's optimizer.
-    blocks.sort(key=lambda block: _group(parameters, block))
+    blocks.sort(key=lambda block: _kind(parameters, block, cut))
     buckets = tuple(_bundle(parameters, blocks, cut))
     return Layout(tuple(parameters), tuple(offsets), end, tuple(blocks), buckets, cut.block)
 
@@ -128,14 +128,19 @@ def _group(parameters: Sequence[ParameterSpec], block: Block) -> int:
     return group
 
 
+def _kind(parameters: Sequence[ParameterSpec], block: Block, cut: Cut) -> tuple[int, str]:
+    """Return what the blocks of a bucket have in common."""
+    return _group(parameters, block), parameters[block.parameter].dtype if cut.whole_parameters else ""
+
+
 def _bundle(parameters: Sequence[ParameterSpec], blocks: Sequence[Block], cut: Cut) -> Iterable[Bucket]:
     first, size = 0, 0
     for position, block in enumerate(blocks):
-        group = _group(parameters, blocks[first])
+        group, kind = _group(parameters, blocks[first]), _kind(parameters, blocks[first], cut)
         following = block.end - block.start
         if cut.whole_parameters:
             following = parameters[block.parameter].numel if block.start == 0 else -size  # what is begun is kept
-        if size and (size + following > cut.bucket or _group(parameters, block) != group):
+        if size and (size + following > cut.bucket or _kind(parameters, block, cut) != kind):
             yield Bucket(group, first, position)
             first, size = position, 0
         size += block.end - block.start
