@@ -102,7 +102,11 @@ class Device(ABC):
         return tensor.device.type == self.place.type
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the host where computation can read it; one that is there as it is."""
+        """Return a batch's tensor where computation can read it; one that is there as it is."""
+        return tensor
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a tensor of the host, made in the current queue."""
         return tensor
 
     def foreach_copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -170,6 +174,8 @@ class Cpu(Device):
 class Rehearsal(Cpu):
     """A CPU in a GPU's place."""
 
+    #: The CPU, under a name by which tests tell what lies in which memory.
+    place = torch.device("cpu", 0)
     has_own_memory = True
 
     def __init__(self) -> None:
@@ -178,6 +184,10 @@ class Rehearsal(Cpu):
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy, as if there were two memories."""
+        return tensor.clone()
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy."""
         return tensor.clone()
 
 
@@ -283,6 +293,10 @@ class Cuda(Device):
         self.wait(mark)
         there.record_stream(torch.cuda.current_stream(self.place))
         return there
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Begin to copy it."""
+        return tensor.to(self.place, non_blocking=True)
 
 
 def open_device(kind: str, local_rank: int) -> Device:

@@ -33,7 +33,7 @@ class Slots:
 
     def __init__(self, memory: SharedMemory, weights: Weights, num_slots: int, wire: torch.dtype) -> None:
         self._memory = memory
-        self._device = memory.device
+        self.device = memory.device
         self._layout = weights.layout
         self._num_slots = num_slots
         self.wire = wire
@@ -114,7 +114,7 @@ class Slots:
     def operand(self, rank: int, slot: int, node: Node, span: Span) -> torch.Tensor:
         """Return the same where it can be added up: from the host, a copy."""
         view = self.span(rank, slot, node, span)
-        return view.to(self._device.place, non_blocking=True) if self.are_elsewhere else view
+        return self.device.copied(view) if self.are_elsewhere else view
 
     def release(self, rank: int, slot: int, bucket: int) -> None:
         """Give back the memory of a bucket in a partial sum (where it lies in memory; `Residency` sees to the disk)."""
@@ -294,7 +294,7 @@ class Gradients:
         """Put the sum of a gradient and this worker's sums beside it in the tree into `target`."""
         if self._slots.are_elsewhere:  # added up here, and kept there
             here = torch.empty_like(gradient, dtype=target.dtype)
-            self._add(here, gradient, [sibling.to(here.device, non_blocking=True) for sibling in siblings])
+            self._add(here, gradient, [self._slots.device.copied(sibling) for sibling in siblings])
             target.copy_(here, non_blocking=True)
         else:
             self._add(target, gradient, siblings)

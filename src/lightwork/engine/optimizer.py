@@ -162,7 +162,8 @@ def _probe(
             f"({', '.join(changed)}), which a team can not "
             "share. Use an optimizer that keeps its state by parameter."
         )
-    return [_entry(optimizer, name, value, shape) for name, value in shadow.state[scratch].items() if value is not None]
+    state = shadow.state[scratch]
+    return [_entry(optimizer, name, value, shape, device) for name, value in state.items() if value is not None]
 
 
 def _scratch_like(
@@ -176,10 +177,14 @@ def _scratch_like(
     return value
 
 
-def _entry(optimizer: optim.Optimizer, name: str, value: object, shape: tuple[int, ...]) -> StateEntry:
+def _entry(
+    optimizer: optim.Optimizer, name: str, value: object, shape: tuple[int, ...], device: torch.device
+) -> StateEntry:
     if isinstance(value, torch.Tensor):
         alike = value.shape == shape
-        return StateEntry(name, value.dtype, None if alike else tuple(value.shape), on_host=value.device.type == "cpu")
+        # A count of steps lies with the host, where an optimizer reads it; a rehearsal can not see where.
+        on_host = value.device.type == "cpu" and (value.dim() == 0 or device.type != "cpu")
+        return StateEntry(name, value.dtype, None if alike else tuple(value.shape), on_host=on_host)
     if isinstance(value, (bool, int, float)):
         return StateEntry(name, torch.float64, (), type(value))
     raise SpecError(

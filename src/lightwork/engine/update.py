@@ -16,7 +16,7 @@ from lightwork.engine.gradients import Slots, present_nodes
 from lightwork.engine.optimizer import BlockOptimizer
 from lightwork.engine.sums import Adder
 from lightwork.engine.weights import Weights
-from lightwork.spec.layout import Span, span_of, spans_of
+from lightwork.spec.layout import ALIGNMENT, Span, span_of, spans_of
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
 
 
@@ -45,7 +45,7 @@ class Updater:
         self._slots = slots
         self._optimizer = optimizer
         spans = [spans_of(self._layout, bucket) for bucket in self._layout.buckets]
-        largest = max((sum(s.numel for s in of_bucket) for of_bucket in spans), default=0)
+        largest = max((sum(_aligned(s.numel) for s in of_bucket) for of_bucket in spans), default=0)
         self._scratch = torch.empty(largest, device=device.place)
         self._spaces = [list(self._lay_out(of_bucket)) for of_bucket in spans]
         self._adder = Adder(slots.wire, device.place)
@@ -119,7 +119,7 @@ class Updater:
         at = 0
         for span in spans:
             space = self._scratch[at : at + span.numel]
-            at += span.numel
+            at += _aligned(span.numel)
             parts = [span_of(self._layout, block) for block in span.blocks]
             yield span, space, [(part, space[part.start - span.start : part.end - span.start]) for part in parts]
 
@@ -149,6 +149,11 @@ class Updater:
         space = out if self._slots.wire is torch.float32 else self._sum[: span.numel]
         total = self._adder.add_up(tree, lambda node: self._slots.operand(*places[node], node, span), space)
         _divided(total, self._current().divisor, out)
+
+
+def _aligned(numel: int) -> int:
+    """Return the elements that a span takes: the bits of a norm depend on the alignment of what it is taken of."""
+    return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
 def _divided(total: torch.Tensor, divisor: float, out: torch.Tensor) -> torch.Tensor:
