@@ -1,13 +1,13 @@
 """A watch over a rehearsal: what a real device would refuse, or might read too early.
 
-On a CPU all tensors lie in one memory, and everything is done when a call returns. This mode keeps account of what would
-be otherwise on a device:
+On a CPU all tensors lie in one memory, and everything is done when a call returns. This mode keeps account of what
+would be otherwise on a device:
 
     memories   A tensor made on the rehearsal's device, or computed from one that lies there, lies there. Copies may go
                from one memory to the other, and numbers (tensors without dimensions) may come from the host. Any other
                operation on tensors of both raises `MixedMemories`.
-    order      Each queue, and the host, has a clock, and knows how far the others have come that it has waited for. What
-               one queue writes, another may read or write only after it has waited (or the host, in between);
+    order      Each queue, and the host, has a clock, and knows how far the others have come that it has waited for.
+               What one queue writes, another may read or write only after it has waited (or the host, in between);
                otherwise it raises `Race`. The same holds for memory that is given back.
 """
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from lightwork.engine.device import Rehearsal
+from lightwork.engine.relay import Relay
 from lightwork.errors import Disagreement, RankLost
 from lightwork.transport import group
 from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier, Pending
@@ -88,8 +90,14 @@ def of_gloo(num_hosts: int, job: Job) -> list[Any]:
     return run_all(lambda host: GlooCarrier(store, host, [10 * h for h in range(num_hosts)]), num_hosts, job)
 
 
+def of_relays(num_hosts: int, job: Job) -> list[Any]:
+    store = HashStore()
+    leaders = [10 * h for h in range(num_hosts)]
+    return run_all(lambda host: Relay(Rehearsal(), GlooCarrier(store, host, leaders)), num_hosts, job)
+
+
 Hosts = Callable[[int, Job], list[Any]]
-every_carrier = pytest.mark.parametrize("hosts", [of_queues, of_gloo], ids=["queues", "gloo"])
+every_carrier = pytest.mark.parametrize("hosts", [of_queues, of_gloo, of_relays], ids=["queues", "gloo", "relays"])
 
 
 @every_carrier

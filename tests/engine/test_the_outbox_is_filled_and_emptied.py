@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightwork.engine import outbox as outbox_module
+from lightwork.engine.device import Cpu
 from lightwork.engine.outbox import Outbox, Pool, message_of
 from lightwork.spec.layout import Layout, ParameterSpec, lay_out
 
@@ -23,7 +24,7 @@ def make(sizes: list[int], dtype: torch.dtype = torch.float32) -> tuple[Outbox, 
     layout = layout_of(sizes)
     dtypes = [dtype] * len(sizes)
     messages = [message_of(layout, dtypes, torch.float32, bucket) for bucket in range(len(layout.buckets))]
-    return Outbox(layout, dtypes, Pool(max(m.num_bytes for m in messages)), messages), layout
+    return Outbox(layout, dtypes, Pool(max(m.num_bytes for m in messages), Cpu()), messages, Cpu()), layout
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -129,10 +129,12 @@ def test_a_model_finds_its_weights_however_it_reads_them(settings: dict[str, Any
         {"activations": {"blocks.1": "int8"}},
         {"offload": {"weights": "disk", "optimizer": "disk", "gradients": "disk"}},
         {"optimizer_state": "int8", "wire": "bf16"},
+        {"device": "rehearsal"},
+        {"device": "rehearsal", "offload": {"weights": "host", "optimizer": "host"}, "precision": "bf16"},
     ],
     ids=str,
 )
 def test_sharded_weights_compose_with_the_other_dials(settings: dict[str, Any]) -> None:
-    (alone,) = run_team(1, functools.partial(train, **settings))
+    (alone,) = run_team(1, functools.partial(train, **{k: v for k, v in settings.items() if k != "device"}))
     for seen in run_team(2, functools.partial(train, **settings), settings=ZERO3):
         assert seen == alone

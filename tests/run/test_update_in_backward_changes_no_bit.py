@@ -17,6 +17,9 @@ from tests.training import new_folder, run_team, train
 Seen = list[tuple[float, float, str]]
 
 
+AWAY = {"device": "rehearsal", "offload": {"optimizer": "host", "weights": "host"}}
+
+
 def counted(case: Case, worth_it: int, **settings: Any) -> tuple[Seen, int]:
     """Train with global batches of one micro-batch; return what was seen, and the buckets updated in backward."""
     layout.BLOCK, layout.BUCKET, early.WORTH_IT = 64, 128, worth_it
@@ -32,7 +35,7 @@ def counted(case: Case, worth_it: int, **settings: Any) -> tuple[Seen, int]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("settings", [{}, {"activations": "recompute"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"activations": "recompute"}, AWAY], ids=str)
 def test_every_step_has_the_digest_of_an_update_after_backward(case: Case, settings: dict[str, Any]) -> None:
     ((after, none),) = run_team(1, lambda: counted(case, 2**60, **settings))
     ((within, some),) = run_team(1, lambda: counted(case, 0, **settings))

@@ -50,7 +50,11 @@ def add_parser(verbs: Verbs) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "-n", "--workers", default="auto", metavar="N", help="workers: a number, or auto: cores / threads (default)"
+        "-n",
+        "--workers",
+        default="auto",
+        metavar="N",
+        help="workers: a number, or auto: cores / threads, or GPUs (default)",
     )
     parser.add_argument(
         "--set",
@@ -126,6 +130,10 @@ def parse_settings(assignments: list[str]) -> dict[str, object]:
 def count_workers(workers: str, settings: dict[str, object]) -> int:
     """Return the number of workers that -n asks for."""
     if workers == "auto":
+        if settings.get("device") == "cuda":
+            import torch  # the launcher does later, too
+
+            return max(1, int(torch.cuda.device_count()))
         threads = settings.get("threads", 1)
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         return max(1, cores // threads) if isinstance(threads, int) and threads > 0 else cores

@@ -21,6 +21,7 @@ from lightwork.engine.optimizer import StateLayout, is_elementwise, probe_state
 from lightwork.engine.outbox import MAX_BACKLOG
 from lightwork.engine.scaling import LossScale
 from lightwork.engine.sharding import AHEAD, KEPT
+from lightwork.engine.staging import LEAVING
 from lightwork.engine.weights import DTYPES, describe_parameters, refuse_sparse_gradients
 from lightwork.errors import SpecError
 from lightwork.spec.assignment import share
@@ -155,25 +156,34 @@ class Blueprint:
         slots = Slots.num_bytes(self.world_size, self.board_size.num_places, numel, DTYPES_OF_WIRE[self.spec.wire])
         memory_map.reserve("partial sums", slots)
 
-    def working_set_bytes(self) -> int:
-        """Return what a worker needs beside the parts, at most.
+    def working_set_bytes(self, offload: Mapping[str, Place] | None = None) -> int:
+        """Return what a worker needs beside the parts, at most; with other parts offloaded if `offload` is given.
 
         Scratch of an update; the largest parameter in backward (its weight, its gradient as autograd makes it, and its
-        partial sum); with several hosts, the gradients that are on their way, and with zero3 the weights.
-        (What is read ahead from disk is not mapped.)
+        partial sum); with several hosts, the gradients that are on their way, and with zero3 the weights. On a device
+        also the buckets of what is offloaded that come, are updated and leave. (What is read ahead from disk is not
+        mapped.)
         """
         sizes = [sum(s.numel for s in spans_of(self.layout, bucket)) for bucket in self.layout.buckets]
         of_bucket = max(sizes, default=0)
         largest = max((p.numel * (2 * DTYPES[p.dtype].itemsize + 4) for p in self.layout.parameters), default=0)
-        entries = len(self.state_layout.flat) + 2  # beside the state: master and gradient
+        wire = DTYPES_OF_WIRE[self.spec.wire].itemsize
         between_hosts = 0
         if len(self.hosts) > 1:
-            wire = DTYPES_OF_WIRE[self.spec.wire].itemsize
             on_their_way = TURNS_AT_ONCE * len(self.hosts)
             between_hosts = of_bucket * wire * (MAX_BACKLOG + 2 * on_their_way)
-        if self.placement == "zero3":
-            between_hosts += of_bucket * (2 if self._is_narrow else 4) * (KEPT + AHEAD + 1)
-        return of_bucket * 4 * (entries + 2) + largest + between_hosts
+        coming = KEPT + AHEAD + 1 if self.placement == "zero3" else 0
+        if not self.device.has_own_memory:
+            entries = len(self.state_layout.flat) + 2  # beside the state: master and gradient
+            weights = of_bucket * (2 if self._is_narrow else 4) * coming
+            return of_bucket * 4 * (entries + 2) + largest + between_hosts + weights
+        staged, offload = 0, self.offload if offload is None else offload
+        if "optimizer" in offload:
+            staged = sum(dtype.itemsize for dtype in self.state_layout.flat.values()) + (4 if self._is_narrow else 0)
+        if "weights" in offload:
+            coming = 2 * KEPT + AHEAD + 1  # of these, as many wait for computation to be done with them
+        weights = of_bucket * (2 if self._is_narrow else 4) * coming
+        return of_bucket * (4 + wire + staged * (LEAVING + 2)) + largest + between_hosts + weights
 
     def expected_bytes(self) -> dict[str, int]:
         """Return the bytes of shared memory that training on this host takes, by the parts that can be offloaded.

@@ -9,7 +9,7 @@ saved by an operation further down. Such a micro-batch keeps its gradients until
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -26,7 +26,16 @@ WORTH_IT = 16 * 1024 * 1024
 class UpdateInBackward:
     """The buckets of the step in hand that are updated within backward. Also watches what autograd saves of weights."""
 
-    def __init__(self, weights: Weights, outbox: Outbox, updater: Updater, residency: Residency) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        outbox: Outbox,
+        updater: Updater,
+        residency: Residency,
+        bring: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """`bring` returns a saved tensor with its values, where weights come and go."""
+        self.bring = bring
         self.outbox = outbox
         self._weights = weights
         self._updater = updater
@@ -49,10 +58,6 @@ class UpdateInBackward:
         if index is not None and not tensor.requires_grad and self._weights.parameters[index].requires_grad:
             self._is_safe = False
         return index is not None
-
-    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a saved tensor as it is."""
-        return tensor
 
     def _look_at(self, tensor: torch.Tensor) -> torch.Tensor:
         self.is_weight(tensor)

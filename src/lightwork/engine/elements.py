@@ -119,6 +119,7 @@ class UnitElements(Elements):
         self, units: Units, dtypes: Sequence[torch.dtype], device: torch.device, keeper: Keeper | None = None
     ) -> None:
         """`dtypes` are those of the parameters in this region; with a `keeper`, units have pages of their own."""
+        self.place = device
         self._keeper = keeper
         self._shifts = [0] * len(units.members)  # bytes before the first whole page of each, with a keeper
         self._units = units

@@ -163,7 +163,8 @@ class Engine:
         self._early: UpdateInBackward | None = None
         if blueprint.updates_in_backward:
             outbox = make_outbox(self.weights.layout, slots.leaf_dtypes, slots.wire, device=self.device)
-            self._early = UpdateInBackward(self.weights, outbox, self._updater, self.residency)
+            bring = (self._sharded_weights or self.weights).bring
+            self._early = UpdateInBackward(self.weights, outbox, self._updater, self.residency, bring)
         self._num_optimized = sum(len(group["params"]) for group in blueprint.optimizer.param_groups)
         self._num_micro_batches = 0
         self._num_computed = 0  # by this worker, in this step
@@ -192,7 +193,7 @@ class Engine:
         self.residency.watch(self.model)
         if self._sharded_weights is not None:
             self._sharded_weights.watch(self.model)
-        saved = self._sharded_weights or self._early or self.weights
+        saved = self._early or self._sharded_weights or self.weights
         self._wrapped = Activations(self.model, self._activations, saved, self.device)
         self.compute = Compute(
             self.spec.precision,

@@ -166,6 +166,7 @@ class Weights:
         """
         were_meta = []
         for index, parameter in enumerate(self.parameters):
+            view = self.working_view(index)
             if parameter.is_meta:
                 were_meta.append(index)
                 # Its `.data` can not change its device; swapped, it stays the object that modules and optimizer hold.
@@ -173,7 +174,7 @@ class Weights:
                 torch.utils.swap_tensors(parameter, empty)  # type: ignore[no-untyped-call]
             elif write:
                 self.write(index, parameter.data)
-            parameter.data = self.working_view(index)
+            parameter.data = view
             self.written(index)
             done(index)
         self.accept_versions()

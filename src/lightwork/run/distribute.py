@@ -347,6 +347,12 @@ def _register_exit(run: Run, team: Team) -> None:
             sys.stdout.flush()
             os._exit(EXIT_BECAUSE_OF_PEER)
         previous(kind, error, trace)
+        if isinstance(error, torch.OutOfMemoryError):
+            notice(
+                "the GPU has no more room. What takes it: activations (activations='recompute' or 'offload', or a "
+                "smaller micro_batch), the optimizer's state and masters (offload={'optimizer': 'host'}), weights "
+                "(offload={'weights': 'host'}); or memory=, which chooses what to offload."
+            )
         team.board.fail()
         if isinstance(error, RankLost):  # the launcher looks for the cause elsewhere
             _close_quietly(reference)

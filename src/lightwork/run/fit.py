@@ -5,6 +5,8 @@
                                + the working set of what lies on disk, and of the update and of backward
 
 Activations are not in the formula: they are the script's, and `activations=` is their dial.
+
+For a worker on a GPU it is the bytes of the GPU's memory, and what does not fit goes to the host's.
 """
 
 from __future__ import annotations
@@ -32,24 +34,29 @@ def fit(blueprint: Blueprint, memory: str, offload: Mapping[str, Place]) -> dict
     chosen = dict(offload)
     for part in (None, *ORDER):
         if part is not None:
-            chosen[part] = "disk"
+            chosen[part] = "host" if blueprint.device.has_own_memory and chosen.get(part) != "disk" else "disk"
         if resident_bytes(blueprint, chosen) <= limit:
             return chosen
     needed = resident_bytes(blueprint, chosen)
     largest = max(blueprint.layout.parameters, key=lambda p: p.numel)
     raise MemoryFull(
-        f"memory={memory!r} is {format_bytes(needed - limit)} too little: with everything on disk a worker still needs "
-        f"{format_bytes(needed)} ({format_bytes(FIXED_BYTES)} for itself, the rest for one bucket's update and for the "
-        f"largest parameter, {largest.name} of {format_bytes(largest.numel * 4)}). The nearest plan that fits is "
-        f"memory='{-(-needed // 2**20)}MiB'."
+        f"memory={memory!r} is {format_bytes(needed - limit)} too little: with everything offloaded a worker still "
+        f"needs {format_bytes(needed)} ({format_bytes(_fixed(blueprint))} for itself, the rest for one bucket's update "
+        f"and the largest parameter, {largest.name} of {format_bytes(largest.numel * 4)}). The nearest plan that fits "
+        f"is memory='{-(-needed // 2**20)}MiB'."
     )
 
 
 def resident_bytes(blueprint: Blueprint, offload: Mapping[str, Place]) -> int:
     """Return the resident bytes of a worker at their peak, without its activations."""
+    away = ("disk", "host") if blueprint.device.has_own_memory else ("disk",)
     in_memory = {
         part: size / blueprint.world_size
         for part, size in blueprint.expected_bytes().items()
-        if offload.get(part) != "disk"
+        if offload.get(part) not in away
     }
-    return int(sum(in_memory.values())) + FIXED_BYTES + blueprint.working_set_bytes()
+    return int(sum(in_memory.values())) + _fixed(blueprint) + blueprint.working_set_bytes(offload)
+
+
+def _fixed(blueprint: Blueprint) -> int:
+    return 0 if blueprint.device.has_own_memory else FIXED_BYTES
