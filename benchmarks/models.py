@@ -23,6 +23,7 @@ class Size:
     width: int
     layers: int
     heads: int
+    sequence: int = SEQUENCE
 
 
 SIZES = {
@@ -55,12 +56,12 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder; `forward` takes (batch, SEQUENCE + 1) token ids."""
+    """A decoder; `forward` takes (batch, sequence + 1) token ids."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.tokens = nn.Embedding(size.vocabulary, size.width)
-        self.positions = nn.Embedding(SEQUENCE, size.width)
+        self.positions = nn.Embedding(size.sequence, size.width)
         self.layers = nn.ModuleList(Layer(size.width, size.heads) for _ in range(size.layers))
         self.norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, size.vocabulary, bias=False)

@@ -102,7 +102,7 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = torch.relu(self.frozen(self.stem(x)))
         chosen = (x[:, 0] * 100).long().abs() % 3
-        out = torch.zeros(len(x), 5)
+        out = torch.zeros(len(x), 5, device=x.device)
         for index in chosen.unique().tolist():
             rows = chosen == index
             out = out.index_put((rows.nonzero()[:, 0],), self.experts[index](h[rows]).float())
