@@ -165,6 +165,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     size = size_of(arguments.width, int(arguments.layers))
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(size.vocabulary, (arguments.batch * 2, size.sequence + 1), generator=generator)
+    torch.manual_seed(0)
     train = {"fsdp2": train_fsdp2, "deepspeed": train_deepspeed}.get(arguments.competitor, train_lightwork)
     seconds, loss = train(arguments, size, tokens)
     peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else 0

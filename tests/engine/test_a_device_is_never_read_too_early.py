@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightwork.engine import sharding
-from lightwork.engine.device import Rehearsal
+from lightwork.engine.device import Cuda, Rehearsal
+from lightwork.errors import MemoryFull
 from lightwork.spec import layout
 from tests.cases import CASES, Case
 from tests.training import distributed, run_team, train
@@ -95,3 +96,14 @@ def test_the_watch_sees_a_queue_that_does_not_wait() -> None:
             there + 1
 
     run_team(1, race)
+
+
+def test_memory_that_the_host_will_not_lock_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Runtime:
+        def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+            return 2  # cudaErrorMemoryAllocation
+
+    monkeypatch.setattr("torch.cuda.cudart", Runtime)
+    gpu = object.__new__(Cuda)  # as far as it can be without one
+    with pytest.raises(MemoryFull, match=r"4 KiB of host memory for state exp_avg .* ulimit -l"):
+        gpu.lock(torch.empty(1024), "state exp_avg")

@@ -121,7 +121,8 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         "aliases": aliases,
     }
     for name, tensors in (("model", model), ("optimizer", state), ("kept", kept_tensors)):
-        save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
+        on_host = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        save_file(on_host, folder / f"{name}.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 

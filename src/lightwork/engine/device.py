@@ -200,6 +200,7 @@ class Cuda(Device):
     def __init__(self, index: int) -> None:
         self.cut = cut_for_gpus()
         self.place = torch.device("cuda", index)
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.set_device(self.place)
         self._queues = {
             name: torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]

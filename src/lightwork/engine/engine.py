@@ -156,10 +156,11 @@ class Engine:
         self._measures = self.loss_scale.enabled or self.spec.clip_grad_norm is not None
         self._updater = Updater(self.weights, slots, self.state, self.device)
         self._squares: dict[int, torch.Tensor] = {}  # by bucket, of each block's gradient: not read yet
-        self._num_own = sum(
-            not self._sharded or blueprint.hosts.owner(bucket) == blueprint.host
+        self._own = [
+            bucket
             for bucket in range(len(blueprint.layout.buckets))
-        )
+            if not self._sharded or blueprint.hosts.owner(bucket) == blueprint.host
+        ]
         self._early: UpdateInBackward | None = None
         if blueprint.updates_in_backward:
             outbox = make_outbox(self.weights.layout, slots.leaf_dtypes, slots.wire, device=self.device)
@@ -190,6 +191,7 @@ class Engine:
                 state = self.optimizer.state.get(parameter)
                 if state and self.weights.layout.parameters[index].group is not None:
                     self.state.load_state(index, dict(state))
+        self.residency.reserve(self._own)
         self.residency.watch(self.model)
         if self._sharded_weights is not None:
             self._sharded_weights.watch(self.model)
@@ -454,7 +456,7 @@ class Engine:
         if not self.device.has_own_memory:
             return self.board.finished_bucket(step, action, math.fsum(squares.tolist()))
         self._squares[action.item] = squares
-        if len(self._squares) == self._num_own:
+        if len(self._squares) == len(self._own):
             values = iter(torch.cat(list(self._squares.values())).tolist())
             for bucket, of_blocks in self._squares.items():
                 self.board.take_norm(bucket, math.fsum(itertools.islice(values, len(of_blocks))))

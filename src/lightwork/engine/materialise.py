@@ -25,7 +25,10 @@ class _Resettable(Protocol):
 
 
 def give_buffers_memory(model: nn.Module, device: torch.device) -> bool:
-    """Bring buffers to the device, those on the meta device without values; return whether there were any of these."""
+    """Bring buffers to the device, and parameters that are not floating.
+
+    Those on the meta device come without values; returns whether there were buffers among them.
+    """
     found = False
     moved: dict[int, torch.Tensor] = {}  # a buffer may have two names
     for module in model.modules():
@@ -36,6 +39,9 @@ def give_buffers_memory(model: nn.Module, device: torch.device) -> bool:
                 moved[id(buffer)] = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
             found = found or buffer.is_meta
             module._buffers[key] = moved[id(buffer)]
+    for parameter in model.parameters():
+        if not parameter.is_floating_point() and not parameter.is_meta:  # quantised: no part of the team's memory
+            parameter.data = parameter.data.to(device)
     return found
 
 

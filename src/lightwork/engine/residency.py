@@ -11,7 +11,7 @@ So a worker's resident memory holds what is in use, and training may be larger t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import EllipsisType
 
 import torch
@@ -106,6 +106,9 @@ class Residency:
             for start, end in self._stretches(bucket):
                 self._advise(self._others, start, end, Advice.DROP)
                 self._drop_gradients(start, end)
+
+    def reserve(self, buckets: Iterable[int]) -> None:
+        """Take the room at home that these buckets will need: here it is always taken."""
 
     def settle(self) -> None:
         """Return when everything is at home: here it always is."""

@@ -11,7 +11,7 @@ state and masters under bf16, and 2 out where weights are offloaded, too.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from lightwork.engine.device import Device, Mark
@@ -81,6 +81,13 @@ class Staging(Residency):
     def follow(self, streamed: StreamedWeights) -> None:
         """Let `streamed` bring weights."""
         self._streamed = streamed
+
+    def reserve(self, buckets: Iterable[int]) -> None:
+        """Take the room at home that these buckets will need: what is missing must show before the first step."""
+        for bucket in buckets:
+            for start, end in self._stretches(bucket):
+                for _, home, _ in self._staged:
+                    home.take(start, end)
 
     def fetch(self, bucket: int) -> None:
         """Begin to bring a bucket's state."""

@@ -337,11 +337,11 @@ class Run:
         self._engine.buffers.restore()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the model's state dict with full, plain tensors of its own: fp32 weights, under the model's names."""
+        """Return the model's state dict, under its names: full, plain fp32 tensors of its own, on the host."""
         self._refuse_in_step("state_dict")
         self._team.meet("state_dict")
         with self._gathered("state_dict"):
-            return {name: value.detach().clone() for name, value in self._live_state().items()}
+            return {name: value.detach().to("cpu", copy=True) for name, value in self._live_state().items()}
 
     def digest(self) -> str:
         """Return the SHA-256 of weights, buffers and optimizer state, in hexadecimal digits; the same everywhere."""
