@@ -105,5 +105,5 @@ def test_memory_that_the_host_will_not_lock_is_named(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("torch.cuda.cudart", Runtime)
     gpu = object.__new__(Cuda)  # as far as it can be without one
-    with pytest.raises(MemoryFull, match=r"4 KiB of host memory for state exp_avg .* ulimit -l"):
+    with pytest.raises(MemoryFull, match=r"4 KiB of host memory for state exp_avg .*ulimit -l"):
         gpu.lock(torch.empty(1024), "state exp_avg")
