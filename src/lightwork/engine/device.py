@@ -86,8 +86,8 @@ class Device(ABC):
         """Let go of memory that was locked."""
 
     @abstractmethod
-    def norms_squared(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the squared L2 norm of each, fp32, flat; to be read later."""
+    def norms_squared(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the squared L2 norm of each, fp32; to be read later."""
 
     @abstractmethod
     def total_bytes(self) -> int:
@@ -158,9 +158,9 @@ class Cpu(Device):
     def unlock(self, memory: torch.Tensor) -> None:
         """Do nothing."""
 
-    def norms_squared(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def norms_squared(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return dot products: the fastest on a CPU (see the lab log)."""
-        return torch.stack([torch.dot(tensor, tensor) for tensor in tensors]) if tensors else torch.empty(0)
+        return [torch.dot(tensor, tensor) for tensor in tensors]
 
     def total_bytes(self) -> int:
         """Return 0: it has no memory of its own."""
@@ -269,11 +269,12 @@ class Cuda(Device):
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         runtime.cudaHostUnregister(memory.data_ptr())
 
-    def norms_squared(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return them by one call."""
+    def norms_squared(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return them by two calls."""
         if not tensors:
-            return torch.empty(0, device=self.place)
-        return torch.stack(torch._foreach_norm(list(tensors), 2)).square_()
+            return []
+        norms = list(torch._foreach_norm(list(tensors), 2))
+        return list(torch._foreach_mul(norms, norms))
 
     def total_bytes(self) -> int:
         """Return what the driver says."""

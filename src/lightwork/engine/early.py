@@ -42,7 +42,7 @@ class UpdateInBackward:
         self._residency = residency
         self._divisor = 0.0
         self._touched = bytearray()
-        self._norms: dict[int, torch.Tensor] = {}  # by bucket: of each block, squared
+        self._norms: dict[int, list[torch.Tensor]] = {}  # by bucket: of each block, squared
         self._is_safe = True
 
     @contextlib.contextmanager
@@ -74,7 +74,7 @@ class UpdateInBackward:
         self._touched = touched
         self.outbox.on_complete = self._update
 
-    def take_norms(self, bucket: int) -> torch.Tensor | None:
+    def take_norms(self, bucket: int) -> list[torch.Tensor] | None:
         """Return the squared norms of the gradients of a bucket that was updated; None if it was not."""
         return self._norms.pop(bucket, None)
 

@@ -155,7 +155,7 @@ class Engine:
         self.loss_scale = LossScale(memory, enabled=self.spec.precision == "fp16")
         self._measures = self.loss_scale.enabled or self.spec.clip_grad_norm is not None
         self._updater = Updater(self.weights, slots, self.state, self.device)
-        self._squares: dict[int, torch.Tensor] = {}  # by bucket, of each block's gradient: not read yet
+        self._squares: dict[int, list[torch.Tensor]] = {}  # by bucket, of each block's gradient: not read yet
         self._own = [
             bucket
             for bucket in range(len(blueprint.layout.buckets))
@@ -449,15 +449,16 @@ class Engine:
         self._seconds["update"] += time.perf_counter() - start
         return self._finish_bucket(step, action, squares)
 
-    def _finish_bucket(self, step: int, action: Action, squares: torch.Tensor | None) -> Action:
+    def _finish_bucket(self, step: int, action: Action, squares: list[torch.Tensor] | None) -> Action:
         """Report a bucket, with the norm of its gradient; from a device, those of all together."""
         if squares is None:
             return self.board.finished_bucket(step, action, None)
         if not self.device.has_own_memory:
-            return self.board.finished_bucket(step, action, math.fsum(squares.tolist()))
+            return self.board.finished_bucket(step, action, math.fsum(map(float, squares)))
         self._squares[action.item] = squares
         if len(self._squares) == len(self._own):
-            values = iter(torch.cat(list(self._squares.values())).tolist())
+            of_all = [square for of_bucket in self._squares.values() for square in of_bucket]
+            values = iter(torch.stack(of_all).tolist() if of_all else [])
             for bucket, of_blocks in self._squares.items():
                 self.board.take_norm(bucket, math.fsum(itertools.islice(values, len(of_blocks))))
             self._squares.clear()

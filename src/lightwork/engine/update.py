@@ -92,11 +92,11 @@ class Updater:
             None if leaf is None else _divided(leaf, divisor, out) for leaf, out in zip(leaves, spaces, strict=True)
         ]
 
-    def norms_squared(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    def norms_squared(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Return the squared L2 norm of each flat gradient that there is, to be read later."""
         return self._device.norms_squared([gradient for gradient in gradients if gradient is not None])
 
-    def apply(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    def apply(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Take the optimizer's step with `gradients` and write the working weights; return their squared norms."""
         squared = self.norms_squared(gradients)
         if self._map is not None and self._map.scale != 1.0:

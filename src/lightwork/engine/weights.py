@@ -217,6 +217,8 @@ class Weights:
 
     def updated(self, blocks: Sequence[Block]) -> None:
         """Write the working weights of these blocks from their masters here, after an update."""
+        if self._working_here is None:
+            return
         targets, sources = [], []
         for block in blocks:
             region = self._region_here(block.parameter)
