@@ -120,13 +120,13 @@ class Engine:
         wire = DTYPES_OF_WIRE[self.spec.wire].itemsize
         regions = {"masters": 4, "working": 2, "partial sums": wire, **dict(self.state.regions)}
         num_slots = size.world_size * size.num_places
-        self.residency = Residency(memory, self.weights, regions, num_slots)
         sources: list[Source] = [Owners(blueprint.hosts, weights_carrier)] if weights_carrier is not None else []
         staging: Staging | None = None
         if self.device.has_own_memory:
-            self.residency = staging = Staging(memory, self.weights, regions, num_slots, self.state.places)
+            staging = Staging(memory, self.weights, regions, num_slots, self.state.places)
             if blueprint.streams_weights:
                 sources.append(Home(self.weights, self.device, staging.left))
+        self.residency = staging or Residency(memory, self.weights, regions, num_slots)
         self._exchange: Exchange | None = None  # the leader's
         if carrier is not None:
             self._exchange = Exchange(
@@ -434,14 +434,17 @@ class Engine:
                     self.loss_scale.advance(step, finite=self._is_finite())
             elif action.kind is Kind.MEASURE or self._is_finite():
                 self._updater.begin(self._clipped(step_map, action.kind))
-                self.residency.fetch(action.item + self._world_size)
-                self.residency.map(action.item)
+                if action.kind is Kind.UPDATE:
+                    # What this worker will probably claim next.
+                    self.residency.fetch(action.item + self._world_size * (len(self._hosts) if self._sharded else 1))
+                    self.residency.map(action.item)
                 gradients = self._updater.gradients(action.item)
                 reduced = time.perf_counter()
                 self._seconds["reduce"] += reduced - start
                 start = reduced
                 if action.kind is Kind.MEASURE:
                     squares = self._updater.norms_squared(gradients)
+                    self.residency.measured(action.item)
                 else:
                     applied = self._updater.apply(action.item, gradients)
                     self.residency.updated(action.item)

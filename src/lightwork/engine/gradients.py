@@ -24,7 +24,7 @@ from lightwork.engine.outbox import Outbox
 from lightwork.engine.residency import Residency
 from lightwork.engine.weights import DTYPES, Weights, like
 from lightwork.errors import UsageError
-from lightwork.spec.layout import Span, spans_of
+from lightwork.spec.layout import Span, span_of, spans_of
 from lightwork.spec.tree import Node, fold
 
 
@@ -71,9 +71,11 @@ class Slots:
         if self._units:
             is_sum = node.end - node.first > 1
             wanted, other = self._units[slot][is_sum], self._units[slot][not is_sum]
-            if other is not wanted:
-                other.release(0, self._layout.numel)
-            wanted.take(0, self._layout.numel)
+            for bucket in self._layout.buckets:  # one unit each; frozen parameters have none
+                span = span_of(self._layout, self._layout.blocks[bucket.first_block])
+                if other is not wanted:
+                    other.release(span.start, span.end)
+                wanted.take(span.start, span.end)
 
     def elements(self, rank: int, slot: int, node: Node, parameter: int, start: int, end: int) -> torch.Tensor:
         """Return elements `start` to `end` of a parameter in the partial sum `node` of `rank`, flat."""
@@ -334,6 +336,8 @@ class Gradients:
         if views is None:
             views = [
                 like(self._slots.elements(self._rank, slot, node, index, 0, parameter.numel()), parameter)
+                if self._weights.layout.parameters[index].group is not None
+                else parameter.new_empty(0)
                 for index, parameter in enumerate(self._weights.parameters)
             ]
             self._views[slot, leaf] = views

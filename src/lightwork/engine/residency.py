@@ -100,6 +100,12 @@ class Residency:
             for start, end in self._stretches(bucket):
                 self._advise(self._others, start, end, Advice.MAP_TO_WRITE)
 
+    def measured(self, bucket: int) -> None:
+        """Drop the partial sums of a bucket whose norm was taken."""
+        if self._gradients:
+            for start, end in self._stretches(bucket):
+                self._drop_gradients(start, end)
+
     def updated(self, bucket: int) -> None:
         """Drop everything of a bucket."""
         if self.enabled:
