@@ -9,9 +9,9 @@ import torch
 
 from lightwork.run import join
 from lightwork.team.environment import Environment
-from lightwork.transport.base import Carrier, Pending
+from lightwork.transport.base import Carrier, Pending, PointToPoint
 from lightwork.transport.group import GlooCarrier
-from lightwork.transport.nccl import NcclCarrier
+from lightwork.transport.nccl import NcclMessages
 from tests.cases import CASES
 from tests.training import run_team, train
 
@@ -82,10 +82,12 @@ def test_no_worker_waits_for_one_that_waits_for_it(name: str, placement: str, of
     def job() -> tuple[Any, list[int]]:
         groups: list[StrictGroup] = []
 
-        def direct(carrier: Carrier, _device: Any, _environment: Environment, rendezvous: Any, number: int) -> Carrier:
+        def direct(
+            carrier: Carrier, _device: Any, _environment: Environment, rendezvous: Any, number: int
+        ) -> PointToPoint:
             store = rendezvous.store(f"devices {number}")
             groups.append(StrictGroup(GlooCarrier(store, carrier.host, carrier.leaders, rendezvous.address())))
-            return NcclCarrier(carrier.host, carrier.leaders, groups[0])
+            return NcclMessages(groups[0])
 
         join._direct = direct
         seen = train(case, max_steps=3, device="rehearsal", placement=placement, offload=offload)

@@ -14,7 +14,7 @@ from typing import final
 import torch
 
 from lightwork.engine.device import Device
-from lightwork.transport.base import Carrier, Pending
+from lightwork.transport.base import Carrier, Pending, PointToPoint
 
 
 @final
@@ -47,7 +47,7 @@ class Relay(Carrier):
     Owns: both carriers that it is made of.
     """
 
-    def __init__(self, device: Device, network: Carrier, direct: Carrier | None = None) -> None:
+    def __init__(self, device: Device, network: Carrier, direct: PointToPoint | None = None) -> None:
         """`network` is the hosts'; `direct` is for tensors on the device, None where devices can not do it."""
         super().__init__(network.host, network.leaders)
         self._device = device

@@ -39,7 +39,7 @@ from lightwork.team.environment import Environment, Launcher
 from lightwork.team.peers import Peers
 from lightwork.team.rendezvous import JOIN_TIMEOUT, Rendezvous
 from lightwork.transport import nccl
-from lightwork.transport.base import Carrier, Transport
+from lightwork.transport.base import Carrier, PointToPoint, Transport
 from lightwork.transport.group import PATIENCE, GlooCarrier
 from lightwork.transport.host import HostTransport
 from lightwork.transport.layered import LayeredTransport
@@ -320,7 +320,7 @@ def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous:
 
 def _direct(
     carrier: Carrier, device: Device, environment: Environment, rendezvous: Rendezvous, run_number: int
-) -> Carrier | None:
+) -> PointToPoint | None:
     """Return the way between GPUs; None where there is none, or two workers share one."""
     if device.place.type != "cuda":
         return None
@@ -328,7 +328,7 @@ def _direct(
     seen = carrier.exchange("devices", own.encode())
     if len(set(seen)) < len(seen):
         return None
-    return nccl.connect(rendezvous.store(f"devices {run_number}"), carrier.host, carrier.leaders, device.place)
+    return nccl.connect(rendezvous.store(f"devices {run_number}"), carrier.host, carrier.num_hosts, device.place)
 
 
 def _fingerprint(blueprint: Blueprint) -> dict[str, object]:

@@ -54,11 +54,35 @@ FIRST_BYTES = 16 * 1024
 _TAG_FIRST, _TAG_REST, FIRST_TAG = 0, 1, 2
 
 
-class Carrier(ABC):
-    """Moves tensors between the leaders of hosts that share no memory. Bytes only: it never adds.
+class PointToPoint(ABC):
+    """Moves tensors between hosts that share no memory. Bytes only: it never adds.
 
     Tensors are contiguous and of any type. Two of one sender to one receiver with one tag arrive in order.
     """
+
+    @abstractmethod
+    def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
+        """Begin to send `tensor`, which stays as it is until `wait`."""
+
+    @abstractmethod
+    def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
+        """Begin to receive into `tensor`, of the size and type that is sent."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the connections."""
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Let what is begun inside be on its way at once: every host begins the other sides of it inside, too.
+
+        For those that would otherwise wait in one call for a host that waits in another.
+        """
+        yield
+
+
+class Carrier(PointToPoint):
+    """Moves tensors and messages between the leaders of hosts that share no memory."""
 
     def __init__(self, host: int, leaders: list[int]) -> None:
         self.host = host
@@ -70,32 +94,12 @@ class Carrier(ABC):
         return len(self.leaders)
 
     @abstractmethod
-    def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
-        """Begin to send `tensor`, which stays as it is until `wait`."""
-
-    @abstractmethod
-    def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
-        """Begin to receive into `tensor`, of the size and type that is sent."""
-
-    @abstractmethod
     def receive_from_any(self, tensor: torch.Tensor, tag: int) -> int:
         """Receive into `tensor` from whoever sends first, and return the host.
 
         Blocks: until one sends.
         Raises: RankLost.
         """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of the connections."""
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Let what is begun inside be on its way at once: every host begins the other sides of it inside, too.
-
-        For carriers that would otherwise wait in one call for a host that waits in another.
-        """
-        yield
 
     def exchange(self, what: str, payload: bytes) -> list[bytes]:
         """Return every host's payload, by host. Also a barrier.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from lightwork.transport.base import Carrier, Pending
+from lightwork.transport.base import Pending, PointToPoint
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -38,15 +38,14 @@ class _Work(Pending):
 
 
 @final
-class NcclCarrier(Carrier):
-    """Point-to-point messages between GPUs. For tensors on `device` alone; `receive_from_any` is not NCCL's.
+class NcclMessages(PointToPoint):
+    """Tensors from GPU to GPU; tags are left out of account.
 
     Owns: the process group, which is no other code's default group.
     """
 
-    def __init__(self, host: int, leaders: list[int], group: Any) -> None:
+    def __init__(self, group: Any) -> None:
         """`group` is a ProcessGroupNCCL, or what behaves like one."""
-        super().__init__(host, leaders)
         self._group: Any = group
         self._collected: list[tuple[str, torch.Tensor, int, _Work]] | None = None
 
@@ -57,10 +56,6 @@ class NcclCarrier(Carrier):
     def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
         """Begin to receive."""
         return self._begin("recv", tensor, host)
-
-    def receive_from_any(self, tensor: torch.Tensor, tag: int) -> int:
-        """Refuse: who asks for something asks by the host's network."""
-        raise NotImplementedError("NCCL receives from a given worker only")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -97,13 +92,13 @@ class NcclCarrier(Carrier):
         return begin([tensor], host, 0)
 
 
-def connect(store: Store, host: int, leaders: list[int], device: torch.device) -> NcclCarrier:
-    """Return a carrier that is connected to all others, which call this, too."""
+def connect(store: Store, host: int, num_hosts: int, device: torch.device) -> NcclMessages:
+    """Return the way to all others, who call this, too."""
     # Only in builds for GPUs.
     from torch.distributed import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()
     options._timeout = SILENCE
-    group = ProcessGroupNCCL(store, host, len(leaders), options)
+    group = ProcessGroupNCCL(store, host, num_hosts, options)
     group.eager_connect_single_device(device)
-    return NcclCarrier(host, leaders, group)
+    return NcclMessages(group)
