@@ -226,11 +226,13 @@ def test_the_lock_dies_with_its_holder_also_if_the_holder_had_a_child() -> None:
         with FileLock(fd):
             taken.set()
 
-    threading.Thread(target=take, daemon=True).start()
+    taker = threading.Thread(target=take, daemon=True)
+    taker.start()
     assert not taken.wait(0.1), "it is held"
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
     assert taken.wait(5.0), "and released by the kernel"
+    taker.join(5.0)  # it holds the store's descriptor
     os.kill(child, signal.SIGKILL)
     os.close(read)
     os.close(write)
