@@ -90,10 +90,6 @@ class Device(ABC):
         """Return the squared L2 norm of each, fp32; to be read later."""
 
     @abstractmethod
-    def total_bytes(self) -> int:
-        """Return the size of its memory."""
-
-    @abstractmethod
     def limit(self, num_bytes: int) -> None:
         """Take no more of its memory than this."""
 
@@ -161,10 +157,6 @@ class Cpu(Device):
     def norms_squared(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return dot products: the fastest on a CPU (see the lab log)."""
         return [torch.dot(tensor, tensor) for tensor in tensors]
-
-    def total_bytes(self) -> int:
-        """Return 0: it has no memory of its own."""
-        return 0
 
     def limit(self, num_bytes: int) -> None:
         """Do nothing."""
@@ -276,13 +268,10 @@ class Cuda(Device):
         norms = list(torch._foreach_norm(list(tensors), 2))
         return list(torch._foreach_mul(norms, norms))
 
-    def total_bytes(self) -> int:
-        """Return what the driver says."""
-        return torch.cuda.get_device_properties(self.place).total_memory
-
     def limit(self, num_bytes: int) -> None:
         """Tell torch's allocator, which raises torch.OutOfMemoryError above it."""
-        torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / self.total_bytes()), self.place)
+        total = torch.cuda.get_device_properties(self.place).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), self.place)
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy it, in the queue of what comes in."""

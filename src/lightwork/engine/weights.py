@@ -145,7 +145,7 @@ class Weights:
         self.masters = memory.home("masters", torch.float32)
         self.masters_here = memory.here("masters", torch.float32)
         self._working = memory.home("working", narrow) if narrow else None
-        self._working_here = memory.here("working", narrow) if narrow else None
+        self._working_here = self._working
         self._all_working = False
         if memory.device.has_own_memory and narrow:
             # All working weights lie in one region there, so that masters need not be here for the fp32 ones. These
