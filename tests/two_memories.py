@@ -23,9 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightwork.engine.background import Background
-from lightwork.engine.device import Rehearsal
-from lightwork.engine.elements import UnitElements
+from lightwork.device.cpu import Rehearsal
+from lightwork.engine.exchange.background import Background
+from lightwork.store.elements import UnitElements
 
 COPIES = ("copy_", "_to_copy", "_foreach_copy_")
 #: Operations that neither read nor write a value.

@@ -18,8 +18,8 @@ from lightwork.run.distribute import distribute
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.run import Run
 from lightwork.run.step import Step
-from lightwork.spec.job import Spec
 from lightwork.spec.plan import Plan
+from lightwork.spec.spec import Spec
 
 __version__ = "0.1.0"
 

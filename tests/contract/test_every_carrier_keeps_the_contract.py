@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from lightwork.engine.device import Rehearsal
-from lightwork.engine.relay import Relay
+from lightwork.device.cpu import Rehearsal
 from lightwork.errors import Disagreement, RankLost
-from lightwork.transport import group
+from lightwork.transport import gloo
 from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier, Pending
-from lightwork.transport.group import GlooCarrier
+from lightwork.transport.gloo import GlooCarrier
+from lightwork.transport.relay import Relay
 
 Job = Callable[[Carrier], Any]
 
@@ -178,7 +178,7 @@ def test_whoever_sends_first_is_received_from_and_named(hosts: Hosts) -> None:
 
 
 def test_a_host_that_keeps_others_waiting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "NAME_AFTER_SECONDS", 0.5)
+    monkeypatch.setattr(gloo, "NAME_AFTER_SECONDS", 0.5)
     store, named = HashStore(), []
 
     def job(carrier: Carrier) -> None:

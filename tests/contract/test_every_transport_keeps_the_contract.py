@@ -16,8 +16,8 @@ from lightwork.errors import Disagreement
 from lightwork.store.mapped import create_store
 from lightwork.store.private import PrivateStore
 from lightwork.transport.base import Transport
-from lightwork.transport.host import BOX_BYTES, HostTransport
 from lightwork.transport.lock import FileLock
+from lightwork.transport.mailboxes import BOX_BYTES, HostTransport
 from lightwork.transport.signal import Signal
 
 Job = Callable[[int, Transport], Any]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightwork.engine import sharding
-from lightwork.engine.device import Cuda, Rehearsal
+from lightwork.device.cpu import Rehearsal
+from lightwork.device.cuda import Cuda
+from lightwork.engine.forward import fetching
 from lightwork.errors import MemoryFull
 from lightwork.spec import layout
 from tests.cases import CASES, Case
@@ -21,7 +22,7 @@ ALL_AWAY = {"optimizer": "host", "weights": "host", "gradients": "host"}
 def watched(case: Case, **settings: Any) -> tuple[str, int]:
     """Train two steps in small pieces under the watch; return the digest, and how many accesses had to wait."""
     layout.BLOCK, layout.BUCKET = 64, 128
-    sharding.KEPT, sharding.AHEAD = 1, 2
+    fetching.KEPT, fetching.AHEAD = 1, 2
     memories = TwoMemories()
     memories.install()
     with memories:

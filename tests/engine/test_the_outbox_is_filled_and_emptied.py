@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from lightwork.engine import outbox as outbox_module
-from lightwork.engine.device import Cpu
-from lightwork.engine.outbox import Outbox, Pool, message_of
+from lightwork.device.cpu import Cpu
+from lightwork.engine.backward import outbox as outbox_module
+from lightwork.engine.backward.outbox import Outbox, Pool, message_of
 from lightwork.spec.layout import Layout, ParameterSpec, lay_out
 
 TYPES = (torch.bfloat16, torch.float32)

@@ -14,9 +14,9 @@ from torch.utils.data import TensorDataset, default_collate
 
 import lightwork
 from lightwork.data.order import shuffled
-from lightwork.engine import early
+from lightwork.engine.backward import early
+from lightwork.random import derive
 from lightwork.spec import layout
-from lightwork.spec.seeds import derive
 from lightwork.team.environment import make_cublas_deterministic
 from tests.cases import CASES, Case
 from tests.training import distributed, new_folder, run_team, train

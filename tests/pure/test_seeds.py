@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightwork.spec.seeds import derive
+from lightwork.random import derive
 
 paths = st.lists(st.integers(-(2**70), 2**70) | st.text(max_size=8), max_size=4)
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightwork.errors import SpecError
-from lightwork.spec.job import BufferRule, Precision, Spec, choose_micro_batch, differences
 from lightwork.spec.plan import Plan
 from lightwork.spec.roster import Member, Roster
+from lightwork.spec.spec import BufferRule, Precision, Spec, choose_micro_batch, differences
 
 specs = st.builds(
     lambda micro, times, **rest: Spec(global_batch=micro * times, micro_batch=micro, **rest),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightwork.engine.eight_bit import GROUP, num_scales, restore_into, round_into
+from lightwork.state.eight_bit import GROUP, num_scales, restore_into, round_into
 
 
 def through(source: torch.Tensor, *, square: bool) -> torch.Tensor:

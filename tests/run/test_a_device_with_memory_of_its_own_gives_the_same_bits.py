@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import lightwork
-from lightwork.engine import sharding
-from lightwork.engine.device import Rehearsal
-from lightwork.engine.elements import UnitElements
+from lightwork.device.cpu import Rehearsal
+from lightwork.engine.forward import fetching
 from lightwork.spec import layout
+from lightwork.store.elements import UnitElements
 from tests.cases import CASES, Case
 from tests.training import distributed, new_folder, run_team, train
 
@@ -41,7 +41,7 @@ def test_one_worker_has_the_digests_of_one_without_a_device(case: Case, offload:
 def train_in_small_pieces(case: Case, **settings: Any) -> list[Any]:
     """Train with many small buckets, of which few are kept, and with NaN in memory that was given back."""
     layout.BLOCK, layout.BUCKET = 64, 128
-    sharding.KEPT, sharding.AHEAD = 1, 2
+    fetching.KEPT, fetching.AHEAD = 1, 2
     release = UnitElements.release
 
     def poisoned(self: UnitElements, start: int, end: int) -> None:

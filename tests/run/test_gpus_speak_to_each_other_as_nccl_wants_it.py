@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightwork.run import join
+from lightwork.team import join
 from lightwork.team.environment import Environment
 from lightwork.transport.base import Carrier, Pending, PointToPoint
-from lightwork.transport.group import GlooCarrier
+from lightwork.transport.gloo import GlooCarrier
 from lightwork.transport.nccl import NcclMessages
 from tests.cases import CASES
 from tests.training import run_team, train

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import lightwork
-from lightwork.engine import sharding
-from lightwork.engine.memory import PAGE_BYTES, SharedMemory
+from lightwork.engine.forward import fetching
 from lightwork.spec import layout
+from lightwork.store.regions import PAGE_BYTES, SharedMemory
 from tests.cases import CASES, Case
 from tests.training import new_folder, run_team, train
 
@@ -43,7 +43,7 @@ def test_any_number_of_micro_batches_will_do(global_batch: int, micro_batch: int
 def in_small_buckets(case: Case) -> list[tuple[float, float, str]]:
     """Train with buckets far smaller than any parameter, and room for one bucket of the other hosts' weights."""
     layout.BLOCK, layout.BUCKET = 64, 128
-    sharding.KEPT, sharding.AHEAD = 1, 2
+    fetching.KEPT, fetching.AHEAD = 1, 2
     SharedMemory.release = poison  # type: ignore[method-assign]
     return train(case)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lightwork
-from lightwork.engine.activations import INT8_BLOCK, Activations, from_int8, layers_of, resolve, to_int8
+from lightwork.engine.forward.activations import INT8_BLOCK, Activations, from_int8, layers_of, resolve, to_int8
 from lightwork.errors import SpecError, UsageError
 from tests.cases import CASES, Case
 from tests.training import new_folder, run_team, train

@@ -365,7 +365,7 @@ def test_a_worker_that_exits_with_0_in_the_middle_ends_the_others() -> None:
 
 
 def test_too_little_memory_is_said_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightwork.run.join.available_memory", lambda: 1000)
+    monkeypatch.setattr("lightwork.team.join.available_memory", lambda: 1000)
     message = raised(setting)
     assert "MemoryFull: training needs" in message
     assert "1000 B are left" in message

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from lightwork.data.order import shuffled
-from lightwork.spec.seeds import derive
+from lightwork.random import derive
 from tests.cases import CASES, Case
 from tests.training import distributed, run_team
 

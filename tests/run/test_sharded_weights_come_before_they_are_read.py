@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightwork
-from lightwork.engine import sharding
-from lightwork.engine.memory import SharedMemory
+from lightwork.engine.forward import fetching
 from lightwork.spec import layout
+from lightwork.store.regions import SharedMemory
 from tests.cases import LSTM
 from tests.training import new_folder, run_team
 
@@ -80,7 +80,7 @@ def poison(memory: SharedMemory, name: str, start: int, end: int) -> None:
 
 def train(**settings: Any) -> list[Any]:
     layout.BLOCK, layout.BUCKET = 64, 128
-    sharding.KEPT, sharding.AHEAD = 1, 2
+    fetching.KEPT, fetching.AHEAD = 1, 2
     SharedMemory.release = poison  # type: ignore[method-assign]
     torch.manual_seed(0)
     model = Odd()

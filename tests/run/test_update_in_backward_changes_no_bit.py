@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightwork
-from lightwork.engine import early
+from lightwork.engine.backward import early
 from lightwork.spec import layout
 from tests.cases import CASES, Case
 from tests.training import new_folder, run_team, train

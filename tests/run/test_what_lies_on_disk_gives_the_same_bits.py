@@ -21,7 +21,7 @@ EVERYTHING = {"optimizer": "disk", "weights": "disk", "gradients": "disk"}
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_step_has_the_digest_of_one_worker_in_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightwork.engine.residency.PIECE", 50)  # gradients are folded in several pieces
+    monkeypatch.setattr("lightwork.state.residency.PIECE", 50)  # gradients are folded in several pieces
     (alone,) = run_team(1, lambda: train(case))
     for offload in ({"optimizer": "disk"}, EVERYTHING):
         for seen in run_team(2, lambda offload=offload: train(case, offload=offload)):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from lightwork.checkpoint.values import put_together, take_apart
 from lightwork.errors import CheckpointError
-from lightwork.spec.job import Spec
+from lightwork.spec.spec import Spec
 
 FORMAT = 1
 

@@ -12,7 +12,6 @@ augmentation would depend on its neighbours. Not covered: data sets that keep ot
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +23,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from lightwork.data.batch import Batch
 from lightwork.data.order import Ids
 from lightwork.errors import DataError
-from lightwork.spec.seeds import derive
+from lightwork.random import derive, seed_all
 
 Collate = Callable[[list[Any]], Batch]
 
@@ -142,13 +141,6 @@ def collated(collate: Collate, name: str, epoch: int, ids: Ids, samples: list[An
             f"{described(error)}. Samples of different shapes need a collate function: pass a "
             "DataLoader with collate_fn= in place of the data set."
         ) from error
-
-
-def seed_all(value: int) -> None:
-    """Seed torch (CPU), numpy and random. 7 us (2026-11)."""
-    torch.default_generator.manual_seed(value)
-    np.random.seed(value & 0xFFFFFFFF)
-    random.seed(value)
 
 
 @contextmanager

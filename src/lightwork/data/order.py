@@ -7,7 +7,6 @@ workers is nowhere. No samples are fetched here.
 
 from __future__ import annotations
 
-import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import torch
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightwork.errors import DataError, UsageError
-from lightwork.spec.seeds import derive
+from lightwork.random import derive, seeded
 
 #: Sample ids, int64, one dimension.
 Ids = npt.NDArray[np.int64]
@@ -181,7 +180,7 @@ class Custom:
         """Return the ids of an epoch; a function is called with the random state of (seed, epoch)."""
         if not callable(self.order):
             return _checked_ids(self.order, "order=")
-        with _seeded(derive(seed, "order", epoch)):
+        with seeded(derive(seed, "order", epoch)):
             return _checked_ids(self.order(epoch), f"order({epoch})")
 
 
@@ -205,7 +204,7 @@ class Sampled:
     def __call__(self, seed: int, epoch: int, num_samples: int) -> Ids:
         """Return the ids of an epoch."""
         value = derive(seed, "order", epoch)
-        with _seeded(value), _seeded_generator(self.sampler, value):
+        with seeded(value), _seeded_generator(self.sampler, value):
             if isinstance(self.sampler, _EpochSampler):
                 self.sampler.set_epoch(epoch)
             ids = [i for batch in self.sampler for i in batch] if self.batched else list(self.sampler)
@@ -227,23 +226,6 @@ def _checked_ids(ids: Iterable[int], where: str) -> Ids:
             "Give whole numbers, the ids of samples, in one dimension."
         )
     return array.astype(np.int64, copy=False)
-
-
-@contextmanager
-def _seeded(value: int) -> Iterator[None]:
-    """Seed torch (CPU), numpy and random, and put their states back afterwards."""
-    torch_state = torch.default_generator.get_state()
-    numpy_state = np.random.get_state()
-    python_state = random.getstate()
-    torch.default_generator.manual_seed(value)
-    np.random.seed(value & 0xFFFFFFFF)
-    random.seed(value)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(torch_state)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
 
 
 @contextmanager

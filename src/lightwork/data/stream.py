@@ -28,10 +28,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from lightwork.data.batch import Batch, aligned
-from lightwork.data.fetch import Collate, as_in_a_loading_worker, collated, described, seed_all
+from lightwork.data.fetch import Collate, as_in_a_loading_worker, collated, described
 from lightwork.data.order import Ids, shuffled, unshuffled
 from lightwork.errors import DataError
-from lightwork.spec.seeds import derive
+from lightwork.random import derive, seed_all
 
 
 @runtime_checkable

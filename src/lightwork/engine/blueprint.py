@@ -9,27 +9,28 @@ from typing import get_args
 import torch
 from torch import nn
 
-from lightwork.engine import early
-from lightwork.engine.buffers import Buffers
-from lightwork.engine.device import Cpu, Device
-from lightwork.engine.elements import Units
-from lightwork.engine.exchange import TURNS_AT_ONCE
-from lightwork.engine.gradients import Slots
-from lightwork.engine.materialise import check_can_reset, give_buffers_memory
-from lightwork.engine.memory import MemoryMap
-from lightwork.engine.optimizer import StateLayout, is_elementwise, probe_state
-from lightwork.engine.outbox import MAX_BACKLOG
-from lightwork.engine.scaling import LossScale
-from lightwork.engine.sharding import AHEAD, KEPT
-from lightwork.engine.staging import LEAVING
-from lightwork.engine.weights import DTYPES, describe_parameters, refuse_sparse_gradients
+from lightwork.device.base import Device
+from lightwork.device.cpu import Cpu
+from lightwork.engine.backward import early
+from lightwork.engine.backward.gradients import Slots
+from lightwork.engine.backward.outbox import MAX_BACKLOG
+from lightwork.engine.exchange.exchange import TURNS_AT_ONCE
+from lightwork.engine.forward.fetching import AHEAD, KEPT
 from lightwork.errors import SpecError
 from lightwork.spec.assignment import share
 from lightwork.spec.hosts import Hosts
-from lightwork.spec.job import Spec
-from lightwork.spec.layout import Layout, lay_out, spans_of
+from lightwork.spec.layout import Layout, cut_for, lay_out, spans_of
 from lightwork.spec.plan import Part, Place, Placement
+from lightwork.spec.spec import Spec
 from lightwork.spec.tree import Node, fold
+from lightwork.state.buffers import Buffers
+from lightwork.state.materialise import check_can_reset, give_buffers_memory
+from lightwork.state.optimizer import StateLayout, is_elementwise, probe_state
+from lightwork.state.scaling import LossScale
+from lightwork.state.staging import LEAVING
+from lightwork.state.weights import DTYPES, describe_parameters, refuse_sparse_gradients
+from lightwork.store.elements import Units
+from lightwork.store.regions import MemoryMap
 from lightwork.team.board import Board, BoardSize
 
 _PARTS: tuple[str, ...] = get_args(Part)
@@ -75,7 +76,7 @@ class Blueprint:
         self.host = host
         self.world_size = hosts.sizes[host]
         self.parameters, described = describe_parameters(model, optimizer, spec, whole=not is_elementwise(optimizer))
-        self.layout: Layout = lay_out(described, self.device.cut)
+        self.layout: Layout = lay_out(described, cut_for(spec.device))
         self.units = Units(self.layout) if self.device.has_own_memory else None
         if spec.optimizer_state != "fp32" and not is_elementwise(optimizer):
             raise SpecError(

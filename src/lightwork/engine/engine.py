@@ -26,31 +26,30 @@ from typing import Protocol
 
 import torch
 
-from lightwork.engine.activations import Activations
+from lightwork.engine.backward.early import UpdateInBackward
+from lightwork.engine.backward.gradients import Fold, Gradients, Slots
+from lightwork.engine.backward.outbox import make_outbox
 from lightwork.engine.blueprint import DTYPES_OF_WIRE, Blueprint
-from lightwork.engine.buffers import Buffers
-from lightwork.engine.early import UpdateInBackward
-from lightwork.engine.exchange import Exchange, Total, Touched
-from lightwork.engine.gradients import Fold, Gradients, Slots
-from lightwork.engine.materialise import load, reset
-from lightwork.engine.memory import SharedMemory
-from lightwork.engine.optimizer import (
+from lightwork.engine.exchange.exchange import Exchange, Total, Touched
+from lightwork.engine.forward.activations import Activations
+from lightwork.engine.forward.fetching import Home, Owners, ShardedWeights, Source, serve
+from lightwork.engine.forward.precision import Compute
+from lightwork.engine.update import StepMap, Updater
+from lightwork.errors import SpecError
+from lightwork.random import derive, seed_all
+from lightwork.spec.layout import Block, span_of
+from lightwork.spec.tree import Node, combine
+from lightwork.state.buffers import Buffers
+from lightwork.state.materialise import load, reset
+from lightwork.state.optimizer import (
     BlockOptimizer,
     hyper_parameters,
 )
-from lightwork.engine.outbox import make_outbox
-from lightwork.engine.precision import Compute
-from lightwork.engine.random import seed_everything
-from lightwork.engine.residency import Residency
-from lightwork.engine.scaling import LossScale
-from lightwork.engine.sharding import Home, Owners, ShardedWeights, Source, serve
-from lightwork.engine.staging import Staging
-from lightwork.engine.update import StepMap, Updater
-from lightwork.engine.weights import Weights
-from lightwork.errors import SpecError
-from lightwork.spec.layout import Block, span_of
-from lightwork.spec.seeds import derive
-from lightwork.spec.tree import Node, combine
+from lightwork.state.residency import Residency
+from lightwork.state.scaling import LossScale
+from lightwork.state.staging import Staging
+from lightwork.state.weights import Weights
+from lightwork.store.regions import SharedMemory
 from lightwork.team.board import Action, Activity, Board, Kind, Phase
 from lightwork.trace import Trace
 from lightwork.transport.base import Carrier
@@ -307,7 +306,7 @@ class Engine:
     def seed(self, *what: str | int) -> None:
         """Set the random state that belongs to `what`."""
         value = derive(self.spec.seed, *what)
-        seed_everything(value)
+        seed_all(value)
         self.device.seed(value)
 
     @property
@@ -316,7 +315,7 @@ class Engine:
 
         (Not where backward updates weights: a loss that is not finite must be seen before.)
         """
-        return self.device.has_own_memory and self._early is None
+        return self.device.is_late and self._early is None
 
     def backward(self, step: int, index: int, loss: torch.Tensor, weight: float) -> Fold:
         """Run backward of a micro-batch's mean loss and fold its gradients; a weight of 0 makes none.
@@ -456,7 +455,7 @@ class Engine:
         """Report a bucket, with the norm of its gradient; from a device, those of all together."""
         if squares is None:
             return self.board.finished_bucket(step, action, None)
-        if not self.device.has_own_memory:
+        if not self.device.is_late:
             return self.board.finished_bucket(step, action, math.fsum(map(float, squares)))
         self._squares[action.item] = squares
         if len(self._squares) == len(self._own):

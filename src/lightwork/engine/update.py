@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lightwork.engine.device import Device
-from lightwork.engine.gradients import Slots, present_nodes
-from lightwork.engine.optimizer import BlockOptimizer
-from lightwork.engine.sums import Adder
-from lightwork.engine.weights import Weights
+from lightwork.device.base import Device
+from lightwork.engine.backward.gradients import Slots, present_nodes
+from lightwork.engine.exchange.sums import Adder
 from lightwork.spec.layout import ALIGNMENT, Span, span_of, spans_of
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
+from lightwork.state.optimizer import BlockOptimizer
+from lightwork.state.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightwork.engine.activations import resolve
+from lightwork.device.cuda import open_device
 from lightwork.engine.blueprint import Blueprint
-from lightwork.engine.device import open_device
 from lightwork.engine.engine import Engine
-from lightwork.engine.optimizer import describe_optimizer
+from lightwork.engine.forward.activations import resolve
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, SpecError, UsageError
 from lightwork.run.fit import fit
 from lightwork.run.folder import create_run_dir, prepare_run_dir
 from lightwork.run.guard import Guard
-from lightwork.run.join import Team, find_hosts, join, notice
 from lightwork.run.run import Run
-from lightwork.spec.job import (
+from lightwork.spec.plan import SETTABLE, Carriage, Place, Placement, Plan
+from lightwork.spec.roster import Member, Roster
+from lightwork.spec.spec import (
     Activation,
     BufferRule,
     DeviceKind,
@@ -37,12 +37,12 @@ from lightwork.spec.job import (
     Wire,
     choose_micro_batch,
 )
-from lightwork.spec.plan import SETTABLE, Carriage, Place, Placement, Plan
-from lightwork.spec.roster import Member, Roster
+from lightwork.state.optimizer import describe_optimizer
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
 from lightwork.team.board import Activity
 from lightwork.team.environment import Environment, Launcher
+from lightwork.team.join import Team, find_hosts, join, notice
 from lightwork.team.rendezvous import Progress
 from lightwork.trace import Trace
 from lightwork.units import parse_bytes

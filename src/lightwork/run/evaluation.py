@@ -11,10 +11,10 @@ import torch
 
 from lightwork.data.feed import Feed
 from lightwork.engine.engine import Engine, combine_metrics
-from lightwork.engine.random import RandomState
 from lightwork.errors import UsageError
-from lightwork.run.join import Team
+from lightwork.random import RandomState
 from lightwork.run.step import as_metric, brought
+from lightwork.team.join import Team
 
 
 @final

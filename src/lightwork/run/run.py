@@ -21,16 +21,16 @@ from lightwork.data.batch import count_tokens
 from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of
 from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
-from lightwork.engine.scaling import Scale
 from lightwork.errors import CheckpointError, TeamError, UsageError
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.guard import Guard
-from lightwork.run.join import Team
 from lightwork.run.step import Step
 from lightwork.spec.assignment import share
-from lightwork.spec.job import Spec, differences
 from lightwork.spec.plan import Plan
+from lightwork.spec.spec import Spec, differences
+from lightwork.state.scaling import Scale
 from lightwork.team.board import Activity
+from lightwork.team.join import Team
 from lightwork.team.rendezvous import Progress
 from lightwork.trace import Trace
 

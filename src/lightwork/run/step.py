@@ -20,9 +20,9 @@ import torch
 
 from lightwork.data.batch import map_tensors
 from lightwork.data.feed import Batches
-from lightwork.engine.device import Device
+from lightwork.device.base import Device
+from lightwork.engine.backward.gradients import Fold
 from lightwork.engine.engine import Engine, StepResult
-from lightwork.engine.gradients import Fold
 from lightwork.errors import NonFiniteLoss, UsageError
 from lightwork.team.board import Kind, Phase
 from lightwork.trace import Trace

@@ -9,10 +9,12 @@ group, the unit that a worker claims in an update.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 #: Elements; 64 bytes of the narrowest type, bf16. fp32 products change their bits with an operand's alignment.
 ALIGNMENT = 32
@@ -74,6 +76,35 @@ class Layout:
     buckets: tuple[Bucket, ...]
     longest_span: int  #: elements of neighbouring blocks that are treated as one
 
+    def blocks_of(self, bucket: int) -> tuple[Block, ...]:
+        """Return the blocks of a bucket, in order."""
+        return self.blocks[self.buckets[bucket].first_block : self.buckets[bucket].end_block]
+
+    def block_indices(self, bucket: int) -> range:
+        """Return the numbers of a bucket's blocks."""
+        return range(self.buckets[bucket].first_block, self.buckets[bucket].end_block)
+
+    def range_of(self, parameter: int) -> tuple[int, int]:
+        """Return the first element of a parameter, and its end, without the gap after it."""
+        start = self.offsets[parameter]
+        return start, start + self.parameters[parameter].numel
+
+    def buckets_of(self, parameter: int) -> tuple[int, ...]:
+        """Return the buckets in which a parameter's blocks lie; none for a frozen one."""
+        return self._buckets_of[parameter]
+
+    def parameter_at(self, element: int) -> int:
+        """Return the parameter in which an element lies, or after which it is a gap."""
+        return bisect.bisect_right(self.offsets, element) - 1
+
+    @cached_property
+    def _buckets_of(self) -> tuple[tuple[int, ...], ...]:
+        found: list[list[int]] = [[] for _ in self.parameters]
+        for bucket in range(len(self.buckets)):
+            for parameter in sorted({block.parameter for block in self.blocks_of(bucket)}):
+                found[parameter].append(bucket)
+        return tuple(map(tuple, found))
+
     def fingerprint(self) -> str:
         """Return a hash that two workers with the same model, optimizer groups and precision share."""
         return hashlib.sha256(repr((self.parameters, self.offsets)).encode()).hexdigest()
@@ -88,19 +119,20 @@ class Cut:
     whole_parameters: bool = False  #: no parameter lies in two buckets, and no bucket holds weights of two types
 
 
-def cut_for_cpus() -> Cut:
-    """Return how parameters are cut for workers on CPUs."""
-    return Cut(BLOCK, BUCKET)
+def cut_for(device: str) -> Cut:
+    """Return how parameters are cut for workers on this kind of device.
 
-
-def cut_for_gpus() -> Cut:
-    """Return how parameters are cut for workers on GPUs: a bucket is an allocation there."""
-    return Cut(GPU_BLOCK, GPU_BUCKET, whole_parameters=True)
+    On a GPU a bucket is an allocation, so that it holds whole parameters of one type. A rehearsal does likewise, with a
+    CPU's sizes, because the bits of a norm depend on the blocks.
+    """
+    if device == "cuda":
+        return Cut(GPU_BLOCK, GPU_BUCKET, whole_parameters=True)
+    return Cut(BLOCK, BUCKET, whole_parameters=device == "rehearsal")
 
 
 def lay_out(parameters: Sequence[ParameterSpec], cut: Cut | None = None) -> Layout:
     """Return the layout of `parameters`, in the order given; cut for CPUs unless `cut` is given."""
-    cut = cut or cut_for_cpus()
+    cut = cut or cut_for("cpu")
     offsets: list[int] = []
     end = 0
     for parameter in parameters:

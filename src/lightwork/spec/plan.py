@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args
 
 from lightwork.errors import SpecError
-from lightwork.spec.job import Activation, Spec
+from lightwork.spec.spec import Activation, Spec
 from lightwork.units import parse_bytes
 
 Carriage = Literal["host", "group"]

@@ -23,10 +23,11 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
-from lightwork.engine.device import Cpu, Device, Mark
-from lightwork.engine.random import RandomState
+from lightwork.device.base import Device, Mark
+from lightwork.device.cpu import Cpu
 from lightwork.errors import SpecError, UsageError
-from lightwork.spec.job import Activation
+from lightwork.random import RandomState
+from lightwork.spec.spec import Activation
 
 #: Elements with one scale in 8-bit blocks: the relative error of an element stays below its block's range / 254.
 INT8_BLOCK = 256

@@ -27,9 +27,10 @@ from enum import IntEnum
 
 import torch
 
-from lightwork.engine.device import Cpu, Device
-from lightwork.engine.elements import PAGE_BYTES, Elements, FlatElements, UnitElements, Units
+from lightwork.device.base import Device
+from lightwork.device.cpu import Cpu
 from lightwork.spec.layout import Layout
+from lightwork.store.elements import PAGE_BYTES, Elements, FlatElements, UnitElements, Units
 
 
 class Advice(IntEnum):

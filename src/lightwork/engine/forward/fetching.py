@@ -31,11 +31,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightwork.engine.device import Device, Mark
-from lightwork.engine.staging import Backlog
-from lightwork.engine.weights import Weights
+from lightwork.device.base import Backlog, Device, Mark
 from lightwork.errors import RankLost, SpecError
 from lightwork.spec.hosts import Hosts
+from lightwork.state.weights import Weights
 from lightwork.transport.base import FIRST_TAG, Carrier, Pending
 
 _REQUEST, _ANSWER = range(FIRST_TAG, FIRST_TAG + 2)

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lightwork.engine.device import Mark
-from lightwork.engine.elements import Elements
-from lightwork.engine.memory import Advice, SharedMemory
+from lightwork.device.base import Mark
 from lightwork.errors import SpecError, UsageError
-from lightwork.spec.job import Spec
 from lightwork.spec.layout import ALIGNMENT, Block, Layout, ParameterSpec, span_of
+from lightwork.spec.spec import Spec
+from lightwork.store.elements import Elements
+from lightwork.store.regions import Advice, SharedMemory
 
 #: Of working weights and gradients, by their name in the layout.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

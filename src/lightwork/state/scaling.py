@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lightwork.engine.memory import MemoryMap, SharedMemory
+from lightwork.store.regions import MemoryMap, SharedMemory
 
 #: torch.amp.GradScaler's values.
 INITIAL_SCALE = 65536.0

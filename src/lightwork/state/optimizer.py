@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import optim
 
-from lightwork.engine.eight_bit import SQUARES, num_scales, restore_into, round_into
-from lightwork.engine.elements import Elements
-from lightwork.engine.memory import SharedMemory
-from lightwork.engine.weights import Weights, like
 from lightwork.errors import SpecError
-from lightwork.spec.job import StateFormat
 from lightwork.spec.layout import Block, Layout, ParameterSpec, span_of
+from lightwork.spec.spec import StateFormat
+from lightwork.state.eight_bit import SQUARES, num_scales, restore_into, round_into
+from lightwork.state.weights import Weights, like
+from lightwork.store.elements import Elements
+from lightwork.store.regions import SharedMemory
 
 _ELEMENTWISE: tuple[type[optim.Optimizer], ...] = (
     optim.SGD,

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightwork.engine.outbox import Outbox
-from lightwork.engine.residency import Residency
+from lightwork.engine.backward.outbox import Outbox
 from lightwork.engine.update import Updater
-from lightwork.engine.weights import Weights
+from lightwork.state.residency import Residency
+from lightwork.state.weights import Weights
 
 #: Elements of a model below which its gradients are not worth it.
 WORTH_IT = 16 * 1024 * 1024

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightwork.engine.memory import Advice, SharedMemory
-from lightwork.engine.weights import Weights
 from lightwork.spec.layout import spans_of
+from lightwork.state.weights import Weights
+from lightwork.store.regions import Advice, SharedMemory
 
 #: Elements of a gradient that are folded at once where partial sums lie on disk.
 PIECE = 4 * 2**20

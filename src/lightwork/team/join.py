@@ -26,24 +26,24 @@ from pathlib import Path
 import psutil
 import torch
 
+from lightwork.device.base import Device
 from lightwork.engine.blueprint import Blueprint
-from lightwork.engine.device import Device
-from lightwork.engine.memory import SharedMemory
-from lightwork.engine.relay import Relay
 from lightwork.errors import Disagreement, RankLost, TeamError
 from lightwork.spec.hosts import Hosts
 from lightwork.spec.plan import Plan
 from lightwork.store.mapped import MappedStore, check_room, create_disk_store, create_store, open_store
+from lightwork.store.regions import SharedMemory
 from lightwork.team.board import Activity, Board
 from lightwork.team.environment import Environment, Launcher
 from lightwork.team.peers import Peers
 from lightwork.team.rendezvous import JOIN_TIMEOUT, Rendezvous
 from lightwork.transport import nccl
 from lightwork.transport.base import Carrier, PointToPoint, Transport
-from lightwork.transport.group import PATIENCE, GlooCarrier
-from lightwork.transport.host import HostTransport
+from lightwork.transport.gloo import PATIENCE, GlooCarrier
 from lightwork.transport.layered import LayeredTransport
 from lightwork.transport.lock import FileLock
+from lightwork.transport.mailboxes import HostTransport
+from lightwork.transport.relay import Relay
 from lightwork.transport.signal import Signal
 from lightwork.units import format_bytes
 

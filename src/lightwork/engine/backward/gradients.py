@@ -18,14 +18,14 @@ from typing import NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from lightwork.engine.elements import UnitElements
-from lightwork.engine.memory import SharedMemory
-from lightwork.engine.outbox import Outbox
-from lightwork.engine.residency import Residency
-from lightwork.engine.weights import DTYPES, Weights, like
+from lightwork.engine.backward.outbox import Outbox
 from lightwork.errors import UsageError
 from lightwork.spec.layout import Span, span_of, spans_of
 from lightwork.spec.tree import Node, fold
+from lightwork.state.residency import Residency
+from lightwork.state.weights import DTYPES, Weights, like
+from lightwork.store.elements import UnitElements
+from lightwork.store.regions import SharedMemory
 
 
 class Slots:

@@ -28,15 +28,15 @@ from typing import NamedTuple
 
 import torch
 
-from lightwork.engine.background import Background
-from lightwork.engine.buffers import Buffers
-from lightwork.engine.device import Device, Mark
-from lightwork.engine.gradients import Slots
-from lightwork.engine.outbox import Message, make_outbox, message_of
-from lightwork.engine.sums import Adder
+from lightwork.device.base import Device, Mark
+from lightwork.engine.backward.gradients import Slots
+from lightwork.engine.backward.outbox import Message, make_outbox, message_of
+from lightwork.engine.exchange.background import Background
+from lightwork.engine.exchange.sums import Adder
 from lightwork.spec.hosts import Hosts
 from lightwork.spec.layout import Layout, Span
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
+from lightwork.state.buffers import Buffers
 from lightwork.team.board import Board
 from lightwork.transport.base import FIRST_TAG, Carrier, Pending
 

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lightwork.engine.weights import Weights
 from lightwork.errors import SpecError
+from lightwork.state.weights import Weights
 
 
 @runtime_checkable

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lightwork.engine.device import Cpu, Device, Mark
-from lightwork.engine.weights import like
+from lightwork.device.base import Device, Mark
+from lightwork.device.cpu import Cpu
 from lightwork.spec.layout import ALIGNMENT, Layout, Span, span_of
+from lightwork.state.weights import like
 
 #: Buckets that backward may complete before they are taken.
 MAX_BACKLOG = 8

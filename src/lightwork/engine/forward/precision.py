@@ -17,12 +17,12 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightwork.engine.device import Device
-from lightwork.engine.early import UpdateInBackward
-from lightwork.engine.sharding import ShardedWeights
-from lightwork.engine.weights import DTYPES, NARROW, Weights
+from lightwork.device.base import Device
+from lightwork.engine.backward.early import UpdateInBackward
+from lightwork.engine.forward.fetching import ShardedWeights
 from lightwork.errors import UsageError
-from lightwork.spec.job import Precision
+from lightwork.spec.spec import Precision
+from lightwork.state.weights import DTYPES, NARROW, Weights
 
 
 class _Master(torch.autograd.Function):

@@ -13,7 +13,7 @@ from typing import final
 
 import torch
 
-from lightwork.engine.device import Device
+from lightwork.device.base import Device
 from lightwork.transport.base import Carrier, Pending, PointToPoint
 
 

@@ -10,15 +10,14 @@ state and masters under bf16, and 2 out where weights are offloaded, too.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from lightwork.engine.device import Device, Mark
-from lightwork.engine.elements import Elements
-from lightwork.engine.memory import SharedMemory
-from lightwork.engine.residency import Residency
-from lightwork.engine.weights import Weights
+from lightwork.device.base import Backlog, Mark
+from lightwork.state.residency import Residency
+from lightwork.state.weights import Weights
+from lightwork.store.elements import Elements
+from lightwork.store.regions import SharedMemory
 
 #: Buckets that may be on their way out before the next one comes in.
 LEAVING = 2
@@ -32,26 +31,6 @@ class StreamedWeights(Protocol):
 
     def leave(self, bucket: int) -> None:
         """Let go of it: its values here are no longer those at home, which are about to change."""
-
-
-class Backlog:
-    """What the device has not done yet: bounds how far the host runs ahead of it."""
-
-    def __init__(self, device: Device, limit: int) -> None:
-        self._device = device
-        self._limit = limit
-        self._marks: deque[Mark] = deque()
-
-    def add(self, mark: Mark) -> None:
-        """Count one more piece of work, up to `mark`. Blocks: while there are too many."""
-        self._marks.append(mark)
-        while len(self._marks) > self._limit:
-            self._device.synchronize(self._marks.popleft())
-
-    def finish(self) -> None:
-        """Wait for all."""
-        while self._marks:
-            self._device.synchronize(self._marks.popleft())
 
 
 class Staging(Residency):

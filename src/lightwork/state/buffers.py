@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightwork.engine.memory import SharedMemory
 from lightwork.errors import SpecError, UsageError
-from lightwork.spec.job import BufferRule
+from lightwork.spec.spec import BufferRule
 from lightwork.spec.tree import combine
+from lightwork.store.regions import SharedMemory
 
 _ALIGNMENT = 64
 
@@ -54,7 +54,7 @@ class Buffers:
     def __init__(self, model: nn.Module, rules: Mapping[str, BufferRule], memory: SharedMemory) -> None:
         self._memory = memory
         # To compare values, the host would wait for a device: there whatever may be written counts as written.
-        self._compares = not memory.device.has_own_memory
+        self._compares = not memory.device.is_late
         self._num_bytes = buffer_bytes(model)
         self._buffers = self._collect(model, rules)
         self._generations = memory.region("buffer generations").cast("q")

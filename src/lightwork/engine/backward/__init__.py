@@ -1,0 +1,1 @@
+"""Gradients, from autograd into partial sums."""

@@ -1,0 +1,1 @@
+"""The surroundings of forward: precision, weights that are fetched, activations."""
