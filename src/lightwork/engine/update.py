@@ -1,22 +1,25 @@
 """The end of a step: partial sums become gradients, gradients become weights, bucket by bucket.
 
-For each block, while it is in the cache: add the partial sums of all workers in the fixed tree, divide by the total
-weight, clip, take the optimizer's step, write the working weights.
+What has its home elsewhere comes here, and the next bucket's meanwhile. Then, for each block, while it is in the
+cache: add the partial sums of all workers in the fixed tree, divide by the total weight, clip, take the optimizer's
+step, write the working weights. And what came leaves.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lightwork.device.base import Device
-from lightwork.engine.backward.gradients import Slots, present_nodes
+from lightwork.engine.backward.slots import LEAF, Slots, is_leaf, present_nodes
 from lightwork.engine.exchange.sums import Adder
+from lightwork.engine.forward.fetching import Fetching
 from lightwork.spec.layout import ALIGNMENT, Span, span_of, spans_of
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
 from lightwork.state.optimizer import BlockOptimizer
+from lightwork.state.places import Visits
 from lightwork.state.weights import Weights
 
 
@@ -38,8 +41,22 @@ _Space = tuple[Span, torch.Tensor, list[tuple[Span, torch.Tensor]]]
 class Updater:
     """Measures and updates buckets."""
 
-    def __init__(self, weights: Weights, slots: Slots, optimizer: BlockOptimizer, device: Device) -> None:
-        self._device = device
+    def __init__(
+        self,
+        weights: Weights,
+        slots: Slots,
+        optimizer: BlockOptimizer,
+        parts: Visits,
+        fetching: Fetching,
+        *,
+        masters_are_weights: bool,
+    ) -> None:
+        """`parts` are masters and state that have their home elsewhere; `fetching` brings such weights."""
+        device = self._device = slots.device
+        self._parts = parts
+        self._fetching = fetching
+        self._masters_are_weights = masters_are_weights
+        self.reduce_seconds = 0.0  #: spent on sums in this step
         self._weights = weights
         self._layout = weights.layout
         self._slots = slots
@@ -58,18 +75,54 @@ class Updater:
         self._has_leaves = True  # whether a worker holds the gradient of a single micro-batch
 
     def begin(self, step_map: StepMap) -> None:
-        """Use `step_map` from now on."""
-        if step_map is self._map:
+        """Use `step_map` from now on. Clipping alone leaves the sums as they are."""
+        known, self._map = self._map, step_map
+        if known is not None and known.places is step_map.places:
             return
-        self._map = step_map
         self._tree = sum_of(Node(0, step_map.num_micro_batches), step_map.places)
         rows = [bytes(row) for row in step_map.touched]
         self._everywhere = bytes(map(min, *rows)) if len(rows) > 1 else rows[0]
         self._anywhere = bytes(map(max, *rows)) if len(rows) > 1 else rows[0]
-        self._has_leaves = any(node.end - node.first == 1 for node in step_map.places)
+        self._has_leaves = any(map(is_leaf, step_map.places))
 
-    def gradients(self, bucket: int) -> list[torch.Tensor | None]:
+    def measure(self, bucket: int) -> list[torch.Tensor]:
+        """Return the squared L2 norm of the gradient of each block that has one, to be read later."""
+        squares = self._norms_squared(self._gradients(bucket))
+        self._slots.drop_bucket(bucket)
+        return squares
+
+    def update(self, bucket: int, *, following: int) -> list[torch.Tensor]:
+        """Update a bucket, and return as `measure`; `following` is probably updated next."""
+        self._bring(bucket, following)
+        squares = self._apply(bucket, self._gradients(bucket))
+        self._slots.drop_bucket(bucket)
+        return squares
+
+    def update_of_one(
+        self, bucket: int, leaves: Sequence[torch.Tensor | None], divisor: float, *, following: int
+    ) -> list[torch.Tensor]:
+        """Update a bucket, where one micro-batch is the whole step, and return as `measure`.
+
+        `leaves` are that micro-batch's gradients of each block, flat; None where it did not touch the parameter.
+        """
+        self._bring(bucket, following)
+        spaces = [out for _, _, parts in self._spaces[bucket] for _, out in parts]
+        gradients = [
+            None if leaf is None else _divided(leaf, divisor, out) for leaf, out in zip(leaves, spaces, strict=True)
+        ]
+        return self._apply(bucket, gradients)
+
+    def _bring(self, bucket: int, following: int) -> None:
+        """Let what an update reads come here; see [Note: coming and leaving]."""
+        self._parts.ask(bucket)
+        self._parts.ask(following)
+        if self._masters_are_weights:
+            self._fetching.bring_for_update(bucket, values=True)
+        self._parts.arrive(bucket)
+
+    def _gradients(self, bucket: int) -> list[torch.Tensor | None]:
         """Return the mean gradient of each block of a bucket, flat; None where no micro-batch touched the parameter."""
+        start = time.perf_counter()
         step_map = self._current()
         gradients: list[torch.Tensor | None] = []
         for span, space, parts in self._spaces[bucket]:
@@ -78,35 +131,27 @@ class Updater:
                 gradients += [out for _, out in parts]
             else:
                 gradients += [self._gradient(part, out) for part, out in parts]
+        self.reduce_seconds += time.perf_counter() - start
         return gradients
 
-    def gradients_of_one(
-        self, bucket: int, leaves: Sequence[torch.Tensor | None], divisor: float
-    ) -> list[torch.Tensor | None]:
-        """Return the mean gradient of each block of a bucket, flat, where one micro-batch is the whole step.
-
-        `leaves` are that micro-batch's; None where it did not touch the parameter.
-        """
-        spaces = [out for _, _, parts in self._spaces[bucket] for _, out in parts]
-        return [
-            None if leaf is None else _divided(leaf, divisor, out) for leaf, out in zip(leaves, spaces, strict=True)
-        ]
-
-    def norms_squared(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """Return the squared L2 norm of each flat gradient that there is, to be read later."""
+    def _norms_squared(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         return self._device.norms_squared([gradient for gradient in gradients if gradient is not None])
 
-    def apply(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """Take the optimizer's step with `gradients` and write the working weights; return their squared norms."""
-        squared = self.norms_squared(gradients)
+    def _apply(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Take the optimizer's step, write the working weights, and let what came leave; return squared norms."""
+        squared = self._norms_squared(gradients)
         if self._map is not None and self._map.scale != 1.0:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(self._map.scale)
+        if not self._masters_are_weights:
+            # What goes home is the whole bucket: values of blocks that this update does not write are brought.
+            self._fetching.bring_for_update(bucket, values=any(gradient is None for gradient in gradients))
         self._optimizer.update(bucket, gradients)
-        spec = self._layout.buckets[bucket]
-        blocks = self._layout.blocks[spec.first_block : spec.end_block]
-        self._weights.updated([b for b, gradient in zip(blocks, gradients, strict=True) if gradient is not None])
+        blocks = self._layout.blocks_of(bucket)
+        self._weights.write_working([b for b, gradient in zip(blocks, gradients, strict=True) if gradient is not None])
+        self._parts.leave(bucket, written=True)
+        self._fetching.leave_updated(bucket)
         return squared
 
     def _current(self) -> StepMap:
@@ -125,8 +170,8 @@ class Updater:
 
     def _is_uniform(self, span: Span) -> bool:
         """Return whether the span's partial sums can be added as one: there everywhere, in the wire format."""
-        leaf, wire = Node(0, 1), self._slots.wire
-        if self._has_leaves and any(self._slots.dtype(leaf, b.parameter) is not wire for b in span.blocks):
+        wire = self._slots.wire
+        if self._has_leaves and any(self._slots.dtype(LEAF, b.parameter) is not wire for b in span.blocks):
             return False
         return all(self._everywhere[b.parameter] for b in span.blocks)
 

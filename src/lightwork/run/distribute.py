@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from lightwork.device.cuda import open_device
-from lightwork.engine.blueprint import Blueprint
-from lightwork.engine.engine import Engine
+from lightwork.engine.assembly import Workplace, attach, make_engine, make_parts
+from lightwork.engine.engine import take_from_first_host
 from lightwork.engine.forward.activations import resolve
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, SpecError, UsageError
-from lightwork.run.fit import fit
+from lightwork.planner.fit import fit
 from lightwork.run.folder import create_run_dir, prepare_run_dir
 from lightwork.run.guard import Guard
 from lightwork.run.run import Run
+from lightwork.spec.holdings import Depths, Dials, Holdings
 from lightwork.spec.plan import SETTABLE, Carriage, Place, Placement, Plan
 from lightwork.spec.roster import Member, Roster
 from lightwork.spec.spec import (
@@ -37,15 +38,19 @@ from lightwork.spec.spec import (
     Wire,
     choose_micro_batch,
 )
+from lightwork.state.description import describe
 from lightwork.state.optimizer import describe_optimizer
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
 from lightwork.team.board import Activity
 from lightwork.team.environment import Environment, Launcher
-from lightwork.team.join import Team, find_hosts, join, notice
+from lightwork.team.join import Needs, Team, find_hosts, join, notice
 from lightwork.team.rendezvous import Progress
 from lightwork.trace import Trace
 from lightwork.units import parse_bytes
+
+#: How far what is on its way may run ahead.
+DEPTHS = Depths()
 
 #: The attribute of a model under which its run is found, so that a second `distribute` can end the first.
 _RUN = "_lightwork_run"
@@ -161,31 +166,45 @@ def distribute(
     run_number = rendezvous.next_run()
     hosts, host = find_hosts(environment, plan, rendezvous, run_number, has_own_memory=worker_device.has_own_memory)
     values = Path(weights) if weights is not None else None
-    blueprint = Blueprint(model, optimizer, spec, hosts, host, plan.placement, values, worker_device, plan.offload)
+    description = describe(model, optimizer, spec, worker_device, values)
+    holdings = Holdings(
+        layout=description.layout,
+        spec=spec,
+        hosts=hosts,
+        host=host,
+        state=description.state_shape,
+        dials=Dials(placement=plan.placement, offload=plan.offload),
+        depths=DEPTHS,
+    )
     if plan.memory is not None:
-        plan = replace(plan, offload=fit(blueprint, str(plan.memory), plan.offload))
-        blueprint.offload = plan.offload
+        plan = replace(plan, offload=fit(holdings, str(plan.memory), plan.offload))
+        holdings = holdings.with_offload(plan.offload)
         worker_device.limit(parse_bytes(str(plan.memory)))
-    team = join(blueprint, plan, environment, rendezvous, run_number)
+    needs = Needs(
+        holdings=holdings, device=worker_device, flags=description.flag_bytes, buffers=description.buffer_bytes
+    )
+    team = join(needs, plan, environment, rendezvous, run_number)
     folder = _share_run_dir(team, run_dir)
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None)
-    engine = Engine(
-        team.local_rank,
-        blueprint,
-        team.memory,
-        team.board,
-        team.signal,
-        trace,
-        activations=plan.activations,
+    workplace = Workplace(
+        local_rank=team.local_rank,
+        memory=team.memory,
+        board=team.board,
+        signal=team.signal,
+        trace=trace,
         carrier=team.carrier,
         weights_carrier=team.weights_carrier,
     )
+    parts = make_parts(description, holdings, workplace)
     if team.is_leader:
-        engine.attach(write=True)
-        engine.take_from_first_host()
+        attach(description, parts, write=True)
+        take_from_first_host(parts, team.memory)
     team.meet("distribute (weights)")
     if not team.is_leader:
-        engine.attach(write=False)
+        attach(description, parts, write=False)
+    engine = make_engine(parts, team.memory, plan.activations)
+    if team.is_leader:
+        engine.release()
     run = Run(
         model=model,
         spec=spec,

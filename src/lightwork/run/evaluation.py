@@ -71,7 +71,7 @@ class Evaluation:
         self._random_state = RandomState.capture(self._engine.device)
         self._modes = [(module, module.training) for module in self._engine.model.modules()]
         self._engine.model.eval()
-        self._engine.buffers.restore()
+        self._engine.state.buffers.restore()
         self._no_grad.__enter__()
         return self
 
@@ -84,7 +84,7 @@ class Evaluation:
             self._added.setdefault(index, {})
             batch = brought(batch, self._engine.device)
             self._engine.seed("evaluate", index)
-            with self._engine.compute.active():
+            with self._engine.computing():
                 yield batch
         self._index = -1
         self._exhausted = True
@@ -95,7 +95,7 @@ class Evaluation:
         self._no_grad.__exit__(kind, error, trace)
         for module, training in self._modes:
             module.training = training
-        self._engine.buffers.restore()
+        self._engine.state.buffers.restore()
         self._random_state.restore(self._engine.device)
         if error is not None:
             return

@@ -309,11 +309,11 @@ class Run:
         """
         self._refuse_in_step("edit")
         self._team.meet("edit")
-        weights = self._engine.weights
+        weights = self._engine.state.weights
         before = dict(self.model.named_parameters())
         with self._gathered("edit (begun)"):
             copies = [weights.master_view(index).clone() for index in range(len(weights.parameters))]
-            self._engine.buffers.restore()
+            self._engine.state.buffers.restore()
         for parameter, copy in zip(weights.parameters, copies, strict=True):
             parameter.data = copy
         edited = False
@@ -329,12 +329,13 @@ class Run:
         finally:
             writes = edited and self._team.is_leader
             if writes:
-                self._engine.buffers.publish()
+                self._engine.state.buffers.publish()
             weights.attach(write=writes)
             if writes:
-                self._engine.take_from_first_host()
+                self._engine.take_from_first_host(self._team.memory)
+                self._engine.release()
         self._team.meet("edit (end)")
-        self._engine.buffers.restore()
+        self._engine.state.buffers.restore()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict, under its names: full, plain fp32 tensors of its own, on the host."""
@@ -397,8 +398,8 @@ class Run:
         self._calls = 0
         self.keep(**self._kept)
         self._team.meet("load (end)")
-        self._engine.weights.accept_versions()
-        self._engine.buffers.restore()
+        self._engine.state.weights.accept_versions()
+        self._engine.state.buffers.restore()
         self._trace.event("load", step=checkpoint.step)
 
     def stay_while_needed(self) -> None:
@@ -413,7 +414,7 @@ class Run:
             return
         self._closed = True
         self._guard.close()
-        self._engine.detach()
+        self._engine.close()
         self._trace.event("end", step=self._position.step)
         self._trace.close()
         self._team.peers.close()
@@ -429,7 +430,7 @@ class Run:
             self._engine.gather()
         self._team.meet(f"{what} (gathered)")
         yield
-        self._engine.residency.drop_all()
+        self._engine.drop_pages()
         self._team.meet(f"{what} (end)")
         if self._team.is_leader:
             self._engine.release()
@@ -444,9 +445,9 @@ class Run:
 
     def _live_state(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict over the shared fp32 weights and buffers, without copying."""
-        weights = self._engine.weights
+        weights = self._engine.state.weights
         index_of = {id(p): index for index, p in enumerate(weights.parameters)}
-        self._engine.buffers.restore()
+        self._engine.state.buffers.restore()
         return {
             name: weights.master_view(index_of[id(value)]) if id(value) in index_of else value
             for name, value in self.model.state_dict(keep_vars=True).items()
@@ -454,16 +455,16 @@ class Run:
         }
 
     def _everything(self) -> Iterable[tuple[str, torch.Tensor]]:
-        for index, parameter in enumerate(self._engine.weights.layout.parameters):
-            yield f"weight {parameter.name}", self._engine.weights.master_view(index)
-            for entry, value in self._engine.state.state_of(index).items():
+        for index, parameter in enumerate(self._engine.state.weights.layout.parameters):
+            yield f"weight {parameter.name}", self._engine.state.weights.master_view(index)
+            for entry, value in self._engine.state.optimizer.state_of(index).items():
                 yield f"state {parameter.name} {entry}", value
-        for name, value in self._engine.buffers.values().items():
+        for name, value in self._engine.state.buffers.values().items():
             yield f"buffer {name}", value
 
     def _checkpoint(self) -> Checkpoint:
-        layout = self._engine.weights.layout
-        state = {p.name: self._engine.state.state_of(index) for index, p in enumerate(layout.parameters)}
+        layout = self._engine.state.weights.layout
+        state = {p.name: self._engine.state.optimizer.state_of(index) for index, p in enumerate(layout.parameters)}
         return Checkpoint(
             model=self._live_state(),
             optimizer={name: entries for name, entries in state.items() if entries},
@@ -471,8 +472,8 @@ class Run:
             spec=self.spec,
             position=self._position,
             kept={name: value.state_dict() for name, value in self._kept.items()},
-            loss_scale=tuple(self._engine.loss_scale.state(self._position.step))
-            if self._engine.loss_scale.enabled
+            loss_scale=tuple(self._engine.state.loss_scale.state(self._position.step))
+            if self._engine.state.loss_scale.enabled
             else (),
         )
 
@@ -505,20 +506,20 @@ class Run:
 
     def _take(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint into the shared memory. The leader does, while the others wait."""
-        weights = self._engine.weights
-        self._engine.forget()
+        weights = self._engine.state.weights
+        self._engine.settle()
         with torch.no_grad():
             live = self._live_state()
             for name, value in live.items():
                 value.copy_(checkpoint[name])
             weights.publish_all()
             for index, parameter in enumerate(weights.layout.parameters):
-                self._engine.state.load_state(index, dict(checkpoint.optimizer.get(parameter.name, {})))
-            self._engine.buffers.publish()
+                self._engine.state.optimizer.load_state(index, dict(checkpoint.optimizer.get(parameter.name, {})))
+            self._engine.state.buffers.publish()
         self._engine.release()
         if checkpoint.loss_scale:
             scale, good_steps, skipped = checkpoint.loss_scale
-            self._engine.loss_scale.load(checkpoint.step, Scale(scale, int(good_steps), int(skipped)))
+            self._engine.state.loss_scale.load(checkpoint.step, Scale(scale, int(good_steps), int(skipped)))
         self._team.board.resume_at(checkpoint.step)
 
 

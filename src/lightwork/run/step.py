@@ -21,7 +21,6 @@ import torch
 from lightwork.data.batch import map_tensors
 from lightwork.data.feed import Batches
 from lightwork.device.base import Device
-from lightwork.engine.backward.gradients import Fold
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, UsageError
 from lightwork.team.board import Kind, Phase
@@ -40,7 +39,6 @@ class _MicroBatch:
     start: float  #: of forward, on the trace's clock
     loss: float = 0.0
     weight: float = 0.0
-    fold: Fold | None = None  #: set by backward
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -99,7 +97,7 @@ class Step:
         """
         now = time.perf_counter()
         micro = self._in_hand("step.backward")
-        if micro.fold is not None:
+        if self._engine.is_folded:
             raise UsageError(
                 f"step.backward was called twice for micro-batch {micro.index} of step {self.index}. "
                 "Add the losses up and "
@@ -115,7 +113,7 @@ class Step:
         if late is None:
             self._take_loss(micro, loss.detach())
         self._trace.span("forward", self.index, micro.index, micro.start, now)
-        micro.fold = self._engine.backward(self.index, micro.index, loss, micro.weight)
+        self._engine.backward(self.index, micro.index, loss, micro.weight)
         if late is not None:
             self._take_loss(micro, late)
         self._trace.span("backward", self.index, micro.index, now, time.perf_counter())
@@ -181,13 +179,13 @@ class Step:
                 micro, batch = self._load(action.item)
                 if len(micro.ids):
                     self._current = micro
-                    with engine.compute.active():
+                    with engine.computing():
                         yield batch
                     self._current = None
                     del batch
                 else:
-                    micro.fold = engine.skip(self.index, micro.index)
-                if micro.fold is None:
+                    engine.skip(self.index, micro.index)
+                if not engine.is_folded:
                     raise UsageError(
                         f"step.backward was not called for micro-batch {micro.index} of step "
                         f"{self.index} (rank {self._rank}). "
@@ -198,10 +196,10 @@ class Step:
                     micro.metrics[_MORE] = float(has_more), 1.0
                 metrics = json.dumps(micro.metrics).encode() if micro.metrics else b""
                 action = engine.finish_micro_batch(
-                    self.index, micro.index, micro.fold, loss=micro.loss, weight=micro.weight, metrics=metrics
+                    self.index, micro.index, loss=micro.loss, weight=micro.weight, metrics=metrics
                 )
             elif action.kind is Kind.WAIT:
-                action = engine.wait(self.index, action.item, self._loader.idle, watch)
+                action = engine.wait_for_team(self.index, action.item, self._loader.idle, watch)
             elif action.kind is Kind.EXCHANGE:
                 action = engine.exchange(self.index, Phase(action.item))
             else:

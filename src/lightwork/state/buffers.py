@@ -18,7 +18,7 @@ from torch import nn
 from lightwork.errors import SpecError, UsageError
 from lightwork.spec.spec import BufferRule
 from lightwork.spec.tree import combine
-from lightwork.store.regions import SharedMemory
+from lightwork.store.regions import Regions
 
 _ALIGNMENT = 64
 
@@ -51,7 +51,7 @@ def count_buffers(model: nn.Module) -> int:
 class Buffers:
     """One worker's buffers and their shared values."""
 
-    def __init__(self, model: nn.Module, rules: Mapping[str, BufferRule], memory: SharedMemory) -> None:
+    def __init__(self, model: nn.Module, rules: Mapping[str, BufferRule], memory: Regions) -> None:
         self._memory = memory
         # To compare values, the host would wait for a device: there whatever may be written counts as written.
         self._compares = not memory.device.is_late
@@ -67,15 +67,16 @@ class Buffers:
             )
 
     @staticmethod
-    def reservations(model: nn.Module, num_micro_batches: int) -> dict[str, int]:
-        """Return the bytes of the regions that the buffers need, by name."""
+    def values_bytes(model: nn.Module, num_micro_batches: int) -> dict[str, int]:
+        """Return the bytes of the regions of values, by name."""
+        size = buffer_bytes(model)
+        return {"buffers": size, "buffers of micro-batches": num_micro_batches * size}
+
+    @staticmethod
+    def flag_bytes(model: nn.Module, num_micro_batches: int) -> dict[str, int]:
+        """Return the bytes of the regions of flags, by name."""
         count = count_buffers(model)
-        return {
-            "buffers": buffer_bytes(model),
-            "buffers of micro-batches": num_micro_batches * buffer_bytes(model),
-            "buffers changed": num_micro_batches * count,
-            "buffer generations": 8 * count,
-        }
+        return {"buffers changed": num_micro_batches * count, "buffer generations": 8 * count}
 
     def _collect(self, model: nn.Module, rules: Mapping[str, BufferRule]) -> list[_Buffer]:
         found: list[_Buffer] = []
@@ -97,13 +98,6 @@ class Buffers:
         for index, buffer in enumerate(self._buffers):
             buffer.start.copy_(buffer.module._buffers[buffer.key])  # type: ignore[arg-type]
             self._generations[index] += 1
-
-    def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Make `values` the shared buffers, by name. One worker does, while the others wait."""
-        for index, buffer in enumerate(self._buffers):
-            if buffer.name in values:
-                buffer.start.copy_(values[buffer.name])
-                self._generations[index] += 1
 
     def restore(self) -> None:
         """Bring this worker's buffers to the shared values, where they differ."""

@@ -79,7 +79,7 @@ def reset(model: nn.Module, weights: Weights, indices: Sequence[int], done: Call
             for index, parameter in own.items():
                 weights.write(index, parameter.data)
                 parameter.data = weights.working_view(index)
-                weights.written(index)
+                weights.leave_unread(index)
                 del index_of[id(parameter)]
                 done(index)
 
@@ -115,7 +115,7 @@ def _copy(new: torch.Tensor, value: torch.Tensor, weights: Weights, index: int |
             value.data.copy_(new)
             return
         weights.write(index, new)
-        weights.written(index)
+        weights.leave_unread(index)
 
 
 def _check_alias(model: nn.Module, name: str, names: set[str], path: Path) -> None:

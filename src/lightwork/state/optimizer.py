@@ -27,9 +27,10 @@ from lightwork.errors import SpecError
 from lightwork.spec.layout import Block, Layout, ParameterSpec, span_of
 from lightwork.spec.spec import StateFormat
 from lightwork.state.eight_bit import SQUARES, num_scales, restore_into, round_into
-from lightwork.state.weights import Weights, like
+from lightwork.state.parameters import like
+from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
-from lightwork.store.regions import SharedMemory
+from lightwork.store.regions import Regions
 
 _ELEMENTWISE: tuple[type[optim.Optimizer], ...] = (
     optim.SGD,
@@ -305,7 +306,7 @@ class BlockOptimizer:
     """Updates buckets of the shared weights, with the shared state."""
 
     def __init__(
-        self, optimizer: optim.Optimizer, weights: Weights, state_layout: StateLayout, memory: SharedMemory
+        self, optimizer: optim.Optimizer, weights: Weights, state_layout: StateLayout, memory: Regions
     ) -> None:
         self._optimizer = optimizer
         self._weights = weights
@@ -406,10 +407,12 @@ class BlockOptimizer:
                 state[entry.name] = self._odd_view(entry, offset)
         return state
 
-    @property
-    def regions(self) -> list[tuple[str, int]]:
-        """The regions of the shared memory with state of the parameters' shape, and the bytes of an element."""
-        return [(f"state {name}", dtype.itemsize) for name, dtype in self._state_layout.flat.items()]
+    def release_home(self, bucket: int) -> None:
+        """Give back the room at home of the state of a bucket that another host owns."""
+        for block in self._layout.blocks_of(bucket):
+            span = span_of(self._layout, block)
+            for home in self._homes.values():
+                home.release(span.start, span.end)
 
     @property
     def places(self) -> list[tuple[str, Elements, Elements]]:

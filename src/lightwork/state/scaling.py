@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lightwork.store.regions import MemoryMap, SharedMemory
+from lightwork.store.regions import Regions
 
 #: torch.amp.GradScaler's values.
 INITIAL_SCALE = 65536.0
@@ -36,14 +36,14 @@ class Scale(NamedTuple):
 class LossScale:
     """The shared state of loss scaling. With `enabled` False the scale is always 1."""
 
-    def __init__(self, memory: SharedMemory, *, enabled: bool) -> None:
+    def __init__(self, memory: Regions, *, enabled: bool) -> None:
         self.enabled = enabled
         self._values = memory.region(_REGION).cast("d")
 
     @staticmethod
-    def reserve(memory_map: MemoryMap) -> None:
-        """Reserve the region."""
-        memory_map.reserve(_REGION, 2 * _FIELDS * 8)
+    def region_bytes() -> dict[str, int]:
+        """Return the bytes of the region, by name."""
+        return {_REGION: 2 * _FIELDS * 8}
 
     def of(self, step: int) -> float:
         """Return the factor of the loss in `step`."""

@@ -34,19 +34,45 @@ class Elements(ABC):
 
     @abstractmethod
     def take(self, start: int, end: int) -> None:
-        """Take room for the units in which these elements lie, if they have none."""
+        """Take room for these elements, which are about to be written."""
 
     @abstractmethod
     def release(self, start: int, end: int) -> None:
-        """Give the room of the units in which these elements lie back."""
+        """Give the room of these elements back; their values are lost."""
+
+    @abstractmethod
+    def fetch(self, start: int, end: int) -> None:
+        """Begin to read what of these elements lies on disk."""
+
+    @abstractmethod
+    def drop(self, start: int, end: int) -> None:
+        """Let go of the memory of these elements where a file keeps their values."""
+
+
+class Pages(Protocol):
+    """The pages behind a mapped region, by bytes from its start."""
+
+    def fetch(self, start: int, end: int) -> None:
+        """Begin to read what lies on disk."""
+
+    def map_to_write(self, start: int, end: int) -> None:
+        """Map them, all at once."""
+
+    def drop(self, start: int, end: int) -> None:
+        """Unmap what lies on disk."""
+
+    def release(self, start: int, end: int) -> None:
+        """Give their room back."""
 
 
 @final
 class FlatElements(Elements):
-    """All in one mapping, which has room for all; `SharedMemory` gives back pages of it."""
+    """All in one mapping, which has room for all: pages take room when they are written."""
 
-    def __init__(self, flat: torch.Tensor) -> None:
+    def __init__(self, flat: torch.Tensor, pages: Pages) -> None:
         self._flat = flat
+        self._size = flat.itemsize
+        self._pages = pages
         self._storage = flat.untyped_storage().data_ptr()
         self._start = flat.data_ptr()
         self._end = self._start + flat.numel() * flat.itemsize
@@ -60,13 +86,23 @@ class FlatElements(Elements):
         if tensor.device.type != "cpu" or tensor.untyped_storage().data_ptr() != self._storage:
             return None
         address = tensor.data_ptr()
-        return (address - self._start) // self._flat.itemsize if self._start <= address < self._end else None
+        return (address - self._start) // self._size if self._start <= address < self._end else None
 
     def take(self, start: int, end: int) -> None:
-        """Do nothing."""
+        """Map them at once rather than page by page."""
+        self._pages.map_to_write(start * self._size, end * self._size)
 
     def release(self, start: int, end: int) -> None:
-        """Do nothing."""
+        """Give whole pages back."""
+        self._pages.release(start * self._size, end * self._size)
+
+    def fetch(self, start: int, end: int) -> None:
+        """Let the system read ahead."""
+        self._pages.fetch(start * self._size, end * self._size)
+
+    def drop(self, start: int, end: int) -> None:
+        """Unmap whole pages."""
+        self._pages.drop(start * self._size, end * self._size)
 
 
 class Units:
@@ -75,8 +111,8 @@ class Units:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.of_parameter: list[int] = [-1] * len(layout.parameters)
-        for unit, bucket in enumerate(layout.buckets):
-            for block in layout.blocks[bucket.first_block : bucket.end_block]:
+        for unit in range(len(layout.buckets)):
+            for block in layout.blocks_of(unit):
                 if self.of_parameter[block.parameter] not in (-1, unit):
                     raise ValueError(f"{layout.parameters[block.parameter].name} lies in more than one bucket")
                 self.of_parameter[block.parameter] = unit
@@ -91,11 +127,12 @@ class Units:
 
     def of_elements(self, start: int, end: int) -> set[int]:
         """Return the units in which elements `start` to `end` lie."""
-        return set(self.of_parameter[self.parameter_at(start) : self.parameter_at(end - 1) + 1])
+        first, last = self.layout.parameter_at(start), self.layout.parameter_at(end - 1)
+        return set(self.of_parameter[first : last + 1])
 
-    def parameter_at(self, element: int) -> int:
-        """Return the parameter in which an element lies."""
-        return bisect.bisect_right(self.layout.offsets, element) - 1
+    def unit_at(self, element: int) -> int:
+        """Return the unit in which an element lies."""
+        return self.of_parameter[self.layout.parameter_at(element)]
 
 
 class Keeper(Protocol):
@@ -138,7 +175,7 @@ class UnitElements(Elements):
 
     def view(self, start: int, end: int) -> torch.Tensor:
         """Return a part of a unit, which takes room if it has none."""
-        parameter = self._units.parameter_at(start)
+        parameter = self._units.layout.parameter_at(start)
         unit, dtype = self._units.of_parameter[parameter], self._dtypes[parameter]
         self._take(unit)
         inside = (start - self._units.layout.offsets[parameter]) * dtype.itemsize
@@ -175,6 +212,12 @@ class UnitElements(Elements):
                     whole.record_stream(torch.cuda.current_stream(whole.device))
                 storage.resize_(0)
 
+    def fetch(self, start: int, end: int) -> None:
+        """Do nothing: none lies on disk."""
+
+    def drop(self, start: int, end: int) -> None:
+        """Do nothing: no file keeps them."""
+
     @property
     def num_bytes(self) -> int:
         """The room that is taken."""
@@ -198,3 +241,41 @@ class UnitElements(Elements):
         return torch.empty(0, dtype=torch.uint8, device=flat.device).set_(
             flat.untyped_storage(), self._shifts[unit], (size,), (1,)
         )
+
+
+@final
+class MixedElements(Elements):
+    """A region whose buckets lie in different kinds of memory."""
+
+    def __init__(self, units: Units, by_bucket: Sequence[Elements]) -> None:
+        """`by_bucket` is where each bucket lies and, last, what is in none."""
+        self._units = units
+        self._of_unit = [by_bucket[min(unit, len(by_bucket) - 1)] for unit in range(units.count)]
+
+    def view(self, start: int, end: int) -> torch.Tensor:
+        """Look where they lie."""
+        return self._at(start).view(start, end)
+
+    def element_of(self, tensor: torch.Tensor) -> int | None:
+        """Ask all."""
+        found = (elements.element_of(tensor) for elements in dict.fromkeys(self._of_unit))
+        return next((element for element in found if element is not None), None)
+
+    def take(self, start: int, end: int) -> None:
+        """Take it there."""
+        self._at(start).take(start, end)
+
+    def release(self, start: int, end: int) -> None:
+        """Give it back there."""
+        self._at(start).release(start, end)
+
+    def fetch(self, start: int, end: int) -> None:
+        """Begin there."""
+        self._at(start).fetch(start, end)
+
+    def drop(self, start: int, end: int) -> None:
+        """Drop it there."""
+        self._at(start).drop(start, end)
+
+    def _at(self, element: int) -> Elements:
+        return self._of_unit[self._units.unit_at(element)]

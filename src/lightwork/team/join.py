@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,14 @@ import psutil
 import torch
 
 from lightwork.device.base import Device
-from lightwork.engine.blueprint import Blueprint
 from lightwork.errors import Disagreement, RankLost, TeamError
+from lightwork.spec.holdings import Holdings, Home
 from lightwork.spec.hosts import Hosts
 from lightwork.spec.plan import Plan
+from lightwork.store.elements import Units
 from lightwork.store.mapped import MappedStore, check_room, create_disk_store, create_store, open_store
-from lightwork.store.regions import SharedMemory
-from lightwork.team.board import Activity, Board
+from lightwork.store.regions import Regions, map_regions
+from lightwork.team.board import Activity, Board, BoardSize
 from lightwork.team.environment import Environment, Launcher
 from lightwork.team.peers import Peers
 from lightwork.team.rendezvous import JOIN_TIMEOUT, Rendezvous
@@ -63,7 +64,7 @@ class Team:
     environment: Environment
     rendezvous: Rendezvous
     store: MappedStore
-    memory: SharedMemory
+    memory: Regions
     signal: Signal
     lock: AbstractContextManager[bool | None]
     board: Board
@@ -229,22 +230,42 @@ def find_hosts(
     return hosts, hosts.host_of(environment.rank)
 
 
-def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous: Rendezvous, run_number: int) -> Team:
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a run needs of its team's memory."""
+
+    holdings: Holdings
+    device: Device
+    flags: Mapping[str, int]  #: bytes of the regions of flags and numbers
+    buffers: Mapping[str, int]  #: bytes of the regions of the model's buffers
+
+
+def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezvous, run_number: int) -> Team:
     """Return this worker's team, once every worker has come.
 
     Raises: MemoryFull, Disagreement, TeamError.
     """
-    hosts, host = blueprint.hosts, blueprint.host
+    holdings, device = needs.holdings, needs.device
+    hosts, host = holdings.hosts, holdings.host
     local_rank = environment.rank - hosts.first_rank(host)
-    device = blueprint.device
-    memory_map = blueprint.memory_map()
-    memory_map.reserve("signal", _SIGNAL_BYTES)
-    memory_map.reserve("mailboxes", HostTransport.num_bytes(hosts.sizes[host]))
-    blueprint.reserve(memory_map)
-    fingerprint = _fingerprint(blueprint)
+    size = BoardSize(
+        world_size=holdings.num_workers,
+        num_micro_batches=holdings.spec.num_micro_batches,
+        num_parameters=len(holdings.layout.parameters),
+        num_buckets=len(holdings.layout.buckets),
+        num_hosts=len(hosts),
+    )
+    fixed = {
+        "signal": _SIGNAL_BYTES,
+        "mailboxes": HostTransport.num_bytes(hosts.sizes[host]),
+        "board": Board.num_bytes(size),
+        **needs.flags,
+    }
+    memory_map = map_regions(holdings.regions(fixed, needs.buffers))
+    fingerprint = _fingerprint(holdings, device)
     key = f"memory {run_number} of {hosts.first_rank(host)}"
     if local_rank == 0:
-        _check_room(blueprint, plan)
+        _check_room(holdings, plan)
         store, disk = create_store(plan.shared_memory, memory_map.num_bytes), None
         if memory_map.disk_bytes:
             disk = create_disk_store(Path(plan.offload_dir or tempfile.gettempdir()), memory_map.disk_bytes)
@@ -266,26 +287,27 @@ def join(blueprint: Blueprint, plan: Plan, environment: Environment, rendezvous:
             notice(f"rank {environment.rank} has been waiting for rank {rank} for {seconds:.0f} s.")
 
         carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, address, late=late)
-        if blueprint.placement == "zero3":
+        if holdings.shares_weights:
             weights_carrier = GlooCarrier(rendezvous.store(f"weights {run_number}"), host, leaders, address, PATIENCE)
         if device.has_own_memory:
             carrier = Relay(device, carrier, _direct(carrier, device, environment, rendezvous, run_number))
             weights_carrier = Relay(device, weights_carrier) if weights_carrier is not None else None
-    memory = SharedMemory(store.buffer, memory_map, disk.buffer if disk else None, device, blueprint.units)
-    signal = Signal(store.buffer, memory_map.offsets["signal"])
+    units = Units(holdings.layout) if device.has_own_memory else None
+    memory = Regions(store.buffer, memory_map, device, disk=disk.fileno() if disk else None, units=units)
+    signal = Signal(store.buffer, memory.offset("signal"))
     fd = store.fileno()
     lock: AbstractContextManager[bool | None] = FileLock(fd) if fd is not None else threading.Lock()
     region = memory.region("board")
     board = Board(
         local_rank,
-        blueprint.board_size,
+        size,
         region,
         lock,
         signal,
         steal=plan.steal,
         hosts=hosts,
         host=host,
-        sharded=blueprint.sharded,
+        sharded=holdings.shares_state,
     )
     board.join(os.getpid())
     mailboxes = HostTransport(local_rank, hosts.sizes[host], memory.region("mailboxes"), lock, signal)
@@ -331,15 +353,15 @@ def _direct(
     return nccl.connect(rendezvous.store(f"devices {run_number}"), carrier.host, carrier.num_hosts, device.place)
 
 
-def _fingerprint(blueprint: Blueprint) -> dict[str, object]:
+def _fingerprint(holdings: Holdings, device: Device) -> dict[str, object]:
     """Return what must be the same for the workers' bits, and their memory, to fit together."""
-    names = hashlib.sha256("\n".join(p.name for p in blueprint.layout.parameters).encode()).hexdigest()
-    device = blueprint.device.place
+    names = hashlib.sha256("\n".join(p.name for p in holdings.layout.parameters).encode()).hexdigest()
+    place = device.place
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         "precision of fp32 products": torch.get_float32_matmul_precision(),
-        "spec": json.loads(blueprint.spec.to_json()),
-        "parameters": blueprint.layout.fingerprint(),
+        "spec": json.loads(holdings.spec.to_json()),
+        "parameters": holdings.layout.fingerprint(),
         "names of parameters": names,
         "torch": torch.__version__,
         "instruction set": torch.backends.cpu.get_cpu_capability(),
@@ -363,12 +385,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 300 else text[:300] + "..."
 
 
-def _check_room(blueprint: Blueprint, plan: Plan) -> None:
-    parts = blueprint.expected_bytes().items()
-    if blueprint.device.has_own_memory:
-        needed = {part: num_bytes for part, num_bytes in parts if plan.offload.get(part) == "host"}
-    else:
-        needed = {part: num_bytes for part, num_bytes in parts if plan.offload.get(part) != "disk"}
+def _check_room(holdings: Holdings, plan: Plan) -> None:
+    needed = holdings.expected_bytes((Home.HOST if holdings.has_device else Home.HERE,))
     breakdown = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
     check_room(plan.shared_memory, sum(needed.values()), available_memory(), breakdown)
 

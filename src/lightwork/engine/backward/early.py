@@ -9,37 +9,52 @@ saved by an operation further down. Such a micro-batch keeps its gradients until
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightwork.engine.backward.outbox import Outbox
+from lightwork.engine.backward.gradients import Fold
+from lightwork.engine.backward.outbox import Consumed
+from lightwork.engine.forward.fetching import SavedWeights
 from lightwork.engine.update import Updater
-from lightwork.state.residency import Residency
 from lightwork.state.weights import Weights
 
-#: Elements of a model below which its gradients are not worth it.
-WORTH_IT = 16 * 1024 * 1024
+
+class Early:
+    """What is updated within backward. Here: nothing."""
+
+    #: Whether backward writes weights.
+    updates_in_backward = False
+
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """Look at what autograd saves in a forward."""
+        return contextlib.nullcontext()
+
+    def begin_step(self, divisor: float) -> Consumed | None:
+        """Begin a step, whose gradients are to be divided by `divisor`; return who takes them, if anyone does."""
+        return None
+
+    def follow(self, fold: Fold) -> None:
+        """Update what becomes complete in this fold."""
+
+    def take_norms(self, bucket: int) -> list[torch.Tensor] | None:
+        """Return the squared norms of the gradients of a bucket that was updated; None if it was not."""
+        return None
 
 
-class UpdateInBackward:
+class UpdateInBackward(Early, SavedWeights):
     """The buckets of the step in hand that are updated within backward. Also watches what autograd saves of weights."""
 
-    def __init__(
-        self,
-        weights: Weights,
-        outbox: Outbox,
-        updater: Updater,
-        residency: Residency,
-        bring: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """`bring` returns a saved tensor with its values, where weights come and go."""
-        self.bring = bring
-        self.outbox = outbox
-        self._weights = weights
+    updates_in_backward = True
+
+    def __init__(self, weights: Weights, gradients: Consumed, updater: Updater, saved: SavedWeights) -> None:
+        """`saved` brings what autograd has saved of weights."""
+        super().__init__(weights)
+        self._saved = saved
+        self._gradients = gradients
+        self._gradients.consume = self._update
         self._updater = updater
-        self._residency = residency
         self._divisor = 0.0
         self._touched = bytearray()
         self._norms: dict[int, list[torch.Tensor]] = {}  # by bucket: of each block, squared
@@ -47,9 +62,9 @@ class UpdateInBackward:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Look at what autograd saves in a forward."""
+        """Look for weights without their graph."""
         self._is_safe = True
-        with saved_tensors_hooks(self._look_at, self.bring):
+        with saved_tensors_hooks(self._look_at, self.bring_saved):
             yield
 
     def is_weight(self, tensor: torch.Tensor) -> bool:
@@ -59,37 +74,35 @@ class UpdateInBackward:
             self._is_safe = False
         return index is not None
 
+    def bring_saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Bring it, where weights come and go."""
+        return self._saved.bring_saved(tensor)
+
     def _look_at(self, tensor: torch.Tensor) -> torch.Tensor:
         self.is_weight(tensor)
         return tensor
 
-    def begin(self, divisor: float) -> bool:
-        """Begin a step, whose gradients are to be divided by `divisor`; return False where they must be kept."""
+    def begin_step(self, divisor: float) -> Consumed | None:
+        """Take the gradients, unless something may read weights after theirs are there."""
         self._norms.clear()
         self._divisor = divisor
-        return self._is_safe
+        return self._gradients if self._is_safe else None
 
-    def follow(self, touched: bytearray) -> None:
-        """Update what becomes complete; `touched` tells by parameter whether it has a gradient."""
-        self._touched = touched
-        self.outbox.on_complete = self._update
+    def follow(self, fold: Fold) -> None:
+        """Read which parameters have a gradient."""
+        self._touched = fold.touched
 
     def take_norms(self, bucket: int) -> list[torch.Tensor] | None:
-        """Return the squared norms of the gradients of a bucket that was updated; None if it was not."""
+        """Return them once."""
         return self._norms.pop(bucket, None)
 
     def _update(self, bucket: int) -> None:
-        message = self.outbox.messages[bucket]
+        message = self._gradients.messages[bucket]
         present = [
             bool(self._touched[span.blocks[0].parameter]) and self._divisor != 0 for span, _, _ in message.blocks
         ]
-        views = message.views(self.outbox.packed(bucket))
+        views = message.views(self._gradients.packed(bucket))
         leaves = [view if is_there else None for view, is_there in zip(views, present, strict=True)]
         with torch.no_grad():
-            if bucket > 0:
-                self._residency.fetch(bucket - 1)
-            self._residency.map(bucket)
-            gradients = self._updater.gradients_of_one(bucket, leaves, self._divisor)
-            self._norms[bucket] = self._updater.apply(bucket, gradients)
-            self._residency.updated(bucket)
-        self.outbox.taken(bucket)
+            self._norms[bucket] = self._updater.update_of_one(bucket, leaves, self._divisor, following=bucket - 1)
+        self._gradients.mark_taken(bucket)

@@ -2,186 +2,66 @@
 
 A worker folds its micro-batches like a binary counter. As soon as autograd has finished the gradient of a parameter, a
 hook adds to it the partial sums of this worker that are its siblings in the tree, while the gradient is still in the
-cache, writes the result into a free slot, and lets the gradient go. The siblings stay as they were until the board has
-the new sum: a worker killed in the middle of a fold has lost one micro-batch, not its earlier ones.
+cache, writes the result into a free slot, and lets the gradient go ([Note: lifetime of a partial sum] in `slots`).
 
-A slot has 4 bytes for each element of the layout. The gradient of a single micro-batch lies there in the type of the
-working weight, a sum of two or more in fp32, a parameter always at the same place. With wire format bf16 everything
-is rounded to it as it is made, and a slot has 2 bytes for each element.
+    [Note: the order of a hook]
+    A gradient is folded, or packed for its way, before anybody is told of it. Then fetched weights hear that operations
+    before this gradient are done; and then who sends or updates complete buckets, because that may wait for others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from lightwork.engine.backward.outbox import Outbox
+from lightwork.engine.backward.outbox import CompleteBuckets
+from lightwork.engine.backward.slots import Slots, is_leaf
+from lightwork.engine.forward.fetching import Fetching
 from lightwork.errors import UsageError
-from lightwork.spec.layout import Span, span_of, spans_of
 from lightwork.spec.tree import Node, fold
-from lightwork.state.residency import Residency
-from lightwork.state.weights import DTYPES, Weights, like
-from lightwork.store.elements import UnitElements
-from lightwork.store.regions import SharedMemory
+from lightwork.state.parameters import like
+from lightwork.state.weights import Weights
 
 
-class Slots:
-    """The partial sums of all workers of the host, as flat tensors."""
+@dataclass
+class Fold:
+    """The fold in progress: a micro-batch's gradients become a sum, with what was held beside it in the tree."""
 
-    def __init__(self, memory: SharedMemory, weights: Weights, num_slots: int, wire: torch.dtype) -> None:
-        self._memory = memory
-        self.device = memory.device
-        self._layout = weights.layout
-        self._num_slots = num_slots
-        self.wire = wire
-        self._dtypes = [DTYPES[p.dtype] for p in self._layout.parameters]
-        self._views: dict[tuple[int, int, bool, int], torch.Tensor] = {}
-        self._flat: torch.Tensor | None = None
-        self._units: list[tuple[UnitElements, UnitElements]] = []  # by slot: for single micro-batches, and for sums
-        self.are_elsewhere = memory.device.has_own_memory and not memory.is_on_device("partial sums")
-        if memory.in_units("partial sums"):
-            make = memory.units_of("partial sums")
-            for _ in range(num_slots):
-                sums = make([wire] * len(self._dtypes))
-                self._units.append((sums if self.are_elsewhere else make(self.leaf_dtypes), sums))
-        else:
-            self._flat = memory.tensor("partial sums", wire)
-
-    @staticmethod
-    def num_bytes(world_size: int, num_slots: int, numel: int, wire: torch.dtype) -> int:
-        """Return the bytes that the slots of all workers reserve."""
-        return world_size * num_slots * numel * wire.itemsize
-
-    def dtype(self, node: Node, parameter: int) -> torch.dtype:
-        """Return the type of a parameter in the partial sum `node`."""
-        is_sum = node.end - node.first > 1
-        is_wide = is_sum or self.wire is not torch.float32 or (self.are_elsewhere and bool(self._units))
-        return self.wire if is_wide else self._dtypes[parameter]
-
-    @property
-    def leaf_dtypes(self) -> list[torch.dtype]:
-        """The types of the parameters' gradients of a single micro-batch."""
-        return [self.dtype(LEAF, parameter) for parameter in range(len(self._dtypes))]
-
-    def take(self, slot: int, node: Node) -> None:
-        """Take room in a slot for the partial sum `node`; on a device, that of another kind of node goes."""
-        if self._units:
-            is_sum = node.end - node.first > 1
-            wanted, other = self._units[slot][is_sum], self._units[slot][not is_sum]
-            for bucket in self._layout.buckets:  # one unit each; frozen parameters have none
-                span = span_of(self._layout, self._layout.blocks[bucket.first_block])
-                if other is not wanted:
-                    other.release(span.start, span.end)
-                wanted.take(span.start, span.end)
-
-    def elements(self, rank: int, slot: int, node: Node, parameter: int, start: int, end: int) -> torch.Tensor:
-        """Return elements `start` to `end` of a parameter in the partial sum `node` of `rank`, flat."""
-        offset = self._layout.offsets[parameter]
-        if self._units:
-            return self._units[slot][node.end - node.first > 1].view(offset + start, offset + end)
-        first = (rank * self._num_slots + slot) * self._layout.numel + offset
-        dtype, flat = self.dtype(node, parameter), self._mapped()
-        if dtype is self.wire:
-            return flat[first + start : first + end]
-        whole = flat[first : first + self._layout.parameters[parameter].numel]
-        return whole.view(dtype)[start:end]
-
-    def stretch(self, rank: int, slot: int, node: Node, start: int, end: int) -> torch.Tensor:
-        """Return elements `start` to `end` of the layout in a partial sum, which are all in the wire format there."""
-        if self._units:
-            return self._units[slot][node.end - node.first > 1].view(start, end)
-        first = (rank * self._num_slots + slot) * self._layout.numel
-        return self._mapped()[first + start : first + end]
-
-    def span(self, rank: int, slot: int, node: Node, span: Span) -> torch.Tensor:
-        """Return the elements of a span in a partial sum, flat; of several blocks, if all have the wire format there.
-
-        The views are kept in a host's memory: making one costs as much as a sum.
-        """
-        first = span.blocks[0]
-        key = (rank, slot, node.end - node.first > 1, span.start)
-        view = self._views.get(key)
-        if view is None or view.numel() != span.numel:
-            if len(span.blocks) == 1:
-                view = self.elements(rank, slot, node, first.parameter, first.start, first.end)
-            else:
-                view = self.stretch(rank, slot, node, span.start, span.end)
-            if not self._units:
-                self._views[key] = view
-        return view
-
-    def operand(self, rank: int, slot: int, node: Node, span: Span) -> torch.Tensor:
-        """Return the same where it can be added up: from the host, a copy."""
-        view = self.span(rank, slot, node, span)
-        return self.device.copied(view) if self.are_elsewhere else view
-
-    def release(self, rank: int, slot: int, bucket: int) -> None:
-        """Give back the memory of a bucket in a partial sum (where it lies in memory; `Residency` sees to the disk)."""
-        if self._memory.is_on_disk("partial sums") or (self._units and self.are_elsewhere):
-            return
-        first = (rank * self._num_slots + slot) * self._layout.numel
-        for span in spans_of(self._layout, self._layout.buckets[bucket]):
-            if self._units:
-                for region in self._units[slot]:
-                    region.release(span.start, span.end)
-            else:
-                start, end = ((first + element) * self.wire.itemsize for element in (span.start, span.end))
-                self._memory.release("partial sums", start, end)
-
-    def _mapped(self) -> torch.Tensor:
-        if self._flat is None:
-            raise ValueError("the partial sums lie in units")
-        return self._flat
-
-
-#: Stands for any single micro-batch.
-LEAF = Node(0, 1)
-
-
-class Fold(NamedTuple):
-    """A fold in progress: the slots whose sums go into the new one, its slot, and its node."""
-
-    freed: tuple[int, ...]
-    slot: int
-    node: Node
+    node: Node  #: that of the sum
+    slot: int  #: in which the sum is made
+    freed: tuple[int, ...]  #: slots whose sums go into it
+    leaves_at_once: bool  #: the gradients go to the outbox, not into the slot
+    target: list[torch.Tensor]  #: by parameter
+    siblings: list[tuple[list[torch.Tensor], bytes]]  #: by parameter, and which of them are present
+    touched: bytearray = field(default_factory=bytearray)  #: by parameter: whether its gradient is there
+    outbox: CompleteBuckets | None = None
+    is_open: bool = False  #: whether backward runs
+    is_done: bool = False
 
 
 class Gradients:
-    """This worker's side of the slots: hooks on its parameters and the fold in progress."""
+    """This worker's side of the slots: hooks on its parameters, and the fold in progress."""
 
-    def __init__(
-        self,
-        rank: int,
-        weights: Weights,
-        slots: Slots,
-        num_slots: int,
-        residency: Residency,
-        folded: Callable[[int], None] | None = None,
-    ) -> None:
-        """`folded` is told of each parameter whose gradient backward has made."""
-        self._residency = residency
-        self._folded = folded
-        self._rank = rank
+    def __init__(self, local_rank: int, weights: Weights, slots: Slots, num_slots: int, fetching: Fetching) -> None:
+        """`num_slots` are for this worker's partial sums; `fetching` hears of each gradient."""
+        self._local_rank = local_rank
         self._weights = weights
         self._slots = slots
         self._num_slots = num_slots
+        self._fetching = fetching
         self._names = [p.name for p in weights.layout.parameters]
         self._views: dict[tuple[int, bool], list[torch.Tensor]] = {}
         self._held: dict[Node, tuple[int, bytes]] = {}  # slot, and which parameters are present
-        self._open = False
         self._hooks: dict[int, RemovableHandle] = {}
-        self.touched = bytearray(len(self._names))  #: by parameter: whether the fold in progress has its gradient
-        self._outbox: Outbox | None = None
-        self._target: list[torch.Tensor] = []
-        self._leaves_at_once = False  # whether the gradients of the fold in progress go to the outbox
-        self._siblings: list[tuple[list[torch.Tensor], bytes]] = []
+        self._fold: Fold | None = None
 
     def begin_step(self) -> None:
         """Forget the partial sums of the step before, and listen to parameters that have become trainable."""
         self._held.clear()
+        self._fold = None
         for index, parameter in enumerate(self._weights.parameters):
             if parameter.requires_grad and index not in self._hooks:
                 hook = parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
@@ -193,7 +73,19 @@ class Gradients:
             hook.remove()
         self._hooks.clear()
 
-    def begin(self, index: int, num_micro_batches: int, outbox: Outbox | None = None) -> Fold:
+    @property
+    def is_folded(self) -> bool:
+        """Whether the micro-batch in hand has been folded."""
+        return self._fold is not None and self._fold.is_done
+
+    @property
+    def in_hand(self) -> Fold:
+        """The fold in progress."""
+        if self._fold is None:
+            raise ValueError("begin_fold() comes before what is done with it")
+        return self._fold
+
+    def begin_fold(self, index: int, num_micro_batches: int, outbox: CompleteBuckets | None = None) -> Fold:
         """Begin to fold the gradients of micro-batch `index`.
 
         `outbox` is told of each parameter, for who sends buckets that are complete.
@@ -201,100 +93,117 @@ class Gradients:
         chain, node = fold(index, num_micro_batches, self._held)
         used = {slot for slot, _ in self._held.values()}
         slot = next(s for s in range(self._num_slots) if s not in used)
-        self.touched = bytearray(len(self._names))
-        self._outbox = outbox
-        self._leaves_at_once = outbox is not None and not chain
-        if not self._leaves_at_once:
-            self._slots.take(slot, node)
-            self._target = self._parameter_views(slot, node)
-        self._siblings = [(self._parameter_views(self._held[n][0], n), self._held[n][1]) for n in chain]
+        leaves_at_once = outbox is not None and not chain
+        if not leaves_at_once:
+            self._slots.take_room(slot, node)
+        self._fold = Fold(
+            node=node,
+            slot=slot,
+            freed=tuple(self._held[n][0] for n in chain),
+            leaves_at_once=leaves_at_once,
+            target=[] if leaves_at_once else self._parameter_views(slot, node),
+            siblings=[(self._parameter_views(self._held[n][0], n), self._held[n][1]) for n in chain],
+            touched=bytearray(len(self._names)),
+            outbox=outbox,
+        )
         if outbox is not None:
-            outbox.begin(i for i, parameter in enumerate(self._weights.parameters) if parameter.requires_grad)
-        return Fold(tuple(self._held[n][0] for n in chain), slot, node)
+            outbox.expect(i for i, parameter in enumerate(self._weights.parameters) if parameter.requires_grad)
+        return self._fold
 
-    def places(self, now: Fold) -> dict[Node, int]:
+    def places(self) -> dict[Node, int]:
         """Return the slot of each partial sum that is held, as it will be after the fold in progress."""
+        now = self.in_hand
         rest = {node: slot for node, (slot, _) in self._held.items() if slot not in now.freed}
         return {**rest, now.node: now.slot}
 
-    def run(self, backward: Callable[[], None] | None) -> None:
+    def run_fold(self, backward: Callable[[], None] | None) -> None:
         """Call `backward` and fold the gradients that it makes. None: there are none.
 
         What went into the sum stays held until `commit`.
         """
+        now = self.in_hand
         try:
             if backward is not None:
-                self._open = True
+                now.is_open = True
                 backward()
-            self._carry_untouched()
+            self._carry_untouched(now)
         except BaseException:
-            if self._outbox is not None:
-                self._outbox.abandon()
+            if now.outbox is not None:
+                now.outbox.abandon()
             raise
         finally:
-            self._open = False
-        if self._outbox is not None:
-            self._outbox.complete()
+            now.is_open = False
+        if now.outbox is not None:
+            now.outbox.complete()
+        now.is_done = True
 
-    def commit(self, now: Fold, touched: memoryview) -> None:
-        """Take the sum that `run` made in place of those that went into it; `touched` gets the leaf's parameters."""
-        touched[:] = self.touched
-        present = bytes(self.touched)
-        for _, theirs in self._siblings:
+    def commit(self, touched: memoryview) -> Fold:
+        """Take the sum that `run_fold` made in place of those that went into it, and return the fold.
+
+        `touched` gets the parameters of the micro-batch.
+        """
+        now = self.in_hand
+        touched[:] = now.touched
+        present = bytes(now.touched)
+        for _, theirs in now.siblings:
             present = bytes(map(max, present, theirs)) if 0 in present else present
         for held in [node for node, (slot, _) in self._held.items() if slot in now.freed]:
             del self._held[held]
         self._held[now.node] = (now.slot, present)
+        self._fold = None
+        return now
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
+        """Return what is called with a parameter whose gradient is there; see [Note: the order of a hook]."""
         trained = self._weights.layout.parameters[index].group is not None
 
-        def receive(parameter: torch.Tensor) -> bool:
-            """Fold the gradient; return whether the outbox has it."""
-            gradient = parameter.grad
-            parameter.grad = None
-            if not self._open:
-                raise UsageError(
-                    "loss.backward() was called on a distributed model. Call step.backward(loss) "
-                    "instead: it scales the loss "
-                    "and adds the gradients of all workers."
-                )
-            if gradient is None or not trained:
-                return False
-            if self.touched[index]:
-                raise UsageError(
-                    f"parameter {self._names[index]} received its gradient in two pieces within one "
-                    "backward. This happens "
-                    "with re-entrant activation checkpointing: pass use_reentrant=False."
-                )
-            self.touched[index] = 1
-            if self._outbox is not None and self._leaves_at_once:
-                self._outbox.put(index, gradient, parameter)
-                self._residency.folded(index)
-                return True
-            siblings = [views[index] for views, present in self._siblings if present[index]]
-            if not self._residency.enabled:
-                self._fold(self._target[index], gradient, siblings)
-                return False
-            for rows in self._residency.pieces(gradient):
-                self._fold(self._target[index][rows], gradient[rows], [sibling[rows] for sibling in siblings])
-                self._residency.folded(index, rows)
-            self._residency.folded(index)
-            return False
-
-        def receive_and_tell(parameter: torch.Tensor) -> None:
+        def receive(parameter: torch.Tensor) -> None:
             with torch._C.DisableTorchFunction():  # modes are for user code, which backward may run again
-                is_put = receive(parameter)
-            if self._folded is not None:
-                self._folded(index)
-            if self._outbox is not None and not is_put:
-                self._outbox.folded(index)
+                now, gradient = self._taken(index, parameter)
+                is_packed = gradient is not None and trained and self._receive(now, index, gradient, parameter)
+            self._fetching.has_gradient(index)
+            if now.outbox is not None and not is_packed:
+                now.outbox.count_folded(index)
 
-        return receive_and_tell
+        return receive
 
-    def _fold(self, target: torch.Tensor, gradient: torch.Tensor, siblings: Sequence[torch.Tensor]) -> None:
+    def _taken(self, index: int, parameter: torch.Tensor) -> tuple[Fold, torch.Tensor | None]:
+        """Return the fold in progress and the gradient of a parameter, which lets go of it."""
+        gradient = parameter.grad
+        parameter.grad = None
+        now = self._fold
+        if now is None or not now.is_open:
+            raise UsageError(
+                "loss.backward() was called on a distributed model. Call step.backward(loss) instead: it scales the "
+                "loss and adds the gradients of all workers."
+            )
+        return now, gradient
+
+    def _receive(self, now: Fold, index: int, gradient: torch.Tensor, parameter: torch.Tensor) -> bool:
+        """Fold a gradient, or pack it; return whether it is packed, and so counted."""
+        if now.touched[index]:
+            raise UsageError(
+                f"parameter {self._names[index]} received its gradient in two pieces within one backward. This "
+                "happens with re-entrant activation checkpointing: pass use_reentrant=False."
+            )
+        now.touched[index] = 1
+        if now.outbox is not None and now.leaves_at_once:
+            now.outbox.pack(index, gradient, parameter)
+            return True
+        siblings = [views[index] for views, present in now.siblings if present[index]]
+        if not self._slots.any_on_disk:
+            self._put_sum(index, now.target[index], gradient, siblings)
+            return False
+        for rows in self._slots.pieces(index, gradient):
+            self._put_sum(index, now.target[index][rows], gradient[rows], [sibling[rows] for sibling in siblings])
+            self._slots.drop_rows(index, rows)
+        return False
+
+    def _put_sum(
+        self, index: int, target: torch.Tensor, gradient: torch.Tensor, siblings: Sequence[torch.Tensor]
+    ) -> None:
         """Put the sum of a gradient and this worker's sums beside it in the tree into `target`."""
-        if self._slots.are_elsewhere:  # added up here, and kept there
+        if self._slots.is_elsewhere(index):  # added up here, and kept there
             here = torch.empty_like(gradient, dtype=target.dtype)
             self._add(here, gradient, [self._slots.device.copied(sibling) for sibling in siblings])
             target.copy_(here, non_blocking=True)
@@ -316,34 +225,28 @@ class Gradients:
             for sibling in siblings[1:]:
                 target.add_(sibling)
 
-    def _carry_untouched(self) -> None:
+    def _carry_untouched(self, now: Fold) -> None:
         """Where this micro-batch has no gradient, the new sum is that of its siblings."""
-        if not self._siblings or 0 not in self.touched:
+        if not now.siblings or 0 not in now.touched:
             return
-        for index, touched in enumerate(self.touched):
+        for index, touched in enumerate(now.touched):
             if touched:
                 continue
-            present = [views[index] for views, present in self._siblings if present[index]]
+            present = [views[index] for views, present in now.siblings if present[index]]
             for position, view in enumerate(present):
                 if position == 0:
-                    self._target[index].copy_(view)
+                    now.target[index].copy_(view)
                 else:
-                    self._target[index].add_(view)
+                    now.target[index].add_(view)
 
     def _parameter_views(self, slot: int, node: Node) -> list[torch.Tensor]:
-        leaf = node.end - node.first == 1
-        views = self._views.get((slot, leaf))
+        key = (slot, is_leaf(node))
+        views = self._views.get(key)
         if views is None:
-            views = [
-                like(self._slots.elements(self._rank, slot, node, index, 0, parameter.numel()), parameter)
+            views = self._views[key] = [
+                like(self._slots.parameter_view(self._local_rank, slot, node, index), parameter)
                 if self._weights.layout.parameters[index].group is not None
                 else parameter.new_empty(0)
                 for index, parameter in enumerate(self._weights.parameters)
             ]
-            self._views[slot, leaf] = views
         return views
-
-
-def present_nodes(touched: Sequence[memoryview], parameter: int) -> Callable[[Node], bool]:
-    """Return whether a node holds a sum for `parameter`: whether any of its micro-batches touched it."""
-    return lambda node: any(touched[leaf][parameter] for leaf in range(node.first, node.end))

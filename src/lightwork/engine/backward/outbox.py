@@ -1,63 +1,28 @@
-"""What leaves for other hosts while backward of the last micro-batch still runs: buckets, as they become complete.
+"""Buckets of gradients that are needed as soon as they are complete, while backward still runs.
 
-Backward tells when the gradient of a parameter is folded; who sends the buckets waits until all of theirs are. A
+Backward tells when the gradient of a parameter is folded; a bucket is complete when all of its parameters are. A
 parameter that gets no gradient completes with the end of backward. The gradient of a single micro-batch is not folded
-into a slot: it is put where its buckets are packed for their way, in a few buffers that are used in turn, and what
-autograd has made of it can go. Backward waits where it is further ahead than these buffers should be many.
+into a slot: it is put where its buckets are packed, in a few buffers that are used in turn, and what autograd has made
+of it can go. There are two that wait for complete buckets:
+
+    Outbox     another thread sends them to other hosts. Backward waits where it is too far ahead of it
+    Consumed   a function uses each up within backward (`early`)
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import final
 
 import torch
 
 from lightwork.device.base import Device, Mark
-from lightwork.device.cpu import Cpu
-from lightwork.spec.layout import ALIGNMENT, Layout, Span, span_of
-from lightwork.state.weights import like
-
-#: Buckets that backward may complete before they are taken.
-MAX_BACKLOG = 8
-
-#: Bytes between two blocks of a packed message.
-_PACKED_ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class Message:
-    """How a bucket of one partial sum travels: its blocks one after the other, each in its type."""
-
-    blocks: tuple[tuple[Span, torch.dtype, int], ...]  #: with the offset in bytes
-    num_bytes: int
-    stretch: tuple[int, int] | None  #: the elements of the layout that it is, if it need not be packed
-
-    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """Return each block as a tensor in `buffer`, bytes."""
-        return [
-            buffer[offset : offset + span.numel * dtype.itemsize].view(dtype) for span, dtype, offset in self.blocks
-        ]
-
-
-def message_of(layout: Layout, dtypes: Sequence[torch.dtype], wire: torch.dtype, bucket: int) -> Message:
-    """Return how `bucket` travels; `dtypes` are those of the parameters' partial sums."""
-    spec = layout.buckets[bucket]
-    spans = [span_of(layout, block) for block in layout.blocks[spec.first_block : spec.end_block]]
-    of_blocks = [dtypes[span.blocks[0].parameter] for span in spans]
-    neighbours = all(0 <= after.start - before.end < ALIGNMENT for before, after in itertools.pairwise(spans))
-    first, end = spans[0].start, spans[-1].end
-    if neighbours and all(dtype is wire for dtype in of_blocks):
-        blocks = tuple((span, wire, (span.start - first) * wire.itemsize) for span in spans)
-        return Message(blocks, (end - first) * wire.itemsize, (first, end))
-    placed = []
-    at = 0
-    for span, dtype in zip(spans, of_blocks, strict=True):
-        placed.append((span, dtype, at))
-        at += -(-span.numel * dtype.itemsize // _PACKED_ALIGNMENT) * _PACKED_ALIGNMENT
-    return Message(tuple(placed), at, None)
+from lightwork.engine.backward.message import Message, message_of
+from lightwork.engine.backward.slots import Slots
+from lightwork.spec.layout import Layout
+from lightwork.state.parameters import like
 
 
 class Pool:
@@ -68,7 +33,7 @@ class Pool:
         self._device = device
         self._free: list[tuple[torch.Tensor, Mark]] = []
 
-    def take(self) -> torch.Tensor:
+    def take_buffer(self) -> torch.Tensor:
         """Return a buffer, bytes, which the current queue may write."""
         try:
             buffer, mark = self._free.pop()
@@ -83,22 +48,12 @@ class Pool:
         self._free += [(buffer, mark) for buffer in buffers]
 
 
-class Outbox:
-    """Filled by backward, and emptied by another thread or by `on_complete`."""
+class CompleteBuckets(ABC):
+    """Counts the gradients of each bucket, and packs those of a single micro-batch."""
 
-    def __init__(
-        self,
-        layout: Layout,
-        dtypes: Sequence[torch.dtype],
-        pool: Pool,
-        messages: Sequence[Message],
-        device: Device,
-    ) -> None:
+    def __init__(self, layout: Layout, dtypes: Sequence[torch.dtype], messages: Sequence[Message], pool: Pool) -> None:
         """`dtypes` and `messages` are those of the gradients of a single micro-batch; the pool has room for any."""
         self.messages = messages
-        self._device = device
-        self._marks: list[Mark] = [None] * len(messages)  # of backward's queue, when it completed a bucket
-        self.on_complete: Callable[[int], None] | None = None  #: called within backward, in place of a thread
         self.pool = pool
         self._dtypes = dtypes
         # Of each parameter, by bucket: offset in the message, and the elements from start to end.
@@ -110,28 +65,31 @@ class Outbox:
                 of_bucket.append((offset, block.start, block.end))
         self._packed: dict[int, torch.Tensor] = {}
         self._parameters = [
-            {block.parameter for block in layout.blocks[bucket.first_block : bucket.end_block]}
-            for bucket in layout.buckets
+            {block.parameter for block in layout.blocks_of(bucket)} for bucket in range(len(layout.buckets))
         ]
         self._missing = [0] * len(layout.buckets)
-        self._changed = threading.Condition()
-        self._ahead = 0  # complete buckets that are not taken yet
-        self._is_awaited = False  # whether the other thread waits for backward
-        self._abandoned = False
 
-    def begin(self, expected: Iterable[int]) -> None:
-        """Start anew: these parameters are still to be folded."""
-        expected = set(expected)
-        with self._changed:
-            self._abandoned, self._ahead = False, 0
-            self._marks = [None] * len(self._marks)
-            self._missing = [len(parameters & expected) for parameters in self._parameters]
+    @abstractmethod
+    def _completed(self, bucket: int) -> None:
+        """Hear that a bucket is complete, within backward."""
 
-    def put(self, index: int, gradient: torch.Tensor, parameter: torch.Tensor) -> None:
+    @abstractmethod
+    def complete(self) -> None:
+        """Say that backward has ended: everything is folded."""
+
+    def expect(self, parameters: Iterable[int]) -> None:
+        """Start anew: these are still to be folded."""
+        expected = set(parameters)
+        self._missing = [len(of_bucket & expected) for of_bucket in self._parameters]
+
+    def abandon(self) -> None:  # noqa: B027  nobody waits for what is used up at once
+        """Say that backward has failed."""
+
+    def pack(self, index: int, gradient: torch.Tensor, parameter: torch.Tensor) -> None:
         """Pack the gradient of parameter `index`, rounded to its type on the way, and say that it is folded.
 
         Bucket by bucket, so that those of a large parameter can leave before all of it is packed.
-        Blocks: as `folded`.
+        Blocks: as `count_folded`.
         """
         if gradient.is_contiguous() and parameter.is_contiguous():
             flat = gradient.view(-1)
@@ -141,53 +99,101 @@ class Outbox:
         dtype = self._dtypes[index]
         for bucket, places in reversed(self._places[index].items()):
             if bucket not in self._packed:
-                self._packed[bucket] = self.pool.take()
+                self._packed[bucket] = self.pool.take_buffer()
             for offset, start, end in places:
                 place = self._packed[bucket][offset : offset + (end - start) * dtype.itemsize].view(dtype)
                 place.copy_(flat[start:end])
             self._count_down(bucket)
 
     def packed(self, bucket: int) -> torch.Tensor:
-        """Return a complete bucket as it travels. Nobody reads what of it was not put."""
+        """Return a complete bucket as it travels; parameters without a gradient have no values in it."""
         if bucket not in self._packed:
-            self._packed[bucket] = self.pool.take()
+            self._packed[bucket] = self.pool.take_buffer()
         return self._packed[bucket][: self.messages[bucket].num_bytes]
 
-    def folded(self, parameter: int) -> None:
+    def count_folded(self, parameter: int) -> None:
         """Say that the gradient of an expected parameter is folded.
 
-        Blocks: while the other thread is busy and the backlog too long.
+        Blocks: while a thread that takes complete buckets is busy and the backlog too long.
         """
         for bucket in self._places[parameter]:
             self._count_down(bucket)
 
-    def _count_down(self, bucket: int) -> None:
-        self._missing[bucket] -= 1
-        if self._missing[bucket] == 0 and self.on_complete is not None:
-            self.on_complete(bucket)
-        elif self._missing[bucket] == 0:
-            self._marks[bucket] = self._device.mark()
-            with self._changed:
-                self._ahead += 1
-                self._changed.notify_all()
-                self._changed.wait_for(self._has_room)
-
-    def taken(self, bucket: int) -> None:
-        """Say that a bucket has left, or is added up."""
+    def mark_taken(self, bucket: int) -> None:
+        """Say that a bucket has left, or is used up."""
         if bucket in self._packed:
             self.pool.give_back([self._packed.pop(bucket)])
+
+    def _count_down(self, bucket: int) -> None:
+        self._missing[bucket] -= 1
+        if self._missing[bucket] == 0:
+            self._completed(bucket)
+
+
+@final
+class Consumed(CompleteBuckets):
+    """Complete buckets are used up within backward, by `consume`."""
+
+    consume: Callable[[int], None]
+
+    def _completed(self, bucket: int) -> None:
+        self.consume(bucket)
+
+    def complete(self) -> None:
+        """Let what is left be used up."""
+        for bucket in reversed([bucket for bucket, missing in enumerate(self._missing) if missing > 0]):
+            self.consume(bucket)
+
+
+@final
+class Outbox(CompleteBuckets):
+    """Filled by backward, and emptied by another thread."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        dtypes: Sequence[torch.dtype],
+        messages: Sequence[Message],
+        pool: Pool,
+        device: Device,
+        backlog: int,
+    ) -> None:
+        """`backlog` is how many buckets backward may complete before they are taken."""
+        super().__init__(layout, dtypes, messages, pool)
+        self._device = device
+        self._backlog = backlog
+        self._marks: list[Mark] = [None] * len(messages)  # of backward's queue, when it completed a bucket
+        self._changed = threading.Condition()
+        self._ahead = 0  # complete buckets that are not taken yet
+        self._is_awaited = False  # whether the other thread waits for backward
+        self._abandoned = False
+
+    def expect(self, parameters: Iterable[int]) -> None:
+        """Start anew."""
+        with self._changed:
+            self._abandoned, self._ahead = False, 0
+            self._marks = [None] * len(self._marks)
+            super().expect(parameters)
+
+    def _completed(self, bucket: int) -> None:
+        self._marks[bucket] = self._device.mark()
+        with self._changed:
+            self._ahead += 1
+            self._changed.notify_all()
+            self._changed.wait_for(self._has_room)
+
+    def mark_taken(self, bucket: int) -> None:
+        """Let backward go on."""
+        super().mark_taken(bucket)
         with self._changed:
             self._ahead -= 1
             self._changed.notify_all()
 
     def _has_room(self) -> bool:
-        return self._abandoned or self._is_awaited or self._ahead <= MAX_BACKLOG
+        return self._abandoned or self._is_awaited or self._ahead <= self._backlog
 
     def complete(self) -> None:
-        """Say that backward has ended: everything is folded."""
-        if self.on_complete is not None:
-            for bucket in reversed([bucket for bucket, missing in enumerate(self._missing) if missing > 0]):
-                self.on_complete(bucket)
+        """Wake the other thread."""
         mark = self._device.mark()
         with self._changed:
             for bucket, missing in enumerate(self._missing):
@@ -196,12 +202,12 @@ class Outbox:
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Say that backward has failed: who waits gets an error."""
+        """Let who waits get an error."""
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
 
-    def wait(self, bucket: int) -> None:
+    def wait_for_bucket(self, bucket: int) -> None:
         """Return when the bucket is complete.
 
         Raises: InterruptedError when backward has failed.
@@ -216,11 +222,12 @@ class Outbox:
         self._device.wait(self._marks[bucket])
 
 
-def make_outbox(
-    layout: Layout, dtypes: Sequence[torch.dtype], wire: torch.dtype, *, room: int = 0, device: Device | None = None
-) -> Outbox:
-    """Return an outbox for gradients of these types; its pool has room for any, and for messages of `room` bytes."""
-    device = device or Cpu()
-    messages = [message_of(layout, dtypes, wire, bucket) for bucket in range(len(layout.buckets))]
-    pool = Pool(max((room, *(message.num_bytes for message in messages))), device)
-    return Outbox(layout, dtypes, pool, messages, device)
+def messages_of_leaves(slots: Slots) -> list[Message]:
+    """Return how each bucket of a single micro-batch's gradients travels."""
+    layout = slots.layout
+    return [message_of(layout, slots.leaf_dtypes, slots.wire, bucket) for bucket in range(len(layout.buckets))]
+
+
+def pool_for(device: Device, *messages: Sequence[Message]) -> Pool:
+    """Return buffers with room for any of these messages."""
+    return Pool(max((message.num_bytes for of_kind in messages for message in of_kind), default=0), device)

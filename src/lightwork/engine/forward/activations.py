@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from lightwork.device.base import Device, Mark
 from lightwork.device.cpu import Cpu
+from lightwork.engine.forward.fetching import SavedWeights
 from lightwork.errors import SpecError, UsageError
 from lightwork.random import RandomState
 from lightwork.spec.spec import Activation
@@ -39,16 +40,6 @@ SMALL = INT8_BLOCK
 LARGE_BUFFER = 64 * 1024
 
 Forward = Callable[..., Any]
-
-
-class SavedWeights(Protocol):
-    """What is done with weights that autograd saves: they stay where they are."""
-
-    def is_weight(self, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor lies in the memory of the weights."""
-
-    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a saved tensor when backward takes it out; a weight with its values."""
 
 
 def layers_of(model: nn.Module) -> list[str]:
@@ -162,7 +153,7 @@ class _Call:
     def unpack(self, place: Any) -> torch.Tensor:
         """Return the tensor that was the `place`th to be saved."""
         if isinstance(place, torch.Tensor):
-            return self.weights.bring(place)
+            return self.weights.bring_saved(place)
         if place not in self.again:
             self._run_again()
         return self.again.pop(place)
@@ -322,7 +313,7 @@ def _in_int8(name: str, module: nn.Module, weights: SavedWeights, device: Device
         return to_int8(tensor) if is_large and not weights.is_weight(tensor) else tensor
 
     def unpack(packed: torch.Tensor | Int8) -> torch.Tensor:
-        return from_int8(packed) if isinstance(packed, Int8) else weights.bring(packed)
+        return from_int8(packed) if isinstance(packed, Int8) else weights.bring_saved(packed)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(pack, unpack):
@@ -380,7 +371,7 @@ class _HostActivations:
     def unpack(self, packed: torch.Tensor | _Away) -> torch.Tensor:
         """Return a tensor of the host to the device, and those before it while backward is busy with it."""
         if isinstance(packed, torch.Tensor):
-            return self._weights.bring(packed)
+            return self._weights.bring_saved(packed)
         for place in range(packed.place, max(-1, packed.place - 1 - AHEAD), -1):
             away = self._away[place]()
             if away is not None and away.here is None:

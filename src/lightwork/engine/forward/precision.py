@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightwork.device.base import Device
-from lightwork.engine.backward.early import UpdateInBackward
-from lightwork.engine.forward.fetching import ShardedWeights
+from lightwork.engine.backward.early import Early
+from lightwork.engine.forward.fetching import Fetching
 from lightwork.errors import UsageError
 from lightwork.spec.spec import Precision
-from lightwork.state.weights import DTYPES, NARROW, Weights
+from lightwork.state.parameters import DTYPES, NARROW
+from lightwork.state.weights import Weights
 
 
 class _Master(torch.autograd.Function):
@@ -41,9 +42,9 @@ class _Master(torch.autograd.Function):
 class MasterWeights(TorchFunctionMode):
     """While active, replaces narrow weights by their masters in every torch function called with autocast off."""
 
-    def __init__(self, weights: Weights, *, complete: bool, device_type: str) -> None:
+    def __init__(self, weights: Weights, *, has_masters: bool, device_type: str) -> None:
         super().__init__()
-        self._complete = complete
+        self._has_masters = has_masters
         self._device_type = device_type
         self._masters = {
             # `.data`: all views of the shared memory have one count of writes, and autograd checks it.
@@ -67,7 +68,7 @@ class MasterWeights(TorchFunctionMode):
         leaves, tree = pytree.tree_flatten((args, kwargs))
         if not any(id(leaf) in self._masters for leaf in leaves) or _is_attribute(func):
             return func(*args, **kwargs)
-        if not self._complete:
+        if not self._has_masters:
             raise UsageError(
                 "the model switches autocast off and uses weights there, which takes their fp32 masters, and the plan "
                 "shares these out among the hosts, or offloads them. Name the module in fp32_modules, or keep masters: "
@@ -99,21 +100,20 @@ class Compute:
         weights: Weights,
         model: nn.Module,
         *,
-        complete: bool,
+        has_masters: bool,
         device: Device,
-        sharded: ShardedWeights | None = None,
-        early: UpdateInBackward | None = None,
+        fetching: Fetching,
+        early: Early,
     ) -> None:
-        """`complete` is False where this host does not hold all masters; `sharded` brings weights of other hosts.
-
-        `early` watches what autograd saves.
-        """
-        self._sharded = sharded
+        """`has_masters` is False where not all masters are here; `early` watches what autograd saves."""
+        self._fetching = fetching
         self._early = early
         self._device_type = device.place.type
         self._dtype = DTYPES[NARROW.get(precision, "float32")]
         self._masters = (
-            MasterWeights(weights, complete=complete, device_type=device.place.type) if precision in NARROW else None
+            MasterWeights(weights, has_masters=has_masters, device_type=self._device_type)
+            if precision in NARROW
+            else None
         )
         classes = {cls for module in model.modules() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
         functions = (f for cls in classes - {nn.Module} for f in vars(cls).values() if isinstance(f, FunctionType))
@@ -123,10 +123,7 @@ class Compute:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Be in the precision of the spec: around the body of the inner loop, or an evaluation."""
-        with (
-            self._sharded.active() if self._sharded else contextlib.nullcontext(),
-            self._early.watching() if self._early else contextlib.nullcontext(),
-        ):
+        with self._fetching.active(), self._early.watching():
             if self._masters is None:
                 yield
                 return
@@ -137,16 +134,16 @@ class Compute:
             ):
                 yield
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def run_backward(self, loss: torch.Tensor) -> None:
         """Run backward, with autocast off: it runs in the types that forward chose."""
-        if self._masters is None and self._sharded is None:
+        if self._masters is None and not self._fetching.needs_mode:
             loss.backward()  # type: ignore[no-untyped-call]
             return
         # Regions that backward runs again need the modes; elsewhere they would only slow down the hooks on gradients.
-        needs_modes = self._sharded is not None or (self._masters is not None and self._masters.used)
+        needs_modes = self._fetching.needs_mode or (self._masters is not None and self._masters.used)
         with (
             contextlib.nullcontext() if needs_modes else torch._C.DisableTorchFunction(),
-            self._sharded.backward() if self._sharded else contextlib.nullcontext(),
+            self._fetching.in_backward(),
             torch.autocast(self._device_type, enabled=False),
         ):
             if needs_modes:

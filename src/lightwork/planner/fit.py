@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightwork.engine.blueprint import Blueprint
 from lightwork.errors import MemoryFull
+from lightwork.spec.holdings import Holdings, Home
 from lightwork.spec.plan import Place
 from lightwork.units import format_bytes, parse_bytes
 
 #: What is moved to disk, in this order: first what a step touches once.
-ORDER = ("optimizer", "gradients", "weights")
+ORDER: tuple[str, ...] = ("optimizer", "gradients", "weights")
 
 #: An allowance for Python objects, the board, mailboxes and threads' stacks; an estimate, not measured by itself.
 FIXED_BYTES = 48 * 2**20
 
 
-def fit(blueprint: Blueprint, memory: str, offload: Mapping[str, Place]) -> dict[str, Place]:
+def fit(holdings: Holdings, memory: str, offload: Mapping[str, Place]) -> dict[str, Place]:
     """Return what to offload so that a worker's resident memory stays below `memory`, above a bare `import torch`.
 
     Raises: MemoryFull when nothing fits, with the bytes that are missing and the smallest limit that would do.
@@ -34,29 +34,24 @@ def fit(blueprint: Blueprint, memory: str, offload: Mapping[str, Place]) -> dict
     chosen = dict(offload)
     for part in (None, *ORDER):
         if part is not None:
-            chosen[part] = "host" if blueprint.device.has_own_memory and chosen.get(part) != "disk" else "disk"
-        if resident_bytes(blueprint, chosen) <= limit:
+            chosen[part] = "host" if holdings.has_device and chosen.get(part) != "disk" else "disk"
+        needed = resident_bytes(holdings.with_offload(chosen))
+        if needed <= limit:
             return chosen
-    needed = resident_bytes(blueprint, chosen)
-    largest = max(blueprint.layout.parameters, key=lambda p: p.numel)
+    largest = max(holdings.layout.parameters, key=lambda p: p.numel)
     raise MemoryFull(
         f"memory={memory!r} is {format_bytes(needed - limit)} too little: with everything offloaded a worker still "
-        f"needs {format_bytes(needed)} ({format_bytes(_fixed(blueprint))} for itself, the rest for one bucket's update "
+        f"needs {format_bytes(needed)} ({format_bytes(_fixed(holdings))} for itself, the rest for one bucket's update "
         f"and the largest parameter, {largest.name} of {format_bytes(largest.numel * 4)}). The nearest plan that fits "
         f"is memory='{-(-needed // 2**20)}MiB'."
     )
 
 
-def resident_bytes(blueprint: Blueprint, offload: Mapping[str, Place]) -> int:
+def resident_bytes(holdings: Holdings) -> int:
     """Return the resident bytes of a worker at their peak, without its activations."""
-    away = ("disk", "host") if blueprint.device.has_own_memory else ("disk",)
-    in_memory = {
-        part: size / blueprint.world_size
-        for part, size in blueprint.expected_bytes().items()
-        if offload.get(part) not in away
-    }
-    return int(sum(in_memory.values())) + _fixed(blueprint) + blueprint.working_set_bytes(offload)
+    in_memory = sum(holdings.expected_bytes((Home.HERE,)).values()) / holdings.num_workers
+    return int(in_memory) + _fixed(holdings) + holdings.working_set_bytes()
 
 
-def _fixed(blueprint: Blueprint) -> int:
-    return 0 if blueprint.device.has_own_memory else FIXED_BYTES
+def _fixed(holdings: Holdings) -> int:
+    return 0 if holdings.has_device else FIXED_BYTES

@@ -1,0 +1,202 @@
+"""An engine from its parts: what reads the spec, the plan and the table of holdings once, so that the phases need not.
+
+In three steps, because the leaders of the hosts put the values into memory before the others look at them:
+
+    make_parts    everything that lies in memory, or works on it
+    attach        the model moves into the memory of the team
+    make_engine   the surroundings of forward, which look at the attached model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightwork.engine.backward.early import Early, UpdateInBackward
+from lightwork.engine.backward.gradients import Gradients
+from lightwork.engine.backward.outbox import Consumed, messages_of_leaves, pool_for
+from lightwork.engine.backward.slots import Slots
+from lightwork.engine.engine import Engine, Parts, State, Waiter
+from lightwork.engine.exchange.exchange import BetweenHosts, Exchange
+from lightwork.engine.forward.activations import Activations
+from lightwork.engine.forward.fetching import Fetching, WeightsOnDisk, WeightsOnTheirWay
+from lightwork.engine.forward.precision import Compute
+from lightwork.engine.forward.sources import FetchedWeights, answer_requests
+from lightwork.engine.update import Updater
+from lightwork.spec.holdings import MASTERS, SUMS, WORKING, Holdings, Home
+from lightwork.state.buffers import Buffers
+from lightwork.state.description import Description
+from lightwork.state.materialise import load, reset
+from lightwork.state.optimizer import BlockOptimizer
+from lightwork.state.parameters import DTYPES
+from lightwork.state.places import UpdateParts, Visits, WeightPages
+from lightwork.state.scaling import LossScale
+from lightwork.state.weights import Weights
+from lightwork.store.elements import Elements
+from lightwork.store.regions import Regions
+from lightwork.team.board import Board
+from lightwork.trace import Trace
+from lightwork.transport.base import Carrier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """What a worker has of its team and its host."""
+
+    local_rank: int
+    memory: Regions
+    board: Board
+    signal: Waiter
+    trace: Trace
+    carrier: Carrier | None = None  #: the leader's, where there are several hosts
+    weights_carrier: Carrier | None = None  #: ... and weights are shared out
+
+
+def make_parts(description: Description, holdings: Holdings, workplace: Workplace) -> Parts:
+    """Return the parts of a worker's engine."""
+    memory, device = workplace.memory, workplace.memory.device
+    weights = Weights(description.parameters, holdings, memory)
+    state = State(
+        weights=weights,
+        buffers=Buffers(description.model, description.spec.buffers, memory),
+        optimizer=BlockOptimizer(description.optimizer, weights, description.state_layout, memory),
+        loss_scale=LossScale(memory, enabled=description.spec.precision == "fp16"),
+    )
+    slots = Slots(holdings, memory)
+    fetching = _fetching(weights, holdings, workplace)
+    home_and_here = _UpdateRegions(holdings, memory, state.optimizer)
+    come_and_go = [row.bucket for row in holdings.rows if row.is_own and home_and_here.of_bucket(row.bucket)]
+    update_parts = Visits(
+        UpdateParts(holdings.layout, device, home_and_here.of_bucket),
+        come_and_go,
+        device,
+        limit=holdings.depths.leaving,
+    )
+    are_one = holdings.narrow is None
+    updater = Updater(weights, slots, state.optimizer, update_parts, fetching, masters_are_weights=are_one)
+    exchange = Exchange()
+    if workplace.carrier is not None:
+        exchange = BetweenHosts(holdings, workplace.carrier, workplace.board, slots, state.buffers)
+    return Parts(
+        model=description.model,
+        optimizer=description.optimizer,
+        holdings=holdings,
+        device=device,
+        board=workplace.board,
+        signal=workplace.signal,
+        trace=workplace.trace,
+        state=state,
+        gradients=Gradients(workplace.local_rank, weights, slots, holdings.num_slots, fetching),
+        fetching=fetching,
+        early=_early(weights, holdings, slots, updater, fetching),
+        exchange=exchange,
+        updater=updater,
+        update_parts=update_parts,
+        slots=slots,
+        on_disk=home_and_here.mapped,
+    )
+
+
+def attach(description: Description, parts: Parts, *, write: bool) -> None:
+    """Move the model into the memory of the team; with `write`, as its contents."""
+    state, done = parts.state, parts.fetching.leave_written
+    were_meta = state.weights.attach(write=write, done=done)
+    if write:
+        if description.weights_file is not None:
+            load(description.model, state.weights, description.weights_file, done)
+        elif were_meta or description.has_meta_buffers:
+            reset(description.model, state.weights, were_meta, done)
+        state.weights.accept_versions()
+        state.buffers.publish()
+        for index, parameter in enumerate(state.weights.parameters):
+            values = description.optimizer.state.get(parameter)
+            if values and description.layout.parameters[index].group is not None:
+                state.optimizer.load_state(index, dict(values))
+
+
+def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -> Engine:
+    """Return the engine, once the model is attached.
+
+    Args:
+        activations: what the plan says of modules by name; those in 8 bits are the spec's.
+    """
+    holdings, weights = parts.holdings, parts.state.weights
+    _take_room_at_home(holdings, memory, parts.state.optimizer)
+    parts.fetching.watch_modules(parts.model)
+    chosen = dict(activations) | dict.fromkeys(holdings.spec.int8_activations, "int8")
+    saved = parts.early if isinstance(parts.early, UpdateInBackward) else parts.fetching
+    compute = Compute(
+        holdings.spec.precision,
+        weights,
+        parts.model,
+        has_masters=holdings.masters_are_here(),
+        device=parts.device,
+        fetching=parts.fetching,
+        early=parts.early,
+    )
+    return Engine(parts, compute, Activations(parts.model, chosen, saved, parts.device))
+
+
+class _UpdateRegions:
+    """Where the masters and state of each bucket have their home, and where an update sees them."""
+
+    def __init__(self, holdings: Holdings, memory: Regions, optimizer: BlockOptimizer) -> None:
+        self._holdings = holdings
+        self._places = {name: (home, here) for name, home, here in optimizer.places}
+        self._places[MASTERS] = memory.home(MASTERS, torch.float32), memory.here(MASTERS, torch.float32)
+        if holdings.narrow is not None and not holdings.has_device:
+            working = memory.home(WORKING, DTYPES[holdings.narrow])
+            self._places[WORKING] = working, working
+
+    @property
+    def mapped(self) -> list[Elements]:
+        """The homes of these regions."""
+        return [home for home, _ in self._places.values()]
+
+    def of_bucket(self, bucket: int) -> Sequence[tuple[Elements, Elements]]:
+        """Return the home and the place here of each part of a bucket that comes for its update."""
+        found = []
+        for name, holding in self._holdings.rows[bucket].parts.items():
+            is_fetched = name == MASTERS and self._holdings.narrow is None and self._holdings.has_device
+            if name != SUMS and name in self._places and not is_fetched and holding.home in (Home.HOST, Home.DISK):
+                found.append(self._places[name])
+        return found
+
+
+def _take_room_at_home(holdings: Holdings, memory: Regions, optimizer: BlockOptimizer) -> None:
+    """Take the host memory that offloaded buckets will need: what is missing must show before the first step."""
+    regions = _UpdateRegions(holdings, memory, optimizer)
+    for bucket in holdings.own_buckets:
+        for home, here in regions.of_bucket(bucket):
+            if home is not here:
+                for block in holdings.layout.blocks_of(bucket):
+                    start = holdings.layout.offsets[block.parameter] + block.start
+                    home.take(start, start + block.end - block.start)
+
+
+def _fetching(weights: Weights, holdings: Holdings, workplace: Workplace) -> Fetching:
+    """Return who brings weights that are not always here."""
+    device, depths = workplace.memory.device, holdings.depths
+    fetching = Fetching(weights)
+    way = FetchedWeights(weights, holdings, device, workplace.weights_carrier)
+    if way.buckets:
+        visits = Visits(way, way.buckets, device, limit=depths.kept)
+        fetching = WeightsOnTheirWay(weights, visits, depths, way.close)
+    if workplace.weights_carrier is not None:
+        answer_requests(weights, workplace.weights_carrier, device)
+    if not holdings.has_device and holdings.weights_on_disk:
+        names = [MASTERS, WORKING] if holdings.narrow else [MASTERS]
+        regions = [workplace.memory.home(name, DTYPES[holdings.dtype_of(name)]) for name in names]
+        pages = Visits(WeightPages(holdings.layout, regions), range(len(weights.parameters)), device, limit=1)
+        fetching = WeightsOnDisk(weights, pages, fetching)
+    return fetching
+
+
+def _early(weights: Weights, holdings: Holdings, slots: Slots, updater: Updater, fetching: Fetching) -> Early:
+    if not holdings.updates_in_backward:
+        return Early()
+    messages = messages_of_leaves(slots)
+    gradients = Consumed(weights.layout, slots.leaf_dtypes, messages, pool_for(slots.device, messages))
+    return UpdateInBackward(weights, gradients, updater, fetching)

@@ -1,0 +1,1 @@
+"""Plans: from what there is to how a spec is carried out."""

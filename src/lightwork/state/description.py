@@ -1,0 +1,96 @@
+"""A model and its optimizer as a run needs them, before there is any memory: parameters, layout, what state is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightwork.device.base import Device
+from lightwork.errors import SpecError
+from lightwork.spec.holdings import StateShape
+from lightwork.spec.layout import Layout, ParameterSpec, cut_for, lay_out
+from lightwork.spec.spec import Spec
+from lightwork.state.buffers import Buffers
+from lightwork.state.materialise import check_can_reset, give_buffers_memory
+from lightwork.state.optimizer import StateLayout, is_elementwise, probe_state
+from lightwork.state.parameters import describe_parameters, refuse_sparse_gradients
+from lightwork.state.scaling import LossScale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What is trained; made by `describe`."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    spec: Spec
+    parameters: list[nn.Parameter]
+    layout: Layout
+    state_layout: StateLayout
+    has_meta_buffers: bool
+    weights_file: Path | None  #: a safetensors file that takes the place of the model's own values
+
+    @property
+    def state_shape(self) -> StateShape:
+        """What the optimizer keeps, in numbers."""
+        layout = self.state_layout
+        return StateShape(
+            itemsizes={name: dtype.itemsize for name, dtype in layout.flat.items()},
+            in_8_bits=frozenset(layout.in_8_bits),
+            num_scales=layout.num_scales,
+            odd_bytes=layout.odd_bytes,
+            number_bytes=layout.number_bytes,
+        )
+
+    @property
+    def buffer_bytes(self) -> Mapping[str, int]:
+        """The bytes of the regions of the model's buffers, which lie where computation sees them."""
+        return Buffers.values_bytes(self.model, self.spec.num_micro_batches)
+
+    @property
+    def flag_bytes(self) -> Mapping[str, int]:
+        """The bytes of the regions of flags and numbers, which lie with the host."""
+        return {**Buffers.flag_bytes(self.model, self.spec.num_micro_batches), **LossScale.region_bytes()}
+
+
+def describe(
+    model: nn.Module, optimizer: torch.optim.Optimizer, spec: Spec, device: Device, weights: Path | None = None
+) -> Description:
+    """Describe a model and its optimizer. Moves the model's buffers to the device.
+
+    Args:
+        weights: a safetensors file that takes the place of the model's own values.
+
+    Raises: SpecError for what can not be trained.
+    """
+    refuse_sparse_gradients(model.named_modules())
+    if weights is None:
+        check_can_reset(model)
+    has_meta_buffers = give_buffers_memory(model, device.place)
+    parameters, described = describe_parameters(model, optimizer, spec, whole=not is_elementwise(optimizer))
+    layout = lay_out(described, cut_for(spec.device))
+    return Description(
+        model=model,
+        optimizer=optimizer,
+        spec=spec,
+        parameters=parameters,
+        layout=layout,
+        state_layout=_state_layout(optimizer, spec, layout, described, device),
+        has_meta_buffers=has_meta_buffers,
+        weights_file=weights,
+    )
+
+
+def _state_layout(
+    optimizer: torch.optim.Optimizer, spec: Spec, layout: Layout, described: list[ParameterSpec], device: Device
+) -> StateLayout:
+    if spec.optimizer_state != "fp32" and not is_elementwise(optimizer):
+        raise SpecError(
+            f"optimizer_state={spec.optimizer_state!r} is for optimizers that treat every element by itself, and "
+            f"{type(optimizer).__name__} reads whole parameters. Leave it out, or use AdamW."
+        )
+    return StateLayout(layout, probe_state(optimizer, described, device.place), spec.optimizer_state)

@@ -1,0 +1,122 @@
+"""Which of a model's parameters are trained, of what type and in which group; and what can not be trained is refused.
+
+Under bf16 (and fp16 likewise) a trained parameter exists twice: the fp32 master that the optimizer updates, and the
+bf16 working weight that the model computes with. Modules whose own parameters are all vectors (norms, scales) keep
+fp32 working weights, because kernels of norms want them so, and they are small; so do modules named in
+`fp32_modules`. A frozen parameter has no master.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from lightwork.errors import SpecError
+from lightwork.spec.layout import ParameterSpec
+from lightwork.spec.spec import Spec
+
+#: Of working weights and gradients, by their name in the layout.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: The type of most working weights, by precision.
+NARROW = {"bf16": "bfloat16", "fp16": "float16"}
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def describe_parameters(
+    model: nn.Module, optimizer: torch.optim.Optimizer, spec: Spec, *, whole: bool
+) -> tuple[list[nn.Parameter], list[ParameterSpec]]:
+    """Return the model's floating-point parameters, each once, and what the layout needs to know of them.
+
+    Parameters of other types (quantised and frozen ones) stay with each worker, as they are.
+
+    Raises: SpecError for lazy parameters, parameters of a type that is not supported, trained parameters whose
+    memory overlaps itself, and an optimizer with parameters of another model.
+    """
+    group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    narrow = NARROW.get(spec.precision)
+    fp32 = _fp32_parameters(model, spec.fp32_modules) if narrow or spec.fp32_modules else None
+    parameters, specs = [], []
+    for name, parameter in model.named_parameters():
+        _check_supported(name, parameter)
+        if not parameter.is_floating_point():
+            continue
+        low = narrow is not None and fp32 is not None and parameter not in fp32
+        parameters.append(parameter)
+        specs.append(
+            ParameterSpec(
+                name=name,
+                shape=tuple(parameter.shape),
+                dtype=narrow if narrow and low else "float32",
+                group=group_of.pop(parameter, None),
+                whole=whole,
+            )
+        )
+    if group_of:
+        shapes = ", ".join(str(tuple(p.shape)) for p in list(group_of)[:3])
+        raise SpecError(
+            f"the optimizer has {len(group_of)} parameters that are not in the model (shapes {shapes}). "
+            "Make the optimizer from model.parameters(), after the model has its final modules."
+        )
+    if not any(s.group is not None for s in specs):
+        raise SpecError("the optimizer has no parameter of the model. Make it from model.parameters().")
+    return parameters, specs
+
+
+def _check_supported(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise SpecError(
+            f"parameter {name} is of a lazy module and has no shape yet. Run one batch through the "
+            "model before distribute."
+        )
+    if parameter.device.type not in ("cpu", "meta", "cuda"):
+        raise SpecError(
+            f"parameter {name} is on {parameter.device}. This version trains on CPUs and CUDA devices: keep the model "
+            "on one of these."
+        )
+    if parameter.is_floating_point() and parameter.dtype not in (torch.float32, *_HALVES):
+        raise SpecError(f"parameter {name} is {parameter.dtype}. Convert the model with model.float().")
+    if parameter.is_complex() and parameter.requires_grad:
+        raise SpecError(f"parameter {name} is {parameter.dtype}. Keep real and imaginary parts as two parameters.")
+    if parameter.layout is not torch.strided:
+        raise SpecError(f"parameter {name} is sparse. Use a dense parameter.")
+
+
+def _fp32_parameters(model: nn.Module, names: Sequence[str]) -> set[nn.Parameter]:
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            near = ", ".join(sorted(modules)[1:6])
+            raise SpecError(f"fp32_modules names {name!r}, which the model does not have. It has {near}, ...")
+    keep: set[nn.Parameter] = {p for name in names for p in modules[name].parameters()}
+    for module in modules.values():
+        own = list(module.parameters(recurse=False))
+        if all(p.dim() <= 1 for p in own) or isinstance(module, nn.Bilinear):
+            keep.update(own)
+    return keep
+
+
+def like(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return `flat` in the shape of `parameter` and, where these are dense (such as channels-last), its strides."""
+    if parameter.is_contiguous() or not _is_dense(parameter):
+        return flat.view(parameter.shape)
+    return flat.as_strided(parameter.shape, parameter.stride())
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def refuse_sparse_gradients(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise SpecError for an embedding that makes sparse gradients."""
+    for name, module in modules:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise SpecError(f"module {name} makes sparse gradients (sparse=True). Leave sparse out.")
