@@ -2,7 +2,7 @@
 
     python benchmarks/placements.py                       # prints a table; --out DIR writes it as well
 
-Workers have memories of their own (transport "group"). The formula is `Blueprint.expected_bytes`, with the
+Workers have memories of their own (transport "group"). The formula is `Holdings.expected_bytes`, with the
 working set, which does not grow with the model; beside it stands the
 constant that a run with a model of next to nothing measures. Measured is the peak of the proportional set size, sampled
 ten times a second from the third step on, of the worker with most. A tower of square layers with one sample a
@@ -76,8 +76,8 @@ def train(layers: int, width: int, workers: int, micro_batches: int, precision: 
                 peak.highest = proportional()
                 peak.start()
         peak.finish()
-        blueprint = run._engine._blueprint
-        expected = {**blueprint.expected_bytes(), "working set": blueprint.working_set_bytes()}
+        holdings = run._engine._parts.holdings
+        expected = {**holdings.expected_bytes(), "working set": holdings.working_set_bytes()}
         run.digest()  # the others are alive until all have measured
     return Seen(expected, peak.highest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 
 import lightwork
 from lightwork.launcher.team import fork_team
+from lightwork.run import distribute
+from lightwork.spec.holdings import Depths, Tuning
+from lightwork.store.regions import Pages
 from tests.cases import Case
 
 T = TypeVar("T")
@@ -56,6 +60,21 @@ def train(case: Case, *, max_steps: int | None = None, **settings: Any) -> list[
         seen.append((step.loss, step.grad_norm, run.digest()))
     run.close()
     return seen
+
+
+def in_small_pieces(*, block: int | None = 64, bucket: int | None = 128, **depths: int) -> None:
+    """Cut parameters into buckets far smaller than any of them, for the runs of this process; see `Depths`."""
+    distribute.TUNING = Tuning(block=block, bucket=bucket, depths=Depths(**depths))
+
+
+def poison_what_is_given_back() -> None:
+    """Make NaN of what is given back in this process, instead of zeros where it is a whole page."""
+
+    def poison(pages: Pages, start: int, end: int) -> None:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages._buffer)) + pages._start
+        ctypes.memset(address + start, 0xFF, end - start)
+
+    Pages.release = poison  # type: ignore[method-assign]
 
 
 def new_folder() -> Path:

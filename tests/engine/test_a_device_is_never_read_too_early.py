@@ -9,11 +9,9 @@ import torch
 
 from lightwork.device.cpu import Rehearsal
 from lightwork.device.cuda import Cuda
-from lightwork.engine.forward import fetching
 from lightwork.errors import MemoryFull
-from lightwork.spec import layout
 from tests.cases import CASES, Case
-from tests.training import distributed, run_team, train
+from tests.training import distributed, in_small_pieces, run_team, train
 from tests.two_memories import MixedMemories, Race, TwoMemories
 
 ALL_AWAY = {"optimizer": "host", "weights": "host", "gradients": "host"}
@@ -21,8 +19,7 @@ ALL_AWAY = {"optimizer": "host", "weights": "host", "gradients": "host"}
 
 def watched(case: Case, **settings: Any) -> tuple[str, int]:
     """Train two steps in small pieces under the watch; return the digest, and how many accesses had to wait."""
-    layout.BLOCK, layout.BUCKET = 64, 128
-    fetching.KEPT, fetching.AHEAD = 1, 2
+    in_small_pieces(kept=1, ahead=2)
     memories = TwoMemories()
     memories.install()
     with memories:

@@ -14,12 +14,10 @@ from torch.utils.data import TensorDataset, default_collate
 
 import lightwork
 from lightwork.data.order import shuffled
-from lightwork.engine.backward import early
 from lightwork.random import derive
-from lightwork.spec import layout
 from lightwork.team.environment import make_cublas_deterministic
 from tests.cases import CASES, Case
-from tests.training import distributed, new_folder, run_team, train
+from tests.training import distributed, in_small_pieces, new_folder, run_team, train
 
 ON_GPU = {"device": "cuda"}
 OFFLOADS: dict[str, dict[str, str]] = {
@@ -91,7 +89,7 @@ def test_offload_changes_no_bit(name: str, offload: dict[str, str]) -> None:
     case = CASES[name]
 
     def small_buckets(**settings: Any) -> Any:
-        layout.GPU_BLOCK, layout.GPU_BUCKET = 64, 128
+        in_small_pieces()
         return train(case, **ON_GPU, **settings)
 
     (on_gpu,) = run_team(1, small_buckets)
@@ -114,7 +112,7 @@ def test_placements_of_workers_that_share_the_gpu_change_no_bit(placement: str, 
     case = CASES["gpt, bf16"]
 
     def small_buckets(**settings: Any) -> Any:
-        layout.GPU_BLOCK, layout.GPU_BUCKET = 64, 128
+        in_small_pieces()
         return train(case, **ON_GPU, **settings)
 
     (alone,) = run_team(1, small_buckets)
@@ -127,8 +125,7 @@ def test_update_in_backward_changes_no_bit(offload: dict[str, str]) -> None:
     case = CASES["gpt, bf16"]
 
     def job(worth_it: int, offload: dict[str, str]) -> Any:
-        early.WORTH_IT = worth_it
-        layout.GPU_BLOCK, layout.GPU_BUCKET = 64, 128
+        in_small_pieces(early=worth_it)
         return train(case, micro_batch=16, clip_grad_norm=None, offload=offload, **ON_GPU)
 
     (after,) = run_team(1, lambda: job(2**60, {}))
@@ -172,12 +169,12 @@ def tower(**settings: Any) -> tuple[str, int, list[int], dict[str, str]]:
 
 
 def test_a_quarter_of_the_training_state_is_enough_memory() -> None:
-    layout.GPU_BUCKET = 1024 * 1024  # of 64 layers of 1 M parameters
-    try:
-        ((whole, _, _, nothing),) = run_team(1, tower)
-        ((within, peak, _, offloaded),) = run_team(1, lambda: tower(memory="256MiB"))
-    finally:
-        layout.GPU_BUCKET = 16 * 1024 * 1024
+    def job(**settings: Any) -> Any:
+        in_small_pieces(block=None, bucket=1024 * 1024)  # of 64 layers of 1 M parameters
+        return tower(**settings)
+
+    ((whole, _, _, nothing),) = run_team(1, job)
+    ((within, peak, _, offloaded),) = run_team(1, lambda: job(memory="256MiB"))
     assert nothing == {}
     assert "optimizer" in offloaded
     assert within == whole

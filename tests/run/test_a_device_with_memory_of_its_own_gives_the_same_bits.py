@@ -12,11 +12,9 @@ from torch.utils.data import TensorDataset
 
 import lightwork
 from lightwork.device.cpu import Rehearsal
-from lightwork.engine.forward import fetching
-from lightwork.spec import layout
 from lightwork.store.elements import UnitElements
 from tests.cases import CASES, Case
-from tests.training import distributed, new_folder, run_team, train
+from tests.training import distributed, in_small_pieces, new_folder, run_team, train
 
 OFFLOADS: dict[str, dict[str, str]] = {
     "nothing offloaded": {},
@@ -40,8 +38,7 @@ def test_one_worker_has_the_digests_of_one_without_a_device(case: Case, offload:
 
 def train_in_small_pieces(case: Case, **settings: Any) -> list[Any]:
     """Train with many small buckets, of which few are kept, and with NaN in memory that was given back."""
-    layout.BLOCK, layout.BUCKET = 64, 128
-    fetching.KEPT, fetching.AHEAD = 1, 2
+    in_small_pieces(kept=1, ahead=2)
     release = UnitElements.release
 
     def poisoned(self: UnitElements, start: int, end: int) -> None:
@@ -126,6 +123,7 @@ def test_a_model_without_values_is_trained_where_it_never_was() -> None:
 
 def test_a_limit_on_memory_chooses_what_goes_to_the_host() -> None:
     def job(memory: str) -> tuple[dict[str, str], int]:
+        in_small_pieces(block=None, bucket=512 * 1024)  # a layer or two, of 16
         model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(16)))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         run = lightwork.distribute(
@@ -134,18 +132,14 @@ def test_a_limit_on_memory_chooses_what_goes_to_the_host() -> None:
         for step in run.steps(TensorDataset(torch.ones(8, 512)), epochs=1):
             for (x,) in step:
                 step.backward(model(x).square().mean())
-        run._engine.forget()
-        homes, here = run._engine._memory._homes.values(), run._engine._memory._here.values()
+        run._engine.settle()
+        homes, here = run._team.memory._homes.values(), run._team.memory._here.values()
         units = [e for e in (*homes, *here) if isinstance(e, UnitElements)]
         return dict(run.plan.offload), sum(e.num_bytes for e in units if Rehearsal.place == e.place)
 
-    layout.BUCKET = 512 * 1024  # a layer or two, of 16
-    try:
-        ((nothing, in_all),) = run_team(1, lambda: job("1GiB"))
-        ((some, less),) = run_team(1, lambda: job("80MiB"))
-        ((everything, least),) = run_team(1, lambda: job("26MiB"))
-    finally:
-        layout.BUCKET = 1024 * 1024
+    ((nothing, in_all),) = run_team(1, lambda: job("1GiB"))
+    ((some, less),) = run_team(1, lambda: job("80MiB"))
+    ((everything, least),) = run_team(1, lambda: job("26MiB"))
     assert nothing == {}
     assert some == {"optimizer": "host"}
     assert everything == {"optimizer": "host", "gradients": "host", "weights": "host"}
@@ -158,14 +152,14 @@ def test_a_limit_on_memory_chooses_what_goes_to_the_host() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_little_of_what_is_offloaded_is_ever_on_the_device(placement: str, precision: str) -> None:
     def job() -> tuple[int, int]:
-        layout.BUCKET = 1024
+        in_small_pieces(block=None, bucket=1024)
         highest = 0
         taken = UnitElements._take
 
         def note(self: UnitElements, unit: int) -> None:
             nonlocal highest
             taken(self, unit)
-            away = [here for here in run._engine._memory._here.values()] if run is not None else []
+            away = [here for here in run._team.memory._here.values()] if run is not None else []
             highest = max(highest, sum(here.num_bytes for here in away))
 
         run: lightwork.Run | None = None
@@ -187,10 +181,10 @@ def test_little_of_what_is_offloaded_is_ever_on_the_device(placement: str, preci
         for step in run.steps(TensorDataset(torch.ones(16, 32)), epochs=1):
             for (x,) in step:
                 step.backward(model(x).float().square().mean())
-        slots = run._engine._updater._slots._units
+        slots = run._engine._parts.slots._slots
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert all(sums.num_bytes <= 4.1 * trained for _, sums in slots), "frozen parameters have no partial sums"
-        return highest, len(run._engine.weights.layout.buckets)
+        return highest, len(run._engine.state.weights.layout.buckets)
 
     for highest, buckets in run_team(2, job):
         state_and_weights = (32 * 32 + 32) * 4 * 4

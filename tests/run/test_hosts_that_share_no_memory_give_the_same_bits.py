@@ -9,11 +9,9 @@ import pytest
 import torch
 
 import lightwork
-from lightwork.engine.forward import fetching
-from lightwork.spec import layout
-from lightwork.store.regions import PAGE_BYTES, SharedMemory
+from lightwork.store.regions import PAGE_BYTES
 from tests.cases import CASES, Case
-from tests.training import new_folder, run_team, train
+from tests.training import in_small_pieces, new_folder, poison_what_is_given_back, run_team, train
 
 GROUP = {"transport": "group"}
 ZERO1, ZERO2, ZERO3 = ({"transport": "group", "placement": placement} for placement in ("zero1", "zero2", "zero3"))
@@ -42,15 +40,9 @@ def test_any_number_of_micro_batches_will_do(global_batch: int, micro_batch: int
 
 def in_small_buckets(case: Case) -> list[tuple[float, float, str]]:
     """Train with buckets far smaller than any parameter, and room for one bucket of the other hosts' weights."""
-    layout.BLOCK, layout.BUCKET = 64, 128
-    fetching.KEPT, fetching.AHEAD = 1, 2
-    SharedMemory.release = poison  # type: ignore[method-assign]
+    in_small_pieces(kept=1, ahead=2)
+    poison_what_is_given_back()
     return train(case)
-
-
-def poison(memory: SharedMemory, name: str, start: int, end: int) -> None:
-    """Make NaN of what is given back, instead of zeros where it is a whole page."""
-    ctypes.memset(memory.tensor(name).data_ptr() + start, 0xFF, end - start)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -63,14 +55,16 @@ def test_many_buckets_travel_and_come_and_go(case: Case) -> None:
 
 def resident(run: Any) -> dict[str, int]:
     """Return the bytes of this worker's shared memory that are there, by region."""
-    memory = run._engine._memory
+    memory = run._team.memory
     pages = torch.empty(memory._map.num_bytes // PAGE_BYTES, dtype=torch.uint8)
-    start, length = ctypes.c_void_p(memory._bytes[0].data_ptr()), ctypes.c_size_t(len(memory._bytes[0]))
+    start, length = ctypes.c_void_p(memory._bytes.data_ptr()), ctypes.c_size_t(len(memory._bytes))
     assert ctypes.CDLL(None).mincore(start, length, ctypes.c_void_p(pages.data_ptr())) == 0
     there = {}
     for name, offset in memory._map.offsets.items():
         first = offset // PAGE_BYTES
-        there[name] = int((pages[first : first + -(-memory._map.sizes[name] // PAGE_BYTES)] & 1).sum()) * PAGE_BYTES
+        there[name] = (
+            int((pages[first : first + -(-memory._map.regions[name].num_bytes // PAGE_BYTES)] & 1).sum()) * PAGE_BYTES
+        )
     return there
 
 

@@ -84,7 +84,7 @@ def overflowing(folder: Path) -> list[tuple[bool, float, str]]:
         for position, (x,) in enumerate(step):
             overflows = step.index == 2 and position == 0 and run.is_main
             step.backward(model(x).float().square().mean() * (1e30 if overflows else 0.01))
-        seen.append((step.skipped, run._engine.loss_scale.of(step.index + 1), run.digest()))
+        seen.append((step.skipped, run._engine.state.loss_scale.of(step.index + 1), run.digest()))
         if step.index == 2:
             run.save(saved)
     return seen

@@ -5,7 +5,6 @@ What is given back reads as NaN here, so that a weight that did not come shows.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any
 
@@ -16,11 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightwork
-from lightwork.engine.forward import fetching
-from lightwork.spec import layout
-from lightwork.store.regions import SharedMemory
 from tests.cases import LSTM
-from tests.training import new_folder, run_team
+from tests.training import in_small_pieces, new_folder, poison_what_is_given_back, run_team
 
 ZERO3 = {"transport": "group", "placement": "zero3"}
 
@@ -74,14 +70,9 @@ class Odd(nn.Module):
         return F.linear(x, self.tokens.weight)  # of another module
 
 
-def poison(memory: SharedMemory, name: str, start: int, end: int) -> None:
-    ctypes.memset(memory.tensor(name).data_ptr() + start, 0xFF, end - start)
-
-
 def train(**settings: Any) -> list[Any]:
-    layout.BLOCK, layout.BUCKET = 64, 128
-    fetching.KEPT, fetching.AHEAD = 1, 2
-    SharedMemory.release = poison  # type: ignore[method-assign]
+    in_small_pieces(kept=1, ahead=2)
+    poison_what_is_given_back()
     torch.manual_seed(0)
     model = Odd()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)

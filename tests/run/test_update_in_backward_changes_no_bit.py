@@ -10,9 +10,8 @@ from torch import nn
 
 import lightwork
 from lightwork.engine.backward import early
-from lightwork.spec import layout
 from tests.cases import CASES, Case
-from tests.training import new_folder, run_team, train
+from tests.training import in_small_pieces, new_folder, run_team, train
 
 Seen = list[tuple[float, float, str]]
 
@@ -22,7 +21,7 @@ AWAY = {"device": "rehearsal", "offload": {"optimizer": "host", "weights": "host
 
 def counted(case: Case, worth_it: int, **settings: Any) -> tuple[Seen, int]:
     """Train with global batches of one micro-batch; return what was seen, and the buckets updated in backward."""
-    layout.BLOCK, layout.BUCKET, early.WORTH_IT = 64, 128, worth_it
+    in_small_pieces(early=worth_it)
     updated: list[int] = []
     update = early.UpdateInBackward._update
 
@@ -57,8 +56,7 @@ class Detached(nn.Module):
 
 
 def detached(worth_it: int) -> list[tuple[float, str]]:
-    early.WORTH_IT = worth_it
-    layout.BLOCK, layout.BUCKET = 64, 64
+    in_small_pieces(bucket=64, early=worth_it)
     torch.manual_seed(0)
     model = Detached()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -84,9 +82,9 @@ def test_gradients_are_never_there_as_a_whole() -> None:
         for step in run.steps(torch.utils.data.TensorDataset(torch.randn(4, 1024)), epochs=1):
             for (x,) in step:
                 step.backward(model(x).square().mean())
-        memory = run._engine._memory
+        memory = run._team.memory
         assert bool((memory.tensor("partial sums") == 0).all())
-        assert run._engine._blueprint.expected_bytes()["gradients"] == 0
-        return len(run._engine._early.outbox.pool._free) if run._engine._early else -1
+        assert run._engine._parts.holdings.expected_bytes()["gradients"] == 0
+        return len(run._engine._parts.early._gradients.pool._free)
 
     assert run_team(1, taken) == [1]  # the buffer of one bucket, used in turn

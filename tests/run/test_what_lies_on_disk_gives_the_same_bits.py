@@ -14,17 +14,20 @@ import lightwork
 from lightwork.errors import MemoryFull, SpecError
 from lightwork.store.mapped import create_disk_store
 from tests.cases import CASES, Case
-from tests.training import new_folder, run_team, train
+from tests.training import in_small_pieces, new_folder, run_team, train
 
 EVERYTHING = {"optimizer": "disk", "weights": "disk", "gradients": "disk"}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_step_has_the_digest_of_one_worker_in_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightwork.state.residency.PIECE", 50)  # gradients are folded in several pieces
+def test_every_step_has_the_digest_of_one_worker_in_memory(case: Case) -> None:
+    def job(offload: dict[str, Any]) -> Any:
+        in_small_pieces(block=None, bucket=None, piece=50)  # gradients are folded in several pieces
+        return train(case, offload=offload)
+
     (alone,) = run_team(1, lambda: train(case))
     for offload in ({"optimizer": "disk"}, EVERYTHING):
-        for seen in run_team(2, lambda offload=offload: train(case, offload=offload)):
+        for seen in run_team(2, lambda offload=offload: job(offload)):
             assert seen == alone
 
 
@@ -41,8 +44,11 @@ def on_disk() -> tuple[int, int]:
     """Return size and resident bytes of this process's mapping of a file on disk."""
     text = Path("/proc/self/smaps").read_text()
     mappings = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", text)
-    (own,) = [m for m in mappings if re.match(r"[^\n]* /(?!memfd)[^\n]*lightwork-\w+ \(deleted\)\n", m)]
-    size, resident = (int(re.search(rf"(?m)^{field}:\s+(\d+) kB", own)[1]) * 1024 for field in ("Size", "Rss"))  # type: ignore[index]
+    own = [m for m in mappings if re.match(r"[^\n]* /(?!memfd)[^\n]*lightwork-\w+ \(deleted\)\n", m)]
+    size, resident = (
+        sum(int(found) * 1024 for m in own for found in re.findall(rf"(?m)^{field}:\s+(\d+) kB", m))
+        for field in ("Size", "Rss")
+    )
     return size, resident
 
 

@@ -25,7 +25,7 @@ from lightwork.planner.fit import fit
 from lightwork.run.folder import create_run_dir, prepare_run_dir
 from lightwork.run.guard import Guard
 from lightwork.run.run import Run
-from lightwork.spec.holdings import Depths, Dials, Holdings
+from lightwork.spec.holdings import Dials, Holdings, Tuning
 from lightwork.spec.plan import SETTABLE, Carriage, Place, Placement, Plan
 from lightwork.spec.roster import Member, Roster
 from lightwork.spec.spec import (
@@ -49,8 +49,8 @@ from lightwork.team.rendezvous import Progress
 from lightwork.trace import Trace
 from lightwork.units import parse_bytes
 
-#: How far what is on its way may run ahead.
-DEPTHS = Depths()
+#: Sizes that no user needs to choose.
+TUNING = Tuning()
 
 #: The attribute of a model under which its run is found, so that a second `distribute` can end the first.
 _RUN = "_lightwork_run"
@@ -166,7 +166,7 @@ def distribute(
     run_number = rendezvous.next_run()
     hosts, host = find_hosts(environment, plan, rendezvous, run_number, has_own_memory=worker_device.has_own_memory)
     values = Path(weights) if weights is not None else None
-    description = describe(model, optimizer, spec, worker_device, values)
+    description = describe(model, optimizer, spec, worker_device, TUNING.cut_for(spec.device), values)
     holdings = Holdings(
         layout=description.layout,
         spec=spec,
@@ -174,7 +174,7 @@ def distribute(
         host=host,
         state=description.state_shape,
         dials=Dials(placement=plan.placement, offload=plan.offload),
-        depths=DEPTHS,
+        depths=TUNING.depths,
     )
     if plan.memory is not None:
         plan = replace(plan, offload=fit(holdings, str(plan.memory), plan.offload))

@@ -28,7 +28,7 @@ from typing import get_args
 
 from lightwork.errors import SpecError
 from lightwork.spec.hosts import Hosts
-from lightwork.spec.layout import Layout, ParameterSpec, spans_of
+from lightwork.spec.layout import Cut, Layout, ParameterSpec, cut_for, spans_of
 from lightwork.spec.plan import Part, Place, Placement
 from lightwork.spec.spec import Spec
 from lightwork.spec.tree import Node, fold, max_partial_sums
@@ -72,6 +72,20 @@ class Depths:
     backlog: int = 8  #: buckets that backward may complete before they are taken
     piece: int = 4 * 2**20  #: elements of a gradient that are folded at once where partial sums lie on disk
     early: int = 16 * 2**20  #: elements of a model from which on its update is worth doing within backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Sizes that are the same for every run, and other ones in tests. The cut changes the bits of a norm."""
+
+    block: int | None = None  #: elements; None: as is best for the device
+    bucket: int | None = None  #: elements
+    depths: Depths = field(default_factory=Depths)
+
+    def cut_for(self, device: str) -> Cut:
+        """Return how parameters are cut for workers on this kind of device."""
+        cut = cut_for(device)
+        return replace(cut, block=self.block or cut.block, bucket=self.bucket or cut.bucket)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import nn
 from lightwork.device.base import Device
 from lightwork.errors import SpecError
 from lightwork.spec.holdings import StateShape
-from lightwork.spec.layout import Layout, ParameterSpec, cut_for, lay_out
+from lightwork.spec.layout import Cut, Layout, ParameterSpec, lay_out
 from lightwork.spec.spec import Spec
 from lightwork.state.buffers import Buffers
 from lightwork.state.materialise import check_can_reset, give_buffers_memory
@@ -58,11 +58,17 @@ class Description:
 
 
 def describe(
-    model: nn.Module, optimizer: torch.optim.Optimizer, spec: Spec, device: Device, weights: Path | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    spec: Spec,
+    device: Device,
+    cut: Cut,
+    weights: Path | None = None,
 ) -> Description:
     """Describe a model and its optimizer. Moves the model's buffers to the device.
 
     Args:
+        cut: how parameters are cut into blocks and buckets.
         weights: a safetensors file that takes the place of the model's own values.
 
     Raises: SpecError for what can not be trained.
@@ -72,7 +78,7 @@ def describe(
         check_can_reset(model)
     has_meta_buffers = give_buffers_memory(model, device.place)
     parameters, described = describe_parameters(model, optimizer, spec, whole=not is_elementwise(optimizer))
-    layout = lay_out(described, cut_for(spec.device))
+    layout = lay_out(described, cut)
     return Description(
         model=model,
         optimizer=optimizer,

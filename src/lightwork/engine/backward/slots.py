@@ -138,6 +138,11 @@ class Slots:
         view = self.span_view(rank, slot, node, span)
         return self.device.copied(view) if self.is_elsewhere(span.blocks[0].parameter) else view
 
+    @property
+    def any_elsewhere(self) -> bool:
+        """Whether the host keeps any partial sums for a device."""
+        return any(self._elsewhere)
+
     def is_elsewhere(self, parameter: int) -> bool:
         """Return whether computation sees other memory than that in which a parameter's partial sums are kept."""
         bucket = self._bucket_of[parameter]

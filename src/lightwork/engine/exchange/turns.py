@@ -310,7 +310,7 @@ class Turns:
         present = without_absent(tree, is_present)
         if present is None:
             return
-        here = out if self._device.is_here(out) else torch.empty_like(out, device=self._device.place)
+        here = torch.empty_like(out, device=self._device.place) if self._slots.any_elsewhere else out
         total = self._adder.add_up(present, operand, here)
         if total.data_ptr() != out.data_ptr():
             out.copy_(total)
