@@ -24,6 +24,7 @@ from torch.utils.data import TensorDataset
 import lightwork
 from bench import markdown, preamble, print_table
 from lightwork.launcher.team import fork_team
+from lightwork.spec.footprint import expected_bytes, working_set_bytes
 from offload import Peak, proportional
 
 WIDTH, STEPS = 1024, 6
@@ -77,7 +78,7 @@ def train(layers: int, width: int, workers: int, micro_batches: int, precision: 
                 peak.start()
         peak.finish()
         holdings = run._engine._parts.holdings
-        expected = {**holdings.expected_bytes(), "working set": holdings.working_set_bytes()}
+        expected = {**expected_bytes(holdings), "working set": working_set_bytes(holdings)}
         run.digest()  # the others are alive until all have measured
     return Seen(expected, peak.highest)
 

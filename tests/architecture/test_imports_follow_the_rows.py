@@ -29,7 +29,6 @@ EXCEPTIONS = {
     ("launcher/local.py", "lightwork"),  # every worker needs it, so it is imported before they are forked
     ("units.py", "lightwork.errors"),  # row 0: what says that a text is not a quantity
     ("__main__.py", "lightwork.cli.main"),  # above all rows
-    ("team/join.py", "lightwork.engine.blueprint"),  # until the table of holdings is there
 }
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))

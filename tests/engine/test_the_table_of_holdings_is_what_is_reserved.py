@@ -16,6 +16,7 @@ from lightwork.device.cpu import Cpu, Rehearsal
 from lightwork.engine.assembly import Workplace, attach, make_parts
 from lightwork.engine.engine import Parts
 from lightwork.errors import SpecError
+from lightwork.spec.footprint import regions_of
 from lightwork.spec.holdings import MASTERS, SUMS, WORKING, Depths, Dials, Holdings, Home, Tuning, state_region
 from lightwork.spec.hosts import Hosts
 from lightwork.spec.layout import ALIGNMENT, span_of
@@ -71,7 +72,7 @@ def holdings_of(
 
 def parts_of(description: Description, holdings: Holdings, device: Device, folder: Path) -> tuple[Parts, Regions]:
     fixed = {"board": 4096, **description.flag_bytes}
-    memory_map = map_regions(holdings.regions(fixed, description.buffer_bytes))
+    memory_map = map_regions(regions_of(holdings, fixed, description.buffer_bytes))
     store = PrivateStore(memory_map.num_bytes)
     disk = create_disk_store(folder, memory_map.disk_bytes) if memory_map.disk_bytes else None
     units = Units(holdings.layout) if device.has_own_memory else None

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 import lightwork
-from lightwork.engine.forward.activations import INT8_BLOCK, Activations, from_int8, layers_of, resolve, to_int8
+from lightwork.device.cpu import Cpu
+from lightwork.engine.forward.activations import Activations
+from lightwork.engine.forward.int8 import INT8_BLOCK, from_int8, to_int8
 from lightwork.errors import SpecError, UsageError
+from lightwork.state.layers import layers_of, resolve
 from tests.cases import CASES, Case
 from tests.training import new_folder, run_team, train
 
@@ -23,7 +26,7 @@ class NoWeights:
     def is_weight(self, tensor: torch.Tensor) -> bool:
         return False
 
-    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+    def bring_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
 
@@ -129,7 +132,7 @@ def test_layers_are_the_items_of_the_largest_list() -> None:
 
 def test_a_recomputed_layer_keeps_its_inputs_alone_and_its_buffers_as_they_were() -> None:
     kept, again = model(), model()
-    wrapped = Activations(again, resolve(again, "recompute"), NoWeights())
+    wrapped = Activations(again, resolve(again, "recompute"), NoWeights(), Cpu())
     saved: dict[str, int] = {}
     gradients = {}
     for name, layers in (("kept", kept), ("again", again)):
@@ -170,7 +173,7 @@ class Forgetful(nn.Module):
 
 def test_a_module_that_can_not_be_replayed_is_named() -> None:
     module = nn.Sequential(Forgetful())
-    Activations(module, {"0": "recompute"}, NoWeights())
+    Activations(module, {"0": "recompute"}, NoWeights(), Cpu())
     with pytest.raises(UsageError, match="module 0 did not do the same when it was run again"):
         module(torch.randn(10, 64)).sum().backward()
 
@@ -200,7 +203,7 @@ class WritesLargeBuffer(nn.Module):
 def test_a_layer_that_writes_into_what_it_is_given_is_run_again_on_what_it_was(inner: nn.Module) -> None:
     def gradient(*, again: bool) -> torch.Tensor:
         module = nn.ModuleList([inner])
-        wrapped = Activations(module, {"0": "recompute"} if again else {}, NoWeights())
+        wrapped = Activations(module, {"0": "recompute"} if again else {}, NoWeights(), Cpu())
         torch.manual_seed(0)
         x = torch.randn(10, 64, requires_grad=True)
         module[0](x * 2).square().sum().backward()
@@ -215,14 +218,14 @@ def test_an_object_that_is_given_twice_is_given_twice_again() -> None:
     module = nn.ModuleList([Compares()])
     x = torch.randn(10, 64, requires_grad=True)
     (kept,) = torch.autograd.grad(module[0](x, x).sum(), x)
-    Activations(module, {"0": "recompute"}, NoWeights())
+    Activations(module, {"0": "recompute"}, NoWeights(), Cpu())
     (again,) = torch.autograd.grad(module[0](x, x).sum(), x)
     assert torch.equal(kept, again)
 
 
 def test_what_can_not_be_run_again_to_the_same_bits_is_refused() -> None:
     module = nn.ModuleList([nn.Tanh(), WritesLargeBuffer()])
-    Activations(module, {"0": "recompute", "1": "recompute"}, NoWeights())
+    Activations(module, {"0": "recompute", "1": "recompute"}, NoWeights(), Cpu())
     x = torch.randn(10, 64, requires_grad=True) * 2
     y = module[0](x)
     x.add_(1)

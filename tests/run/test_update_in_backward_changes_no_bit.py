@@ -10,6 +10,7 @@ from torch import nn
 
 import lightwork
 from lightwork.engine.backward import early
+from lightwork.spec.footprint import expected_bytes
 from tests.cases import CASES, Case
 from tests.training import in_small_pieces, new_folder, run_team, train
 
@@ -84,7 +85,7 @@ def test_gradients_are_never_there_as_a_whole() -> None:
                 step.backward(model(x).square().mean())
         memory = run._team.memory
         assert bool((memory.tensor("partial sums") == 0).all())
-        assert run._engine._parts.holdings.expected_bytes()["gradients"] == 0
+        assert expected_bytes(run._engine._parts.holdings)["gradients"] == 0
         return len(run._engine._parts.early._gradients.pool._free)
 
     assert run_team(1, taken) == [1]  # the buffer of one bucket, used in turn

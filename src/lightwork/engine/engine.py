@@ -280,11 +280,14 @@ class Engine:
         return self._board.finished_exchange(step, total)
 
     def _gather_weights(self) -> None:
-        """Send new weights from their owners to all; those that are fetched stay there."""
+        """Send new weights from their owners to all, but those that stay with them."""
         parts, holdings = self._parts, self._parts.holdings
         self.settle()
-        shared = [row.bucket for row in holdings.rows if holdings.is_shared_out(row.bucket)]
-        sent = [bucket for bucket in shared if not holdings.weights_are_fetched(bucket)]
+        sent = [
+            row.bucket
+            for row in holdings.rows
+            if holdings.is_shared_out(row.bucket) and not holdings.weights_stay_with_owner(row.bucket)
+        ]
         parts.exchange.share(sent, self.state.weights.of_bucket)
         if not self._measures or holdings.shares_weights:
             parts.exchange.norms()  # a barrier, too: nobody asks for weights before they are updated

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightwork.errors import MemoryFull
+from lightwork.spec.footprint import expected_bytes, working_set_bytes
 from lightwork.spec.holdings import Holdings, Home
 from lightwork.spec.plan import Place
 from lightwork.units import format_bytes, parse_bytes
@@ -49,8 +50,8 @@ def fit(holdings: Holdings, memory: str, offload: Mapping[str, Place]) -> dict[s
 
 def resident_bytes(holdings: Holdings) -> int:
     """Return the resident bytes of a worker at their peak, without its activations."""
-    in_memory = sum(holdings.expected_bytes((Home.HERE,)).values()) / holdings.num_workers
-    return int(in_memory) + _fixed(holdings) + holdings.working_set_bytes()
+    in_memory = sum(expected_bytes(holdings, (Home.HERE,)).values()) / holdings.num_workers
+    return int(in_memory) + _fixed(holdings) + working_set_bytes(holdings)
 
 
 def _fixed(holdings: Holdings) -> int:

@@ -19,7 +19,6 @@ from torch import nn
 from lightwork.device.cuda import open_device
 from lightwork.engine.assembly import Workplace, attach, make_engine, make_parts
 from lightwork.engine.engine import take_from_first_host
-from lightwork.engine.forward.activations import resolve
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, SpecError, UsageError
 from lightwork.planner.fit import fit
 from lightwork.run.folder import create_run_dir, prepare_run_dir
@@ -39,6 +38,7 @@ from lightwork.spec.spec import (
     choose_micro_batch,
 )
 from lightwork.state.description import describe
+from lightwork.state.layers import resolve
 from lightwork.state.optimizer import describe_optimizer
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses

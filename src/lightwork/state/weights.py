@@ -191,10 +191,10 @@ class Weights:
         row = self._holdings.rows[bucket]
         for block in self.layout.blocks_of(bucket):
             span, home = span_of(self.layout, block), self._values[block.parameter].home
-            is_fetched = self._holdings.weights_are_fetched(bucket)
-            if row.parts[MASTERS].home is Home.OWNER and (is_fetched or home is not self.masters):
+            stay_away = self._holdings.weights_stay_with_owner(bucket)
+            if row.parts[MASTERS].home is Home.OWNER and (stay_away or home is not self.masters):
                 self.masters.release(span.start, span.end)
-            if is_fetched and home is not self.masters:
+            if stay_away and home is not self.masters:
                 home.release(span.start, span.end)
 
     def parameter_of(self, tensor: torch.Tensor) -> int | None:

@@ -32,7 +32,8 @@ import torch
 
 from lightwork.device.base import Device
 from lightwork.errors import MemoryFull
-from lightwork.spec.holdings import Home, Region
+from lightwork.spec.footprint import Region
+from lightwork.spec.holdings import Home
 from lightwork.store.elements import PAGE_BYTES, Elements, FlatElements, MixedElements, UnitElements, Units
 
 _MAP_FIXED = 0x10

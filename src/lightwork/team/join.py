@@ -28,6 +28,7 @@ import torch
 
 from lightwork.device.base import Device
 from lightwork.errors import Disagreement, RankLost, TeamError
+from lightwork.spec.footprint import expected_bytes, regions_of
 from lightwork.spec.holdings import Holdings, Home
 from lightwork.spec.hosts import Hosts
 from lightwork.spec.plan import Plan
@@ -261,7 +262,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
         "board": Board.num_bytes(size),
         **needs.flags,
     }
-    memory_map = map_regions(holdings.regions(fixed, needs.buffers))
+    memory_map = map_regions(regions_of(holdings, fixed, needs.buffers))
     fingerprint = _fingerprint(holdings, device)
     key = f"memory {run_number} of {hosts.first_rank(host)}"
     if local_rank == 0:
@@ -386,7 +387,7 @@ def _short(value: object) -> str:
 
 
 def _check_room(holdings: Holdings, plan: Plan) -> None:
-    needed = holdings.expected_bytes((Home.HOST if holdings.has_device else Home.HERE,))
+    needed = expected_bytes(holdings, (Home.HOST if holdings.has_device else Home.HERE,))
     breakdown = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
     check_room(plan.shared_memory, sum(needed.values()), available_memory(), breakdown)
 
