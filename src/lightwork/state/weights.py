@@ -74,19 +74,20 @@ class Weights:
             is_narrow, is_trained = parameter.dtype != "float32", parameter.group is not None
             if home is None or here is None or not (is_narrow or self._holdings.has_device):
                 own_home, own_here = self.masters, self.masters_here
-                is_fetched = is_trained and self._comes_from_home(index, MASTERS)
+                is_fetched = is_trained and self._comes_from_home(index)
             else:
                 own_home, own_here = home, here
-                is_fetched = is_trained and is_narrow and self._comes_from_home(index, WORKING)
+                is_fetched = is_trained and is_narrow and self._comes_from_home(index)
                 if self._holdings.has_device and not is_fetched:
                     own_home = here
             values.append(_Value(own_home, own_here, is_fetched, is_trained or not is_narrow))
         return values
 
-    def _comes_from_home(self, index: int, region: str) -> bool:
+    def _comes_from_home(self, index: int) -> bool:
+        """Return whether a parameter's working weight would be kept elsewhere than here, whoever owns it."""
+        homes = self._holdings.homes_of("weights")
         buckets = self.layout.buckets_of(index)
-        homes = {self._holdings.rows[bucket].parts[region].home for bucket in buckets}
-        return self._holdings.has_device and bool(homes & {Home.HOST, Home.DISK})
+        return self._holdings.has_device and any(homes[bucket] is not Home.HERE for bucket in buckets)
 
     def attach(self, *, write: bool, done: Callable[[int], None] = lambda index: None) -> list[int]:
         """Point every parameter at the memory of the team; with `write`, after putting its present value there.
