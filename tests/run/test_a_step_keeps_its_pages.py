@@ -97,40 +97,6 @@ def test_an_evaluation_within_the_memory_of_a_step_leaves_it_to_the_next_one() -
     assert seen < 5000
 
 
-@needs_glibc
-def test_what_the_script_had_before_distribute_goes_back() -> None:
-    def kept() -> int:
-        before = own_bytes()
-        tensors = [torch.ones(MEGABYTE // 4) for _ in range(100)]
-        last = torch.ones(1000)  # noqa: F841  # above them in the heap, which is therefore not cut off below it
-        del tensors
-        begun()
-        return own_bytes() - before
-
-    (seen,) = run_team(1, kept)
-    assert seen < 50 * MEGABYTE
-
-
-@needs_glibc
-@pytest.mark.parametrize("phase", ["save", "load"])
-def test_what_a_checkpoint_took_goes_back(phase: str) -> None:
-    def grown() -> int:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(32)))  # 134 MB
-        optimizer = torch.optim.AdamW(model.parameters())
-        run = lightwork.distribute(model, optimizer, global_batch=2, micro_batch=1, run_dir=str(new_folder()))
-        folder = run.save()
-        before = own_bytes()
-        if phase == "save":
-            run.save()
-        else:
-            run.load(folder)
-        return own_bytes() - before
-
-    (seen,) = run_team(1, grown)
-    assert seen < 20 * MEGABYTE
-
-
 class _OtherLibrary:
     """A C library that has none of the functions."""
 

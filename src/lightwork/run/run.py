@@ -29,7 +29,6 @@ from lightwork.spec.assignment import share
 from lightwork.spec.plan import Plan
 from lightwork.spec.spec import Spec, differences
 from lightwork.state.scaling import Scale
-from lightwork.store import heap
 from lightwork.team.board import Activity
 from lightwork.team.join import Team
 from lightwork.team.rendezvous import Progress
@@ -358,7 +357,6 @@ class Run:
             hashes.update(json.loads(part))
         return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
 
-    @heap.passing_phase()
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write a checkpoint to the folder `path` (the run directory's, unless given) and return it.
 
@@ -380,7 +378,6 @@ class Run:
             raise CheckpointError(problems[0].decode())
         return folder
 
-    @heap.passing_phase()
     def load(self, path: str | os.PathLike[str] | Checkpoint) -> None:
         """Go on where a checkpoint was saved: weights, optimizer, buffers, kept objects and the place in the data.
 
