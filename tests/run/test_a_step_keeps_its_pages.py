@@ -94,7 +94,7 @@ def test_an_evaluation_within_the_memory_of_a_step_leaves_it_to_the_next_one() -
         return next(trained(run, data, steps=1))
 
     (seen,) = run_team(1, faults)
-    assert seen < 5000
+    assert seen < 12_000  # all of a step are twice as many; some come where the heap still grows
 
 
 class _OtherLibrary:

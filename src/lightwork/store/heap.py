@@ -32,7 +32,7 @@ def keep_pages() -> None:
 
 @contextlib.contextmanager
 def passing_phase() -> Iterator[None]:
-    """Give back what is free at the end, if the body took more than the heap had before.
+    """Give back what is free at the end, if the body made the heap grow by more than one large tensor.
 
     What the heap had is that of a step: to take it again costs as many faults as are saved in several.
     """
@@ -41,7 +41,7 @@ def passing_phase() -> Iterator[None]:
     try:
         yield
     finally:
-        if library is not None and library.sbrk(0) > before:
+        if library is not None and library.sbrk(0) > before + OWN_MAPPING:
             library.malloc_trim(0)
 
 
