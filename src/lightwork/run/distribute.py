@@ -40,6 +40,7 @@ from lightwork.spec.spec import (
 from lightwork.state.description import describe
 from lightwork.state.layers import resolve
 from lightwork.state.optimizer import describe_optimizer
+from lightwork.store import heap
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
 from lightwork.team.board import Activity
@@ -226,6 +227,7 @@ def distribute(
         run.load(checkpoint)
         if team.rank == 0:
             notice(f"resumed after {run.step_index} steps, from {checkpoint}.")
+    heap.keep_pages()
     return run
 
 

@@ -14,6 +14,7 @@ from lightwork.engine.engine import Engine, combine_metrics
 from lightwork.errors import UsageError
 from lightwork.random import RandomState
 from lightwork.run.step import as_metric, brought
+from lightwork.store import heap
 from lightwork.team.join import Team
 
 
@@ -37,6 +38,7 @@ class Evaluation:
         self._exhausted = False
         self._metrics: Mapping[str, float] | None = None
         self._no_grad = torch.no_grad()
+        self._phase = heap.passing_phase()
 
     def add(self, name: str, value: float | torch.Tensor, weight: float | None = None) -> None:
         """Add a value for the batch in hand; `ev[name]` becomes the mean weighted by `weight`, else by samples."""
@@ -73,6 +75,7 @@ class Evaluation:
         self._engine.model.eval()
         self._engine.state.buffers.restore()
         self._no_grad.__enter__()
+        self._phase.__enter__()
         return self
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,6 +96,7 @@ class Evaluation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._no_grad.__exit__(kind, error, trace)
+        self._phase.__exit__(kind, error, trace)
         for module, training in self._modes:
             module.training = training
         self._engine.state.buffers.restore()
