@@ -1,4 +1,5 @@
 # make demo    set up, train a small GPT on Python's own source with all cores, check its bits against one worker
+# make check   set up, run linters and the tests that stay in one process, in a minute or so
 # make test    set up, run linters and all tests
 # make bench   set up the peers, run the benchmarks (about 45 minutes on 2 cores)
 # make clean   remove what these made
@@ -6,16 +7,33 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo check check-quick check-memory check-bits lint test bench clean
 
 demo: .venv/ready
 	$(BIN)/lightwork run -n auto examples/gpt_stdlib.py --digests build/demo/digests.json
 	$(BIN)/python examples/gpt_stdlib.py --compare build/demo/digests.json
 
-test: .venv/ready
+check: .venv/ready
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-bits check-quick check-memory
+
+check-quick: lint
+	$(BIN)/python -m pytest -q tests/architecture tests/pure tests/contract tests/data
+
+# Two halves of tests/engine: where things lie in memory, and all else.
+MEMORY := memory or device or disk or sharded or gpus or holdings
+
+check-memory: .venv/ready
+	$(BIN)/python -m pytest -q tests/engine -k "$(MEMORY)"
+
+check-bits: .venv/ready
+	$(BIN)/python -m pytest -q tests/engine -k "not ($(MEMORY))"
+
+lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test: lint
 	$(BIN)/python -m pytest -q
 
 bench: .venv/bench-ready

@@ -1,8 +1,8 @@
-"""One suite for what brings tensors from host to host: torch.distributed over Gloo, and a fake of queues."""
+"""One suite for what brings tensors from host to host: torch.distributed over Gloo, and the fake of fake ranks."""
 
 from __future__ import annotations
 
-import queue
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -15,51 +15,12 @@ from torch.distributed import HashStore
 from lightwork.device.cpu import Rehearsal
 from lightwork.errors import Disagreement, RankLost
 from lightwork.transport import gloo
-from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier, Pending
+from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier
 from lightwork.transport.gloo import GlooCarrier
 from lightwork.transport.relay import Relay
+from tests.fake_ranks import Baton, FakeCarrier, Network, Process
 
 Job = Callable[[Carrier], Any]
-
-
-class Arrived(Pending):
-    """What a queue holds, put into a tensor when it is waited for."""
-
-    def __init__(self, source: queue.Queue[torch.Tensor] | None, tensor: torch.Tensor) -> None:
-        self._source = source
-        self._tensor = tensor
-
-    def wait(self) -> None:
-        if self._source is not None:
-            sent = self._source.get(timeout=20)
-            assert (sent.dtype, sent.numel()) == (self._tensor.dtype, self._tensor.numel())
-            self._tensor.copy_(sent.view(self._tensor.shape))
-
-
-class FakeCarrier(Carrier):
-    """A queue for each sender, receiver and tag."""
-
-    def __init__(self, host: int, leaders: list[int], queues: dict[tuple[int, int, int], Any]) -> None:
-        super().__init__(host, leaders)
-        self._queues = queues
-
-    def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
-        self._queues.setdefault((self.host, host, tag), queue.Queue()).put(tensor.clone())
-        return Arrived(None, tensor)
-
-    def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
-        return Arrived(self._queues.setdefault((host, self.host, tag), queue.Queue()), tensor)
-
-    def receive_from_any(self, tensor: torch.Tensor, tag: int) -> int:
-        while True:
-            for (sender, receiver, its_tag), waiting in list(self._queues.items()):
-                if (receiver, its_tag) == (self.host, tag) and not waiting.empty():
-                    tensor.copy_(waiting.get())
-                    return int(sender)
-            time.sleep(0.001)
-
-    def close(self) -> None:
-        pass
 
 
 def run_all(make: Callable[[int], Carrier], num_hosts: int, job: Job) -> list[Any]:
@@ -80,9 +41,19 @@ def run_all(make: Callable[[int], Carrier], num_hosts: int, job: Job) -> list[An
     return results
 
 
-def of_queues(num_hosts: int, job: Job) -> list[Any]:
-    queues: dict[tuple[int, int, int], Any] = {}
-    return run_all(lambda host: FakeCarrier(host, [10 * h for h in range(num_hosts)], queues), num_hosts, job)
+def of_fakes(seed: int, num_hosts: int, job: Job) -> list[Any]:
+    baton = Baton(seed)
+    network = Network(baton)
+    results: list[Any] = [None] * num_hosts
+
+    def work(host: int) -> None:
+        try:
+            results[host] = job(FakeCarrier(network, host, [10 * h for h in range(num_hosts)]))
+        except Exception as error:
+            results[host] = error
+
+    baton.run([(Process(host), lambda host=host: work(host)) for host in range(num_hosts)])
+    return results
 
 
 def of_gloo(num_hosts: int, job: Job) -> list[Any]:
@@ -97,7 +68,11 @@ def of_relays(num_hosts: int, job: Job) -> list[Any]:
 
 
 Hosts = Callable[[int, Job], list[Any]]
-every_carrier = pytest.mark.parametrize("hosts", [of_queues, of_gloo, of_relays], ids=["queues", "gloo", "relays"])
+every_carrier = pytest.mark.parametrize(
+    "hosts",
+    [*(functools.partial(of_fakes, seed) for seed in range(4)), of_gloo, of_relays],
+    ids=[*(f"fakes {seed}" for seed in range(4)), "gloo", "relays"],
+)
 
 
 @every_carrier

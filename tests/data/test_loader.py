@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset, get_worker_info
+from torch.utils.data._utils import worker
 
 from lightwork.data import Loader, source_of, tensors
 from lightwork.errors import DataError
@@ -279,6 +280,7 @@ def test_loading_workers_end_when_the_training_process_is_killed(augmented, tmp_
 
 
 def train_until_killed(data, folder) -> None:
+    worker.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds between a loading worker's looks at its parent; 5 else
     loader = opened(DataLoader(data, num_workers=2))
     loader.get(0, 0, 0)
     (folder / "writing").write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))

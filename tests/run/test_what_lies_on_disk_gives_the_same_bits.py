@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,31 +12,9 @@ import torch
 import lightwork
 from lightwork.errors import MemoryFull, SpecError
 from lightwork.store.mapped import create_disk_store
-from tests.cases import CASES, Case
-from tests.training import in_small_pieces, new_folder, run_team, train
+from tests.training import new_folder, run_team
 
 EVERYTHING = {"optimizer": "disk", "weights": "disk", "gradients": "disk"}
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_step_has_the_digest_of_one_worker_in_memory(case: Case) -> None:
-    def job(offload: dict[str, Any]) -> Any:
-        in_small_pieces(block=None, bucket=None, piece=50)  # gradients are folded in several pieces
-        return train(case, offload=offload)
-
-    (alone,) = run_team(1, lambda: train(case))
-    for offload in ({"optimizer": "disk"}, EVERYTHING):
-        for seen in run_team(2, lambda offload=offload: job(offload)):
-            assert seen == alone
-
-
-@pytest.mark.parametrize("more", [{"transport": "group"}, {"transport": "group", "placement": "zero1"}])
-def test_it_goes_together_with_the_other_dials(more: dict[str, Any]) -> None:
-    case = CASES["gpt, tied, dropout, token weights"]
-    (alone,) = run_team(1, lambda: train(case, precision="bf16"))
-    settings = {**more, "offload": EVERYTHING, "activations": "recompute", "precision": "bf16"}
-    for seen in run_team(3, lambda: train(case), settings=settings):
-        assert seen == alone
 
 
 def on_disk() -> tuple[int, int]:

@@ -66,7 +66,7 @@ class PointToPoint(ABC):
 
     @abstractmethod
     def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
-        """Begin to receive into `tensor`, of the size and type that is sent."""
+        """Begin to receive into `tensor`, of as many bytes as are sent."""
 
     @abstractmethod
     def close(self) -> None:

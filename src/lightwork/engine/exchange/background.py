@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Queue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ class Background(Generic[T]):
     """
 
     def __init__(self, name: str) -> None:
-        self._calls: SimpleQueue[tuple[Callable[[], T], Future[T]] | None] = SimpleQueue()
+        self._calls: Queue[tuple[Callable[[], T], Future[T]] | None] = Queue()
         threading.Thread(target=self._run, name=f"lightwork {name}", daemon=True).start()
 
     def start(self, call: Callable[[], T]) -> Future[T]:

@@ -10,10 +10,10 @@ import torch
 from lightwork.team import join
 from lightwork.team.environment import Environment
 from lightwork.transport.base import Carrier, Pending, PointToPoint
-from lightwork.transport.gloo import GlooCarrier
 from lightwork.transport.nccl import NcclMessages
 from tests.cases import CASES
-from tests.training import run_team, train
+from tests.fake_ranks import FakeCarrier, run_ranks
+from tests.training import alone, train
 
 _ACKNOWLEDGED = 1000
 
@@ -76,25 +76,22 @@ class StrictGroup:
 @pytest.mark.parametrize("offload", [{}, {"optimizer": "host"}], ids=["nothing offloaded", "optimizer"])
 @pytest.mark.parametrize("placement", ["replicate", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("name", ["gpt, bf16", "experts, frozen, unused"])
-def test_no_worker_waits_for_one_that_waits_for_it(name: str, placement: str, offload: dict[str, str]) -> None:
+def test_no_worker_waits_for_one_that_waits_for_it(
+    name: str, placement: str, offload: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = CASES[name]
+    groups: list[StrictGroup] = []
 
-    def job() -> tuple[Any, list[int]]:
-        groups: list[StrictGroup] = []
+    def direct(carrier: Carrier, _device: Any, _environment: Environment, rendezvous: Any, number: int) -> PointToPoint:
+        store = rendezvous.store(f"devices {number}")
+        groups.append(StrictGroup(FakeCarrier(store, carrier.host, carrier.leaders)))
+        return NcclMessages(groups[-1])
 
-        def direct(
-            carrier: Carrier, _device: Any, _environment: Environment, rendezvous: Any, number: int
-        ) -> PointToPoint:
-            store = rendezvous.store(f"devices {number}")
-            groups.append(StrictGroup(GlooCarrier(store, carrier.host, carrier.leaders, rendezvous.address())))
-            return NcclMessages(groups[0])
-
-        join._direct = direct
-        seen = train(case, max_steps=3, device="rehearsal", placement=placement, offload=offload)
-        return seen, groups[0].calls
-
-    (alone,) = run_team(1, lambda: train(case, max_steps=3))
-    for num_workers in (2, 3):
-        for seen, calls in run_team(num_workers, job):
-            assert seen == alone
-            assert max(calls) > 1, "what crosses was begun as a group"
+    monkeypatch.setattr(join, "_direct", direct)
+    settings = {"device": "rehearsal", "placement": placement, "offload": offload}
+    for num_workers, seed in ((2, 0), (3, 1)):
+        groups.clear()
+        for seen in run_ranks(num_workers, lambda: train(case, max_steps=2), settings=settings, seed=seed):
+            assert seen == alone(name)[:2]
+        assert len(groups) == num_workers
+        assert all(max(group.calls) > 1 for group in groups), "what crosses was begun as a group"

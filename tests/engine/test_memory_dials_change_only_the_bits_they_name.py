@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 import lightwork
+from lightwork.data.order import shuffled
 from lightwork.device.cpu import Cpu
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.int8 import INT8_BLOCK, from_int8, to_int8
 from lightwork.errors import SpecError, UsageError
 from lightwork.state.layers import layers_of, resolve
 from tests.cases import CASES, Case
-from tests.training import new_folder, run_team, train
+from tests.fake_ranks import run_ranks
+from tests.training import alone, new_folder, train
 
 
 class NoWeights:
@@ -32,10 +34,9 @@ class NoWeights:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_recomputed_activations_change_no_bit(case: Case) -> None:
-    (kept,) = run_team(1, lambda: train(case))
     for num_workers in (1, 2):
-        for seen in run_team(num_workers, lambda: train(case, activations="recompute")):
-            assert seen == kept
+        for seen in run_ranks(num_workers, lambda: train(case, activations="recompute")):
+            assert seen == alone(case.name)
 
 
 @pytest.mark.parametrize(
@@ -46,25 +47,23 @@ def test_recomputed_activations_change_no_bit(case: Case) -> None:
 @pytest.mark.parametrize("name", ["gpt, tied, dropout, token weights", "convolution, batch norm"])
 def test_what_changes_bits_changes_the_same_ones_for_every_team(name: str, more: dict[str, Any]) -> None:
     case = CASES[name]
-    (plain,) = run_team(1, lambda: train(case))
-    (alone,) = run_team(1, lambda: train(case, **more))
+    plain, of_one = alone(name), alone(name, **more)
     if name.startswith("gpt") or "activations" not in more:
-        assert alone[0][2] != plain[0][2]
-    assert alone[-1][0] == pytest.approx(plain[-1][0], rel=0.02), "and hardly the loss"
+        assert of_one[0][2] != plain[0][2]
+    assert of_one[-1][0] == pytest.approx(plain[-1][0], rel=0.02), "and hardly the loss"
     for num_workers, settings in ((2, {}), (3, {}), (3, {"transport": "group"})):
-        for seen in run_team(num_workers, lambda: train(case, **more), settings=settings):
-            assert seen == alone
+        for seen in run_ranks(num_workers, lambda: train(case, **more), settings=settings):
+            assert seen == of_one
 
 
 @pytest.mark.parametrize("name", ["gpt, tied, dropout, token weights", "convolution, batch norm"])
 def test_fp16_gives_every_team_the_same_bits_and_nearly_the_loss_of_fp32(name: str) -> None:
     case = CASES[name]
-    (plain,) = run_team(1, lambda: train(case, max_steps=3))
-    (alone,) = run_team(1, lambda: train(case, precision="fp16", max_steps=3))
-    assert alone[-1][0] == pytest.approx(plain[-1][0], rel=0.02)
+    of_one = alone(name, precision="fp16", max_steps=3)
+    assert of_one[-1][0] == pytest.approx(alone(name)[2][0], rel=0.02)
     for settings in ({}, {"transport": "group"}):
-        for seen in run_team(2, lambda: train(case, precision="fp16", max_steps=3), settings=settings):
-            assert seen == alone
+        for seen in run_ranks(2, lambda: train(case, precision="fp16", max_steps=3), settings=settings):
+            assert seen == of_one
 
 
 def overflowing(folder: Path) -> list[tuple[bool, float, str]]:
@@ -83,9 +82,10 @@ def overflowing(folder: Path) -> list[tuple[bool, float, str]]:
         resume=saved if saved.exists() else None,
     )
     seen = []
-    for step in run.steps(torch.utils.data.TensorDataset(torch.randn(48, 6)), epochs=2):
-        for position, (x,) in enumerate(step):
-            overflows = step.index == 2 and position == 0 and run.is_main
+    marked = shuffled(0, 0, 48)[32]  # the first of step 2
+    for step in run.steps(torch.utils.data.TensorDataset(torch.randn(48, 6), torch.arange(48)), epochs=2):
+        for x, ids in step:
+            overflows = step.index == 2 and marked in ids.tolist()
             step.backward(model(x).float().square().mean() * (1e30 if overflows else 0.01))
         seen.append((step.skipped, run._engine.state.loss_scale.of(step.index + 1), run.digest()))
         if step.index == 2:
@@ -94,14 +94,14 @@ def overflowing(folder: Path) -> list[tuple[bool, float, str]]:
 
 
 def test_a_step_whose_gradient_overflows_is_left_out_by_all_and_the_scale_halved(tmp_path: Path) -> None:
-    (alone,) = run_team(1, lambda: overflowing(tmp_path / "alone"))
+    (alone,) = run_ranks(1, lambda: overflowing(tmp_path / "alone"))
     assert [skipped for skipped, _, _ in alone] == [False, False, True, False, False, False]
     assert [scale for _, scale, _ in alone] == [65536.0] * 2 + [32768.0] * 4
     assert alone[2][2] == alone[1][2] != alone[3][2], "weights and state stay as they were"
     for name, settings in (("host", {}), ("group", {"transport": "group"})):
-        for seen in run_team(2, lambda name=name: overflowing(tmp_path / name), settings=settings):
+        for seen in run_ranks(2, lambda name=name: overflowing(tmp_path / name), settings=settings):
             assert seen == alone
-    (resumed,) = run_team(1, lambda: overflowing(tmp_path / "group"))
+    (resumed,) = run_ranks(1, lambda: overflowing(tmp_path / "group"))
     assert resumed == alone[3:], "the scale is saved with the rest"
 
 

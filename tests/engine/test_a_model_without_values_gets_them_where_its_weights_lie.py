@@ -13,7 +13,8 @@ from torch import nn
 
 import lightwork
 from lightwork.errors import SpecError
-from tests.training import new_folder, run_team
+from tests.fake_ranks import run_ranks
+from tests.training import new_folder
 
 
 class Net(nn.Module):
@@ -60,10 +61,10 @@ def tied(build: Callable[[], nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_modules_make_the_values_that_they_would_have_made_in_memory(precision: str) -> None:
-    (expected,) = run_team(1, lambda: train(in_memory, precision=precision))
+    (expected,) = run_ranks(1, lambda: train(in_memory, precision=precision))
     disk = {"offload": {"optimizer": "disk", "weights": "disk", "gradients": "disk"}}
     for num_workers, settings in ((1, {}), (2, {}), (2, {"transport": "group"}), (2, disk)):
-        for seen in run_team(num_workers, lambda: train(without_values, precision=precision), settings=settings):
+        for seen in run_ranks(num_workers, lambda: train(without_values, precision=precision), settings=settings):
             assert seen == expected
 
 
@@ -72,9 +73,9 @@ def test_a_file_gives_the_values(tmp_path: Path) -> None:
     other = tied(Net)
     state = {name: value for name, value in other.state_dict().items() if name != "head.weight"}
     save_file(state, tmp_path / "net.safetensors")
-    (expected,) = run_team(1, lambda: train(lambda: other))
+    (expected,) = run_ranks(1, lambda: train(lambda: other))
     for build in (in_memory, without_values):
-        for seen in run_team(2, lambda build=build: train(lambda: tied(build), weights=tmp_path / "net.safetensors")):
+        for seen in run_ranks(2, lambda build=build: train(lambda: tied(build), weights=tmp_path / "net.safetensors")):
             assert seen == expected
 
 

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightwork
 from lightwork.errors import DataError, UsageError
-from tests.training import new_folder, run_team
+from tests.fake_ranks import run_ranks
+from tests.training import new_folder
 
 Seen = list[tuple[int, int, float, str]]
 
@@ -88,18 +89,18 @@ def train(
 
 @pytest.mark.parametrize("count", [48, 50, 5])
 def test_a_plain_stream_gives_the_same_steps_to_any_team(count: int) -> None:
-    (alone,) = run_team(1, lambda: train(Plain(count)))
+    (alone,) = run_ranks(1, lambda: train(Plain(count)))
     assert [epoch for epoch, *_ in alone] == [epoch for epoch in (0, 1) for _ in range(-(-count // 12))]
     for num_workers, settings in ((2, {}), (3, {}), (2, {"transport": "group"})):
-        for seen in run_team(num_workers, lambda: train(Plain(count)), settings=settings):
+        for seen in run_ranks(num_workers, lambda: train(Plain(count)), settings=settings):
             assert seen == alone
 
 
 def test_a_stream_with_shards_gives_the_same_steps_to_any_team() -> None:
     lengths = [7, 3, 9, 1, 4, 8, 2, 6]
-    (alone,) = run_team(1, lambda: train(Sharded(lengths)))
+    (alone,) = run_ranks(1, lambda: train(Sharded(lengths)))
     for num_workers, settings in ((2, {}), (3, {"steal": False}), (2, {"transport": "group"})):
-        for seen in run_team(num_workers, lambda: train(Sharded(lengths)), settings=settings):
+        for seen in run_ranks(num_workers, lambda: train(Sharded(lengths)), settings=settings):
             assert seen == alone
 
 
@@ -110,25 +111,25 @@ def shards_read() -> set[int]:
 
 
 def test_a_worker_reads_the_shards_of_its_own_lanes_alone() -> None:
-    assert run_team(2, shards_read, settings={"steal": False}) == [{0, 4, 1, 5}, {2, 6, 3, 7}]
+    assert run_ranks(2, shards_read, settings={"steal": False}) == [{0, 4, 1, 5}, {2, 6, 3, 7}]
 
 
 @pytest.mark.parametrize("data", [Plain(50), Sharded([7, 3, 9, 1, 4, 8, 2, 6])], ids=["plain", "sharded"])
 @pytest.mark.parametrize("stop", [2, 5, 6])
 def test_a_resumed_stream_goes_on_to_the_same_bits(data: Any, stop: int, tmp_path: Path) -> None:
-    (whole,) = run_team(1, lambda: train(data))
+    (whole,) = run_ranks(1, lambda: train(data))
     for first, second in ((1, 2), (2, 1)):
         folder = str(tmp_path / f"{first}{second}")
-        before = run_team(first, partial(train, data, stop=stop, run_dir=folder))[0]
-        after = run_team(second, partial(train, data, run_dir=folder))[0]
+        before = run_ranks(first, partial(train, data, stop=stop, run_dir=folder))[0]
+        after = run_ranks(second, partial(train, data, run_dir=folder))[0]
         assert before + after == whole
 
 
 def test_a_short_last_step_can_be_left_out() -> None:
     for data, steps in ((Plain(50), 4), (Sharded([7, 3, 9, 12]), 1)):
-        (alone,) = run_team(1, partial(train, data, epochs=1, drop_last=True))
+        (alone,) = run_ranks(1, partial(train, data, epochs=1, drop_last=True))
         assert len(alone) == steps
-        for seen in run_team(2, partial(train, data, epochs=1, drop_last=True)):
+        for seen in run_ranks(2, partial(train, data, epochs=1, drop_last=True)):
             assert seen == alone
 
 
@@ -143,9 +144,9 @@ def evaluated(data: Any) -> tuple[float, float]:
 
 def test_an_evaluation_takes_each_sample_of_a_stream_once() -> None:
     for data, mean_batch in ((Plain(10), 10 / 4), (Sharded([3, 4, 4]), 11 / 4)):
-        (alone,) = run_team(1, partial(evaluated, data))
+        (alone,) = run_ranks(1, partial(evaluated, data))
         assert alone[1] == pytest.approx(mean_batch)
-        assert run_team(2, partial(evaluated, data)) == [alone, alone]
+        assert run_ranks(2, partial(evaluated, data)) == [alone, alone]
 
 
 def test_a_loader_of_a_stream_gives_its_collate_function() -> None:
@@ -155,9 +156,9 @@ def test_a_loader_of_a_stream_gives_its_collate_function() -> None:
     def job() -> Seen:
         return train(DataLoader(Plain(24), batch_size=4, collate_fn=doubled))
 
-    (alone,) = run_team(1, job)
-    assert alone != run_team(1, lambda: train(Plain(24)))[0]
-    assert run_team(2, job) == [alone, alone]
+    (alone,) = run_ranks(1, job)
+    assert alone != run_ranks(1, lambda: train(Plain(24)))[0]
+    assert run_ranks(2, job) == [alone, alone]
 
 
 def test_what_a_stream_can_not_do_is_said() -> None:
@@ -169,8 +170,8 @@ def test_what_a_stream_can_not_do_is_said() -> None:
         (lambda: train(iter([1, 2])), UsageError, "is not a data set"),
         (lambda: train(Broken()), DataError, "failed at sample 3 of epoch 0: ValueError: no such record"),
     ):
-        with pytest.raises(AssertionError, match=f"{error.__name__}: .*{text}"):
-            run_team(1, call)
+        with pytest.raises(error, match=text):
+            run_ranks(1, call)
 
 
 class Broken(IterableDataset[torch.Tensor]):
@@ -187,5 +188,5 @@ def test_a_memory_mapped_array_is_a_data_set(tmp_path: Path) -> None:
     def job() -> Seen:
         return train(np.load(tmp_path / "a.npy", mmap_mode="c"))
 
-    (alone,) = run_team(1, job)
-    assert run_team(2, job) == [alone, alone]
+    (alone,) = run_ranks(1, job)
+    assert run_ranks(2, job) == [alone, alone]

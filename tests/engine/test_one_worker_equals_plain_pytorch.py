@@ -14,7 +14,8 @@ from torch.utils.data import default_collate
 from lightwork.data.order import shuffled
 from lightwork.random import derive
 from tests.cases import CASES, Case
-from tests.training import distributed, run_team
+from tests.fake_ranks import run_ranks
+from tests.training import distributed
 
 
 def by_hand(case: Case, *, global_batch: int, micro_batch: int, seed: int = 0) -> nn.Module:
@@ -87,7 +88,7 @@ FP32 = [name for name, case in CASES.items() if case.settings.get("precision") !
 @pytest.mark.parametrize("name", FP32)
 def test_accumulating_micro_batches_agrees_to_rounding(name: str) -> None:
     case = CASES[name]
-    (ours,) = run_team(1, lambda: by_library(case, global_batch=16, micro_batch=2))
+    (ours,) = run_ranks(1, lambda: by_library(case, global_batch=16, micro_batch=2))
     theirs = by_hand(case, global_batch=16, micro_batch=2).state_dict()
     start = case.build().state_dict()
     assert ours.keys() == theirs.keys()
@@ -102,7 +103,7 @@ def test_accumulating_micro_batches_agrees_to_rounding(name: str) -> None:
 def test_a_global_batch_of_one_micro_batch_agrees_bit_for_bit(name: str) -> None:
     case = CASES[name]
     # 44 samples: batches of 11 are full, so that nothing is rescaled.
-    (ours,) = run_team(1, lambda: by_library(case, global_batch=11, micro_batch=11))
+    (ours,) = run_ranks(1, lambda: by_library(case, global_batch=11, micro_batch=11))
     theirs = by_hand(case, global_batch=11, micro_batch=11).state_dict()
     for key, value in theirs.items():
         assert np.array_equal(ours[key], value.numpy()), key
@@ -122,7 +123,7 @@ def test_the_gradient_norm_is_that_of_plain_pytorch() -> None:
         run.close()
         return norms
 
-    ((ours,),) = run_team(1, job)
+    ((ours,),) = run_ranks(1, job)
     torch.manual_seed(1)
     model = case.build()
     dataset: Any = case.dataset()

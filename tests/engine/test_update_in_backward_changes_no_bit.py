@@ -12,7 +12,8 @@ import lightwork
 from lightwork.engine.backward import early
 from lightwork.spec.footprint import expected_bytes
 from tests.cases import CASES, Case
-from tests.training import in_small_pieces, new_folder, run_team, train
+from tests.fake_ranks import run_ranks
+from tests.training import in_small_pieces, new_folder, train
 
 Seen = list[tuple[float, float, str]]
 
@@ -22,7 +23,6 @@ AWAY = {"device": "rehearsal", "offload": {"optimizer": "host", "weights": "host
 
 def counted(case: Case, worth_it: int, **settings: Any) -> tuple[Seen, int]:
     """Train with global batches of one micro-batch; return what was seen, and the buckets updated in backward."""
-    in_small_pieces(early=worth_it)
     updated: list[int] = []
     update = early.UpdateInBackward._update
 
@@ -30,15 +30,18 @@ def counted(case: Case, worth_it: int, **settings: Any) -> tuple[Seen, int]:
         updated.append(bucket)
         update(self, bucket)
 
-    early.UpdateInBackward._update = note  # type: ignore[method-assign]
-    return train(case, micro_batch=16, **settings), len(updated)
+    with pytest.MonkeyPatch.context() as patch:
+        in_small_pieces(early=worth_it)
+        patch.setattr(early.UpdateInBackward, "_update", note)
+        (seen,) = run_ranks(1, lambda: train(case, micro_batch=16, **settings))
+    return seen, len(updated)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("settings", [{}, {"activations": "recompute"}, AWAY], ids=str)
 def test_every_step_has_the_digest_of_an_update_after_backward(case: Case, settings: dict[str, Any]) -> None:
-    ((after, none),) = run_team(1, lambda: counted(case, 2**60, **settings))
-    ((within, some),) = run_team(1, lambda: counted(case, 0, **settings))
+    after, none = counted(case, 2**60, **settings)
+    within, some = counted(case, 0, **settings)
     assert within == after
     needs_norm = case.settings.get("clip_grad_norm") is not None or case.settings.get("precision") == "fp16"
     assert none == 0
@@ -71,7 +74,7 @@ def detached(worth_it: int) -> list[tuple[float, str]]:
 
 
 def test_a_weight_that_is_read_after_its_gradient_is_updated_after_backward() -> None:
-    assert run_team(1, lambda: detached(0)) == run_team(1, lambda: detached(2**60))
+    assert run_ranks(1, lambda: detached(0)) == run_ranks(1, lambda: detached(2**60))
 
 
 def test_gradients_are_never_there_as_a_whole() -> None:
@@ -88,4 +91,4 @@ def test_gradients_are_never_there_as_a_whole() -> None:
         assert expected_bytes(run._engine._parts.holdings)["gradients"] == 0
         return len(run._engine._parts.early._gradients.pool._free)
 
-    assert run_team(1, taken) == [1]  # the buffer of one bucket, used in turn
+    assert run_ranks(1, taken) == [1]  # the buffer of one bucket, used in turn

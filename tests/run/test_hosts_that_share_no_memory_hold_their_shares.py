@@ -1,4 +1,4 @@
-"""Workers with memories of their own, joined by a network: the same digests as in one memory."""
+"""Workers with memories of their own, joined by a network: what each of them holds."""
 
 from __future__ import annotations
 
@@ -10,47 +10,12 @@ import torch
 
 import lightwork
 from lightwork.store.regions import PAGE_BYTES
-from tests.cases import CASES, Case
-from tests.training import in_small_pieces, new_folder, poison_what_is_given_back, run_team, train
+from tests.training import new_folder, run_team
 
 GROUP = {"transport": "group"}
+
+
 ZERO1, ZERO2, ZERO3 = ({"transport": "group", "placement": placement} for placement in ("zero1", "zero2", "zero3"))
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_step_has_the_digest_of_one_worker(case: Case) -> None:
-    (alone,) = run_team(1, lambda: train(case))
-    for num_workers, settings in ((2, GROUP), (3, GROUP), (2, ZERO1), (3, ZERO2), (2, ZERO3), (3, ZERO3)):
-        for seen in run_team(num_workers, lambda: train(case), settings=settings):
-            assert seen == alone
-
-
-@pytest.mark.parametrize(("global_batch", "micro_batch"), [(16, 16), (16, 8), (12, 2), (13, 13), (10, 1)])
-def test_any_number_of_micro_batches_will_do(global_batch: int, micro_batch: int) -> None:
-    case = CASES["convolution, batch norm" if micro_batch > 1 else "experts, frozen, unused"]
-
-    def job() -> list[tuple[float, float, str]]:
-        return train(case, global_batch=global_batch, micro_batch=micro_batch, max_steps=3)
-
-    (alone,) = run_team(1, job)
-    for num_workers, settings in ((2, GROUP), (3, GROUP), (5, GROUP), (5, ZERO1), (5, ZERO2), (5, ZERO3)):
-        for seen in run_team(num_workers, job, settings=settings):
-            assert seen == alone
-
-
-def in_small_buckets(case: Case) -> list[tuple[float, float, str]]:
-    """Train with buckets far smaller than any parameter, and room for one bucket of the other hosts' weights."""
-    in_small_pieces(kept=1, ahead=2)
-    poison_what_is_given_back()
-    return train(case)
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_many_buckets_travel_and_come_and_go(case: Case) -> None:
-    (alone,) = run_team(1, lambda: in_small_buckets(case))
-    for num_workers, settings in ((2, GROUP), (3, ZERO1), (3, ZERO2), (2, ZERO3), (3, ZERO3)):
-        for seen in run_team(num_workers, lambda: in_small_buckets(case), settings=settings):
-            assert seen == alone
 
 
 def resident(run: Any) -> dict[str, int]:

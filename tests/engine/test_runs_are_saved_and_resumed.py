@@ -13,7 +13,8 @@ from torch import nn
 
 import lightwork
 from tests.cases import CASES, Case, vectors
-from tests.training import distributed, new_folder, run_team, train
+from tests.fake_ranks import run_ranks
+from tests.training import alone, distributed, new_folder
 
 NAMES = [
     "gpt, tied, dropout, token weights",
@@ -48,12 +49,11 @@ def interrupted(case: Case, folder: Path, stop_after: int) -> list[tuple[float, 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 1)])
 def test_a_resumed_run_has_the_digests_of_one_that_never_stopped(name: str, before: int, after: int) -> None:
     case = CASES[name]
-    (whole,) = run_team(1, lambda: train(case))
     for stop_after in (2, 3):  # in the middle and at the end of an epoch
         folder = new_folder()
-        first = run_team(before, partial(interrupted, case, folder, stop_after))[0]
-        second = run_team(after, partial(interrupted, case, folder, 99))[0]
-        assert first + second == whole
+        first = run_ranks(before, partial(interrupted, case, folder, stop_after))[0]
+        second = run_ranks(after, partial(interrupted, case, folder, 99))[0]
+        assert first + second == alone(name)
 
 
 def test_a_run_directory_with_a_checkpoint_is_gone_on_with() -> None:
@@ -71,8 +71,8 @@ def test_a_run_directory_with_a_checkpoint_is_gone_on_with() -> None:
         run.save()
         return indices
 
-    assert run_team(2, job) == [[0, 1]] * 2
-    assert run_team(1, job) == [[2, 3, 4, 5]]
+    assert run_ranks(2, job) == [[0, 1]] * 2
+    assert run_ranks(1, job) == [[2, 3, 4, 5]]
 
 
 def test_a_second_loop_is_resumed_in_its_middle() -> None:
@@ -92,10 +92,10 @@ def test_a_second_loop_is_resumed_in_its_middle() -> None:
         return indices, run.digest()
 
     folder = new_folder()
-    ((everything, whole),) = run_team(1, lambda: job(None, None, folder))
+    ((everything, whole),) = run_ranks(1, lambda: job(None, None, folder))
     assert everything == list(range(9))
-    run_team(2, lambda: job(None, 4, folder))
-    assert run_team(1, lambda: job(folder / "saved", None, folder)) == [([5, 6, 7, 8], whole)]
+    run_ranks(2, lambda: job(None, 4, folder))
+    assert run_ranks(1, lambda: job(folder / "saved", None, folder)) == [([5, 6, 7, 8], whole)]
 
 
 def test_a_checkpoint_is_a_mapping_that_a_plain_model_loads() -> None:
@@ -110,7 +110,7 @@ def test_a_checkpoint_is_a_mapping_that_a_plain_model_loads() -> None:
         run.save(folder / "model")
         return {name: value.numpy() for name, value in run.state_dict().items()}
 
-    (state,) = run_team(1, job)
+    (state,) = run_ranks(1, job)
     checkpoint = lightwork.load(folder / "model")
     model = case.build()
     model.load_state_dict(checkpoint)
@@ -141,7 +141,7 @@ def test_saving_again_replaces_the_checkpoint_and_nothing_else() -> None:
             run.save(folder / "precious")
         return "went on"
 
-    assert run_team(2, job) == ["went on"] * 2
+    assert run_ranks(2, job) == ["went on"] * 2
     assert (folder / "precious" / "thesis.txt").read_text() == "all of it"
 
 
@@ -152,7 +152,7 @@ def saved(case: Case) -> Path:
         run, _ = distributed(case)
         run.save(folder)
 
-    run_team(1, job)
+    run_ranks(1, job)
     return folder
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_spec_model_or_optimizer_is_refused() -> None:
             lightwork.distribute(model, optimizer, global_batch=16, micro_batch=2, resume=folder, run_dir=new_folder())
         return messages
 
-    run_team(1, job)
+    run_ranks(1, job)
 
 
 def test_a_damaged_or_missing_checkpoint_is_named() -> None:
@@ -211,7 +211,7 @@ def test_an_object_that_needs_pickle_is_refused_and_the_old_checkpoint_kept() ->
         with pytest.raises(lightwork.UsageError, match="has no state_dict"):
             run.keep(number=3)  # type: ignore[arg-type]
 
-    run_team(2, job)
+    run_ranks(2, job)
     assert json.loads((folder / "manifest.json").read_text())["kept"] == {}
 
 
@@ -237,4 +237,4 @@ def test_the_state_of_an_optimizer_that_trained_before_is_taken_over() -> None:
         other.step()
         return torch.equal(model.weight, twin.weight)
 
-    assert run_team(1, job) == [True]
+    assert run_ranks(1, job) == [True]

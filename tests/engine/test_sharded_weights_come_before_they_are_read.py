@@ -16,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import lightwork
 from tests.cases import LSTM
-from tests.training import in_small_pieces, new_folder, poison_what_is_given_back, run_team
+from tests.fake_ranks import pause, run_ranks
+from tests.training import new_folder
+
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 ZERO3 = {"transport": "group", "placement": "zero3"}
 
@@ -71,8 +74,6 @@ class Odd(nn.Module):
 
 
 def train(**settings: Any) -> list[Any]:
-    in_small_pieces(kept=1, ahead=2)
-    poison_what_is_given_back()
     torch.manual_seed(0)
     model = Odd()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
@@ -84,6 +85,7 @@ def train(**settings: Any) -> list[Any]:
     seen: list[Any] = []
     for step in run.steps(data, epochs=2):
         for (x,) in step:
+            pause()
             loss = F.cross_entropy(model(x).flatten(0, 1).float(), x.flatten())
             step.backward(loss + 0.01 * sum(p.square().sum() for p in model.parameters() if p.requires_grad))
         if run.rank == run.world_size - 1:  # one worker alone calls the model
@@ -107,9 +109,9 @@ def train(**settings: Any) -> list[Any]:
 
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}], ids=str)
 def test_a_model_finds_its_weights_however_it_reads_them(settings: dict[str, Any]) -> None:
-    (alone,) = run_team(1, lambda: train(**settings))
+    (alone,) = run_ranks(1, lambda: train(**settings))
     for num_workers in (2, 3):
-        for seen in run_team(num_workers, lambda: train(**settings), settings=ZERO3):
+        for seen in run_ranks(num_workers, lambda: train(**settings), settings=ZERO3):
             assert seen == alone
 
 
@@ -126,6 +128,6 @@ def test_a_model_finds_its_weights_however_it_reads_them(settings: dict[str, Any
     ids=str,
 )
 def test_sharded_weights_compose_with_the_other_dials(settings: dict[str, Any]) -> None:
-    (alone,) = run_team(1, functools.partial(train, **{k: v for k, v in settings.items() if k != "device"}))
-    for seen in run_team(2, functools.partial(train, **settings), settings=ZERO3):
+    (alone,) = run_ranks(1, functools.partial(train, **{k: v for k, v in settings.items() if k != "device"}))
+    for seen in run_ranks(2, functools.partial(train, **settings), settings=ZERO3):
         assert seen == alone
