@@ -5,38 +5,36 @@
     optimizer.safetensors   "PARAMETER|ENTRY": the optimizer's state of each parameter
     kept.safetensors        tensors of the objects given to `run.keep`
 
-It does not depend on how many workers wrote it. A folder is written beside its final place and renamed, so that a
-reader sees the old one or the new one.
+It does not depend on how many workers wrote it. It is written while the team goes through its state, piece by piece,
+and takes the place of an older one as a whole (`folder`). It is read piece by piece, too: `load` reads the manifest
+and the objects, and leaves the tensors where they are until they are asked for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from lightwork.checkpoint import folder as folders
+from lightwork.checkpoint.folder import MANIFEST, TENSOR_FILES
+from lightwork.checkpoint.tensors import TensorFile, TensorWriter, in_file_order
 from lightwork.checkpoint.values import put_together, take_apart
 from lightwork.errors import CheckpointError
-from lightwork.spec.spec import Spec
+from lightwork.spec.spec import Spec, differences
+from lightwork.state.items import SEPARATOR, Item, Piece, Plain, windows
+from lightwork.state.state import Meet, TrainedState
 
 FORMAT = 1
 
-_TENSOR_FILES = ("model", "optimizer", "kept")
-
-#: Between a parameter's name and the state entry's, in optimizer.safetensors.
-SEPARATOR = "|"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Position:
+class Bookmark:
     """Where in its data a run is: after `step` updates in all."""
 
     step: int = 0
@@ -50,21 +48,21 @@ class Position:
 class Checkpoint(Mapping[str, torch.Tensor]):
     """What `lightwork.load` returns: a mapping of the model's tensors by name, ready for `model.load_state_dict`.
 
-    Everything else that a run needs to go on is in its attributes.
+    A tensor is read from the file when it is asked for. Everything else that a run needs to go on is in its attributes.
     """
 
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, dict[str, torch.Tensor]]  #: state entries of each parameter
+    model: TensorFile
+    optimizer_file: TensorFile
     groups: list[dict[str, Any]]  #: hyper-parameters of each parameter group
     spec: Spec
-    position: Position
+    position: Bookmark
     kept: dict[str, Any] = field(default_factory=dict)
     loss_scale: tuple[float, ...] = ()  #: of fp16: scale, steps since it changed, steps skipped
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.model[name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.model)
 
     def __len__(self) -> int:
@@ -75,70 +73,82 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """Updates done when it was saved."""
         return self.position.step
 
+    @property
+    def optimizer(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The state entries of each parameter that has any; all are read."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in self.optimizer_file.items():
+            name, _, entry = key.rpartition(SEPARATOR)
+            found.setdefault(name, {})[entry] = value
+        return found
 
-def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint to the folder `path`, in place of one that is there.
 
-    Raises: CheckpointError when a kept object can not be saved, or the folder is something else.
+class Description(NamedTuple):
+    """What a checkpoint says beside the trained state."""
+
+    spec: Spec
+    position: Bookmark
+    kept: Mapping[str, Any]  #: state dicts of kept objects
+
+
+def save(path: Path, state: TrainedState, description: Description | None, meet: Meet, *, is_leader: bool) -> str:
+    """Write a checkpoint to the folder `path`, in place of one that is there; return what went wrong, if anything did.
+
+    Every worker calls it and goes through the state; the one that has a `description` writes.
     """
-    if path.exists() and not (path / "manifest.json").exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} exists and is not a checkpoint. Choose another path, or remove it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    problem = ""
+    with state.reading("save", meet, is_leader=is_leader) as walk:
+        model, aliases = state.of_model()
+        files = {"model": in_file_order(model), "optimizer": in_file_order(state.of_optimizer())}
+        pieces = walk.through(item for items in files.values() for item in items)
+        if description is not None:
+            try:
+                with folders.replaced(path) as folder:
+                    for name, items in files.items():
+                        _write_file(folder / f"{name}.safetensors", items, pieces)
+                    _write_rest(folder, state, description, aliases)
+            except CheckpointError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{path} could not be written ({error}). The checkpoint that was there is kept."
+        for _ in pieces:  # what the others still bring for one that reads
+            pass
+    return problem
+
+
+def _write_file(path: Path, items: Sequence[Item], pieces: Iterator[Piece]) -> None:
+    """Write a file of tensors, as they come."""
+    writer = TensorWriter(path, items)
     try:
-        _write(checkpoint, fresh)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} could not be written ({error}). The checkpoint that was there is kept."
-        ) from error
+        for item in items:
+            for piece in pieces:
+                writer.write(piece.read())
+                if piece.end == item.numel:
+                    break
+        writer.close()
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        writer.abandon()
 
 
-def _write(checkpoint: Checkpoint, folder: Path) -> None:
-    kept_tensors: dict[str, torch.Tensor] = {}
-    kept = {name: take_apart(value, kept_tensors, name) for name, value in checkpoint.kept.items()}
-    state = {
-        f"{name}{SEPARATOR}{entry}": value
-        for name, entries in checkpoint.optimizer.items()
-        for entry, value in entries.items()
-    }
-    model, aliases = _without_aliases(checkpoint.model)
+def _write_rest(folder: Path, state: TrainedState, description: Description, aliases: Mapping[str, str]) -> None:
+    """Write the objects and, last, the manifest."""
+    tensors: dict[str, torch.Tensor] = {}
+    position = description.position
     manifest = {
         "format": FORMAT,
-        "spec": json.loads(checkpoint.spec.to_json()),
-        "position": asdict(checkpoint.position),
-        "groups": [take_apart(group, kept_tensors, f"group{i}") for i, group in enumerate(checkpoint.groups)],
-        "kept": kept,
-        "loss_scale": checkpoint.loss_scale,
+        "spec": json.loads(description.spec.to_json()),
+        "position": asdict(position),
+        "groups": [take_apart(group, tensors, f"group{i}") for i, group in enumerate(state.groups())],
+        "kept": {name: take_apart(value, tensors, name) for name, value in description.kept.items()},
+        "loss_scale": state.loss_scale(position.step),
         "aliases": aliases,
     }
-    for name, tensors in (("model", model), ("optimizer", state), ("kept", kept_tensors)):
-        on_host = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        save_file(on_host, folder / f"{name}.safetensors")
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _without_aliases(model: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return each tensor once, and under which name the others are found (tied weights)."""
-    first: dict[tuple[int, torch.Size], str] = {}
-    unique: dict[str, torch.Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in model.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in first:
-            aliases[name] = first[key]
-        else:
-            first[key] = name
-            unique[name] = tensor
-    return unique, aliases
+    items = in_file_order(Plain(name, tensor) for name, tensor in tensors.items())
+    _write_file(folder / "kept.safetensors", items, (piece for window in windows(items) for piece in window))
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -146,34 +156,80 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises: CheckpointError when there is none, or it is damaged.
     """
-    folder = Path(path)
-    if not (folder / "manifest.json").exists() and (folder / "checkpoint" / "manifest.json").exists():
-        folder = folder / "checkpoint"
-    for name in ("manifest.json", *(f"{name}.safetensors" for name in _TENSOR_FILES)):
+    folder = folders.find(Path(path))
+    if not (folder / MANIFEST).exists() and folders.exists(folder / "checkpoint"):
+        folder = folders.find(folder / "checkpoint")
+    for name in (MANIFEST, *(f"{name}.safetensors" for name in TENSOR_FILES)):
         if not (folder / name).exists():
             raise CheckpointError(
                 f"{folder} is not a checkpoint: {name} is missing. Pass the folder given to run.save, "
                 "or a run directory."
             )
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {manifest['format']}; this version reads format {FORMAT}.")
-        tensors = {name: load_file(folder / f"{name}.safetensors") for name in _TENSOR_FILES}
-        optimizer: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in tensors["optimizer"].items():
-            name, _, entry = key.rpartition(SEPARATOR)
-            optimizer.setdefault(name, {})[entry] = value
-        model = tensors["model"]
-        model.update({alias: model[name] for alias, name in manifest["aliases"].items()})
+        kept = dict(TensorFile(folder / "kept.safetensors"))
         return Checkpoint(
-            model=model,
-            optimizer=optimizer,
-            groups=[put_together(group, tensors["kept"]) for group in manifest["groups"]],
+            model=TensorFile(folder / "model.safetensors", manifest["aliases"]),
+            optimizer_file=TensorFile(folder / "optimizer.safetensors"),
+            groups=[put_together(group, kept) for group in manifest["groups"]],
             spec=Spec.from_json(json.dumps(manifest["spec"])),
-            position=Position(**manifest["position"]),
+            position=Bookmark(**manifest["position"]),
             loss_scale=tuple(manifest.get("loss_scale", ())),
-            kept={name: put_together(value, tensors["kept"]) for name, value in manifest["kept"].items()},
+            kept={name: put_together(value, kept) for name, value in manifest["kept"].items()},
         )
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"the checkpoint in {folder} is damaged ({error}). Use an older one.") from error
+
+
+def check_fits(checkpoint: Checkpoint, spec: Spec, state: TrainedState) -> None:
+    """Raise CheckpointError for a checkpoint of another spec, model or optimizer."""
+    other = differences(spec, checkpoint.spec)
+    if other:
+        listed = "; ".join(f"{name} is {ours!r}, was {theirs!r}" for name, (ours, theirs) in other.items())
+        raise CheckpointError(
+            f"the checkpoint is of another spec: {listed}. Resume with the same settings; for its weights alone, "
+            "model.load_state_dict(lightwork.load(path)) before distribute."
+        )
+    items, aliases = state.of_model()
+    shapes = {item.name: item.shape for item in items}
+    shapes |= {alias: shapes[name] for alias, name in aliases.items()}
+    for name in sorted(shapes.keys() ^ checkpoint.keys()):
+        where = "the model has" if name in shapes else "the checkpoint has"
+        raise CheckpointError(
+            f"the checkpoint is of another model: only {where} {name!r}. Build the model as it was saved."
+        )
+    _check_shapes("model", shapes, checkpoint.model)
+    possible = {item.name: item.shape for item in state.of_optimizer(possible=True)}
+    saved = {name.rpartition(SEPARATOR)[0] for name in checkpoint.optimizer_file}
+    needed = {name: shape for name, shape in possible.items() if name.rpartition(SEPARATOR)[0] in saved}
+    for name in sorted(needed.keys() ^ checkpoint.optimizer_file.keys()):
+        where = "the optimizer keeps" if name in needed else "the checkpoint has"
+        raise CheckpointError(
+            f"the checkpoint is of another optimizer: only {where} {name!r}. Build the optimizer as it was saved."
+        )
+    _check_shapes("optimizer", needed, checkpoint.optimizer_file)
+    if len(checkpoint.groups) != len(state.groups()):
+        raise CheckpointError(
+            f"the checkpoint has {len(checkpoint.groups)} parameter groups, the optimizer {len(state.groups())}. "
+            "Build the optimizer as it was saved."
+        )
+
+
+def _check_shapes(what: str, shapes: Mapping[str, tuple[int, ...]], file: TensorFile) -> None:
+    for name, shape in shapes.items():
+        if file.shape(name) != shape:
+            raise CheckpointError(
+                f"the checkpoint is of another {what}: {name} is {shape}, was {file.shape(name)}. "
+                f"Build the {what} as it was saved."
+            )
+
+
+def restore(checkpoint: Checkpoint, state: TrainedState, *, is_leader: bool) -> None:
+    """Write a checkpoint into the team's memory: every worker what is its own, the leaders the rest. Not a meeting."""
+    with_state = {name.rpartition(SEPARATOR)[0] for name in checkpoint.optimizer_file}
+    state.load(checkpoint.model, checkpoint.optimizer_file, with_state.__contains__, is_leader=is_leader)
+    if is_leader:
+        state.set_loss_scale(checkpoint.step, checkpoint.loss_scale)
+    state.set_groups(checkpoint.groups)

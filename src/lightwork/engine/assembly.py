@@ -33,6 +33,7 @@ from lightwork.state.optimizer import BlockOptimizer
 from lightwork.state.parameters import DTYPES
 from lightwork.state.places import UpdateParts, Visits, WeightPages
 from lightwork.state.scaling import LossScale
+from lightwork.state.state import take_optimizer_state
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
@@ -110,10 +111,7 @@ def attach(description: Description, parts: Parts, *, write: bool) -> None:
             reset(description.model, state.weights, were_meta, done)
         state.weights.accept_versions()
         state.buffers.publish()
-        for index, parameter in enumerate(state.weights.parameters):
-            values = description.optimizer.state.get(parameter)
-            if values and description.layout.parameters[index].group is not None:
-                state.optimizer.load_state(index, dict(values))
+        take_optimizer_state(description.optimizer, state.weights, state.optimizer.moments)
 
 
 def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -> Engine:
@@ -136,7 +134,7 @@ def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -
         fetching=parts.fetching,
         early=parts.early,
     )
-    return Engine(parts, compute, Activations(parts.model, chosen, saved, parts.device))
+    return Engine(parts, memory, compute, Activations(parts.model, chosen, saved, parts.device))
 
 
 class _UpdateRegions:
@@ -144,7 +142,7 @@ class _UpdateRegions:
 
     def __init__(self, holdings: Holdings, memory: Regions, optimizer: BlockOptimizer) -> None:
         self._holdings = holdings
-        self._places = {name: (home, here) for name, home, here in optimizer.places}
+        self._places = {name: (home, here) for name, home, here in optimizer.moments.places}
         self._places[MASTERS] = memory.home(MASTERS, torch.float32), memory.here(MASTERS, torch.float32)
         if holdings.narrow is not None and not holdings.has_device:
             working = memory.home(WORKING, DTYPES[holdings.narrow])

@@ -19,7 +19,7 @@ import math
 import operator
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol, final
@@ -40,12 +40,14 @@ from lightwork.engine.update import StepMap, Updater
 from lightwork.errors import SpecError
 from lightwork.random import derive, seed_all
 from lightwork.spec.holdings import Holdings
-from lightwork.spec.layout import span_of
 from lightwork.spec.tree import Node, combine
 from lightwork.state.buffers import Buffers
-from lightwork.state.optimizer import BlockOptimizer, hyper_parameters
+from lightwork.state.optimizer import BlockOptimizer
 from lightwork.state.places import Visits
+from lightwork.state.probe import hyper_parameters
 from lightwork.state.scaling import LossScale
+from lightwork.state.shards import Shards
+from lightwork.state.state import Home, TrainedState
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
@@ -119,7 +121,7 @@ def take_from_first_host(parts: Parts, memory: Regions) -> None:
 class Engine:
     """One worker's engine."""
 
-    def __init__(self, parts: Parts, compute: Compute, activations: Activations) -> None:
+    def __init__(self, parts: Parts, memory: Regions, compute: Compute, activations: Activations) -> None:
         self.state = parts.state
         self.model = parts.model
         self.optimizer = parts.optimizer
@@ -136,7 +138,19 @@ class Engine:
         self._num_computed = 0  # by this worker, in this step
         self._map: StepMap | None = None
         self._is_clipped = False  # whether the map has the step's scale
+        self._in_step = False
         self._settings: tuple[object, int] = (None, 0)
+        #: The same by name: what a checkpoint, a digest or an edit is of.
+        self.trained = TrainedState(
+            parts.model,
+            parts.optimizer,
+            self.state.weights,
+            self.state.optimizer,
+            self.state.buffers,
+            self.state.loss_scale,
+            Home(self.settle, self.drop_pages, lambda: take_from_first_host(parts, memory)),
+            Shards(parts.holdings, self.state.weights, self.state.optimizer.moments, parts.exchange),
+        )
         between_hosts = ("exchange", "exchange behind backward") if parts.exchange.outbox is not None else ()
         self._seconds = dict.fromkeys(("wait", *between_hosts, "reduce", "update"), 0.0)
         self._step_start = 0.0
@@ -147,6 +161,7 @@ class Engine:
         """Begin `step` and return the first thing to do."""
         self.state.weights.check_unwritten("outside the loop or between two steps")
         self._parts.gradients.begin_step()
+        self._in_step = True
         self._num_micro_batches = num_micro_batches
         self._num_computed = 0
         self._map, self._is_clipped = None, False
@@ -340,8 +355,10 @@ class Engine:
         return self._board.finished_bucket(step, action, None)
 
     def leave(self, step: int) -> StepResult:
-        """Return what `step` came to, once it is committed, and set the random state for the code between steps."""
+        """Return what `step` came to, once it is committed, and set buffers and random state for the code between."""
         self.state.weights.accept_versions()
+        self.state.buffers.restore()
+        self._in_step = False
         self._parts.update_parts.leave_all()  # what was asked for here, and updated by another worker
         records = self._board.records(step, self._num_micro_batches)
         metrics = [self._board.metrics(step, index) for index in range(self._num_micro_batches)]
@@ -417,40 +434,6 @@ class Engine:
 
     # --- between steps ------------------------------------------------------------------------------------------
 
-    def gather(self) -> None:
-        """Bring the masters and state that are shared out to every host, until `release`. Called by the leaders."""
-        self.settle()
-        parts, layout = self._parts, self._parts.holdings.layout
-        shared = [row for row in parts.holdings.rows if parts.holdings.is_shared_out(row.bucket)]
-        if not shared:
-            return
-        initialised = self.state.optimizer.initialised
-        for host, theirs in enumerate(parts.exchange.exchange_bytes("state", bytes(initialised))):
-            for row in shared:
-                if row.owner == host:
-                    blocks = layout.block_indices(row.bucket)
-                    initialised[blocks.start : blocks.stop] = theirs[blocks.start : blocks.stop]
-
-        def tensors_of(bucket: int) -> Iterator[torch.Tensor]:
-            for index in layout.block_indices(bucket):
-                span = span_of(layout, layout.blocks[index])
-                yield self.state.weights.masters.view(span.start, span.end)
-                if initialised[index]:
-                    yield from self.state.optimizer.flat_views(index)
-
-        parts.exchange.share([row.bucket for row in shared], tensors_of)
-
-    def take_from_first_host(self, memory: Regions) -> None:
-        """Make the memory of the first host that of all: weights, buffers and state. Called by the leaders."""
-        take_from_first_host(self._parts, memory)
-
-    def release(self) -> None:
-        """Give back the memory of what other hosts own. Called by the leaders."""
-        for row in self._parts.holdings.rows:
-            if not row.is_own:
-                self.state.weights.release_home(row.bucket)
-                self.state.optimizer.release_home(row.bucket)
-
     def drop_pages(self) -> None:
         """Let go of the memory of what lies on disk, after a call that has read it all."""
         self._parts.slots.drop_all()
@@ -469,6 +452,8 @@ class Engine:
 
     def close(self) -> None:
         """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
+        if self._in_step:  # it was left in its middle: the buffers are a micro-batch's
+            self.state.buffers.restore()
         self._parts.gradients.close()
         self._parts.exchange.close()
         self._parts.fetching.close()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightwork.checkpoint import folder as checkpoints
 from lightwork.device.cuda import open_device
 from lightwork.engine.assembly import Workplace, attach, make_engine, make_parts
 from lightwork.engine.engine import take_from_first_host
@@ -39,7 +40,7 @@ from lightwork.spec.spec import (
 )
 from lightwork.state.description import describe
 from lightwork.state.layers import resolve
-from lightwork.state.optimizer import describe_optimizer
+from lightwork.state.probe import describe_optimizer
 from lightwork.store import heap
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
@@ -205,7 +206,7 @@ def distribute(
         attach(description, parts, write=False)
     engine = make_engine(parts, team.memory, plan.activations)
     if team.is_leader:
-        engine.release()
+        engine.trained.release()
     run = Run(
         model=model,
         spec=spec,
@@ -302,7 +303,7 @@ def _share_run_dir(team: Team, run_dir: str | os.PathLike[str] | None) -> Path:
 
 def _checkpoint_in(folder: Path, asked_for: object) -> Path | None:
     checkpoint = folder / "checkpoint"
-    return checkpoint if asked_for is not None and (checkpoint / "manifest.json").exists() else None
+    return checkpoint if asked_for is not None and checkpoints.exists(checkpoint) else None
 
 
 def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:

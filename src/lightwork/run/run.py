@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from lightwork.checkpoint import checkpoint as checkpoints
-from lightwork.checkpoint.checkpoint import Checkpoint, Position
+from lightwork.checkpoint.checkpoint import Bookmark, Checkpoint, Description
 from lightwork.data.batch import count_tokens
 from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of
 from lightwork.data.order import CustomOrder
@@ -27,8 +26,7 @@ from lightwork.run.guard import Guard
 from lightwork.run.step import Step
 from lightwork.spec.assignment import share
 from lightwork.spec.plan import Plan
-from lightwork.spec.spec import Spec, differences
-from lightwork.state.scaling import Scale
+from lightwork.spec.spec import Spec
 from lightwork.team.board import Activity
 from lightwork.team.join import Team
 from lightwork.team.rendezvous import Progress
@@ -73,8 +71,9 @@ class Run:
         self._engine = engine
         self._guard = guard
         self._trace = trace
-        self._position = Position()
-        self._resumed: Checkpoint | None = None
+        self._position = Bookmark()
+        self._resumed = False
+        self._kept_before: dict[str, Any] = {}  # of a run that was resumed, for objects that are still to come
         self._calls = 0
         self._evaluations = 0
         self._looping = False
@@ -189,10 +188,10 @@ class Run:
         """Meet the others before a loop; return False for one that a resumed run had finished."""
         call, self._calls = self._calls, self._calls + 1
         self._meet_where("steps")
-        if self._resumed is not None and call < self._position.call:
+        if self._resumed and call < self._position.call:
             return False
         if call != self._position.call:
-            self._position = Position(step=self._position.step, call=call)
+            self._position = Bookmark(step=self._position.step, call=call)
         self._team.board.leave(left=False)
         self._team.meet_equal("run.steps", order.describe(self._position.epoch))
         self._looping = True
@@ -224,7 +223,7 @@ class Run:
             limits += [total] if total is not None else []
         return min(limits) if limits else None
 
-    def _upcoming(self, order: Schedule, start: Position, total: int | None) -> Iterator[tuple[int, int, int]]:
+    def _upcoming(self, order: Schedule, start: Bookmark, total: int | None) -> Iterator[tuple[int, int, int]]:
         """Yield the micro-batches that fall to this worker if nobody is late, in order."""
         epoch, step_in_epoch, done = start.epoch, start.step_in_epoch, start.steps_in_call
         while total is None or done < total:
@@ -255,7 +254,7 @@ class Run:
         One that left its loop early is behind: the others finished the step that they were in without it.
         """
         places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._position)).encode())]
-        self._position = Position(**max(places, key=lambda place: (place["step"], place["call"])))
+        self._position = Bookmark(**max(places, key=lambda place: (place["step"], place["call"])))
 
     def _advance(self, order: Schedule, epoch: int, step_in_epoch: int, more: float) -> None:
         """Take note of an update that is done: what is saved from here on is the state after it.
@@ -264,7 +263,7 @@ class Run:
         """
         self._guard.updated()
         epoch, step_in_epoch = order.after(epoch, step_in_epoch, more)
-        self._position = Position(
+        self._position = Bookmark(
             step=self._position.step + 1,
             call=self._position.call,
             steps_in_call=self._position.steps_in_call + 1,
@@ -297,8 +296,8 @@ class Run:
                     f"run.keep({name}=...): a {type(value).__name__} has no state_dict() and load_state_dict()."
                 )
             self._kept[name] = value
-            if self._resumed is not None and name in self._resumed.kept:
-                value.load_state_dict(self._resumed.kept[name])
+            if name in self._kept_before:
+                value.load_state_dict(self._kept_before[name])
 
     @contextlib.contextmanager
     def edit(self) -> Iterator[None]:
@@ -309,53 +308,21 @@ class Run:
         """
         self._refuse_in_step("edit")
         self._team.meet("edit")
-        weights = self._engine.state.weights
-        before = dict(self.model.named_parameters())
-        with self._gathered("edit (begun)"):
-            copies = [weights.master_view(index).clone() for index in range(len(weights.parameters))]
-            self._engine.state.buffers.restore()
-        for parameter, copy in zip(weights.parameters, copies, strict=True):
-            parameter.data = copy
-        edited = False
-        try:
-            with torch.no_grad():
-                yield
-            after = dict(self.model.named_parameters())
-            if before.keys() != after.keys() or any(after[name] is not p for name, p in before.items()):
-                raise UsageError(
-                    "run.edit() found parameters added, removed or replaced. Write into them: parameter.copy_(...)."
-                )
-            edited = True
-        finally:
-            writes = edited and self._team.is_leader
-            if writes:
-                self._engine.state.buffers.publish()
-            weights.attach(write=writes)
-            if writes:
-                self._engine.take_from_first_host(self._team.memory)
-                self._engine.release()
-        self._team.meet("edit (end)")
-        self._engine.state.buffers.restore()
+        with self._engine.trained.edit(self._team.meet, is_leader=self._team.is_leader):
+            yield
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict, under its names: full, plain fp32 tensors of its own, on the host."""
         self._refuse_in_step("state_dict")
         self._team.meet("state_dict")
-        with self._gathered("state_dict"):
-            return {name: value.detach().to("cpu", copy=True) for name, value in self._live_state().items()}
+        return self._engine.trained.state_dict(self._team.meet, is_leader=self._team.is_leader)
 
     def digest(self) -> str:
         """Return the SHA-256 of weights, buffers and optimizer state, in hexadecimal digits; the same everywhere."""
         self._refuse_in_step("digest")
         self._team.meet("digest")
-        with self._gathered("digest"):
-            items = list(self._everything())
-            mine = {name: _sha256(value) for i, (name, value) in enumerate(items) if i % self.world_size == self.rank}
-        parts = self._team.meet("digest (hashes)", json.dumps(mine).encode())
-        hashes: dict[str, str] = {}
-        for part in parts:
-            hashes.update(json.loads(part))
-        return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+        team = self._team
+        return self._engine.trained.digest(team.meet, team.rank, team.world_size, is_leader=team.is_leader)
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write a checkpoint to the folder `path` (the run directory's, unless given) and return it.
@@ -365,17 +332,17 @@ class Run:
         self._refuse_in_step("save")
         folder = Path(path) if path is not None else self.run_dir / "checkpoint"
         self._meet_where("save")
-        error = ""
-        with self._gathered("save"):
-            if self.is_main:
-                try:
-                    checkpoints.save(self._checkpoint(), folder)
-                except CheckpointError as problem:
-                    error = str(problem)
-                self._trace.event("save", path=str(folder), step=self._position.step)
-        problems = self._team.meet("save (result)", error.encode())
-        if problems[0]:
-            raise CheckpointError(problems[0].decode())
+        description: Description | None = None
+        if self.is_main:
+            kept = {name: value.state_dict() for name, value in self._kept.items()}
+            description = Description(self.spec, self._position, kept)
+        team = self._team
+        problem = checkpoints.save(folder, self._engine.trained, description, team.meet, is_leader=team.is_leader)
+        if self.is_main:
+            self._trace.event("save", path=str(folder), step=self._position.step)
+        problem = team.meet("save (result)", problem.encode())[0].decode()
+        if problem:
+            raise CheckpointError(problem)
         return folder
 
     def load(self, path: str | os.PathLike[str] | Checkpoint) -> None:
@@ -387,19 +354,18 @@ class Run:
         if self._looping:
             raise UsageError("run.load was called inside the loop over run.steps. Call it before the loop.")
         checkpoint = path if isinstance(path, Checkpoint) else checkpoints.load(path)
-        self._check_fits(checkpoint)
-        self._team.meet("load")
-        if self._team.is_leader:
-            self._take(checkpoint)
-        for group, saved in zip(self._engine.optimizer.param_groups, checkpoint.groups, strict=True):
-            group.update(saved)
+        state, team = self._engine.trained, self._team
+        checkpoints.check_fits(checkpoint, self.spec, state)
+        team.meet("load")
+        checkpoints.restore(checkpoint, state, is_leader=team.is_leader)
+        if team.is_leader:
+            team.board.resume_at(checkpoint.step)
         self._position = checkpoint.position
-        self._resumed = checkpoint
+        self._resumed, self._kept_before = True, checkpoint.kept
         self._calls = 0
         self.keep(**self._kept)
-        self._team.meet("load (end)")
-        self._engine.state.weights.accept_versions()
-        self._engine.state.buffers.restore()
+        team.meet("load (end)")
+        state.accept()
         self._trace.event("load", step=checkpoint.step)
 
     def stay_while_needed(self) -> None:
@@ -421,20 +387,6 @@ class Run:
         if self._team.carrier is not None:
             self._team.carrier.close()
 
-    # --- what they are made of --------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _gathered(self, what: str) -> Iterator[None]:
-        """While everyone is inside, every host has all masters and state, also where they are sharded."""
-        if self._team.is_leader:
-            self._engine.gather()
-        self._team.meet(f"{what} (gathered)")
-        yield
-        self._engine.drop_pages()
-        self._team.meet(f"{what} (end)")
-        if self._team.is_leader:
-            self._engine.release()
-
     def _refuse_in_step(self, call: str) -> None:
         if self._step is not None and self._step.begun and not self._step.finished:
             raise UsageError(
@@ -442,91 +394,3 @@ class Run:
                 f"{self._step.index}. Call it after that loop, "
                 "when the update is done."
             )
-
-    def _live_state(self) -> dict[str, torch.Tensor]:
-        """Return the model's state dict over the shared fp32 weights and buffers, without copying."""
-        weights = self._engine.state.weights
-        index_of = {id(p): index for index, p in enumerate(weights.parameters)}
-        self._engine.state.buffers.restore()
-        return {
-            name: weights.master_view(index_of[id(value)]) if id(value) in index_of else value
-            for name, value in self.model.state_dict(keep_vars=True).items()
-            if isinstance(value, torch.Tensor)
-        }
-
-    def _everything(self) -> Iterable[tuple[str, torch.Tensor]]:
-        for index, parameter in enumerate(self._engine.state.weights.layout.parameters):
-            yield f"weight {parameter.name}", self._engine.state.weights.master_view(index)
-            for entry, value in self._engine.state.optimizer.state_of(index).items():
-                yield f"state {parameter.name} {entry}", value
-        for name, value in self._engine.state.buffers.values().items():
-            yield f"buffer {name}", value
-
-    def _checkpoint(self) -> Checkpoint:
-        layout = self._engine.state.weights.layout
-        state = {p.name: self._engine.state.optimizer.state_of(index) for index, p in enumerate(layout.parameters)}
-        return Checkpoint(
-            model=self._live_state(),
-            optimizer={name: entries for name, entries in state.items() if entries},
-            groups=[{k: v for k, v in group.items() if k != "params"} for group in self._engine.optimizer.param_groups],
-            spec=self.spec,
-            position=self._position,
-            kept={name: value.state_dict() for name, value in self._kept.items()},
-            loss_scale=tuple(self._engine.state.loss_scale.state(self._position.step))
-            if self._engine.state.loss_scale.enabled
-            else (),
-        )
-
-    def _check_fits(self, checkpoint: Checkpoint) -> None:
-        other = differences(self.spec, checkpoint.spec)
-        if other:
-            listed = "; ".join(f"{name} is {ours!r}, was {theirs!r}" for name, (ours, theirs) in other.items())
-            raise CheckpointError(
-                f"the checkpoint is of another spec: {listed}. Resume with the same settings; for its weights alone, "
-                "model.load_state_dict(lightwork.load(path)) before distribute."
-            )
-        live = self._live_state()
-        for name in sorted(live.keys() ^ checkpoint.keys()):
-            where = "the model has" if name in live else "the checkpoint has"
-            raise CheckpointError(
-                f"the checkpoint is of another model: only {where} {name!r}. Build the model as it was saved."
-            )
-        for name, value in live.items():
-            if value.shape != checkpoint[name].shape:
-                raise CheckpointError(
-                    f"the checkpoint is of another model: {name} is {tuple(value.shape)}, was "
-                    f"{tuple(checkpoint[name].shape)}. "
-                    "Build the model as it was saved."
-                )
-        if len(checkpoint.groups) != len(self._engine.optimizer.param_groups):
-            raise CheckpointError(
-                f"the checkpoint has {len(checkpoint.groups)} parameter groups, the optimizer "
-                f"{len(self._engine.optimizer.param_groups)}. Build the optimizer as it was saved."
-            )
-
-    def _take(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint into the shared memory. The leader does, while the others wait."""
-        weights = self._engine.state.weights
-        self._engine.settle()
-        with torch.no_grad():
-            live = self._live_state()
-            for name, value in live.items():
-                value.copy_(checkpoint[name])
-            weights.publish_all()
-            for index, parameter in enumerate(weights.layout.parameters):
-                self._engine.state.optimizer.load_state(index, dict(checkpoint.optimizer.get(parameter.name, {})))
-            self._engine.state.buffers.publish()
-        self._engine.release()
-        if checkpoint.loss_scale:
-            scale, good_steps, skipped = checkpoint.loss_scale
-            self._engine.state.loss_scale.load(checkpoint.step, Scale(scale, int(good_steps), int(skipped)))
-        self._team.board.resume_at(checkpoint.step)
-
-
-def _sha256(value: torch.Tensor) -> str:
-    hasher = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
-    flat = value.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-    if flat.untyped_storage().resizable():  # numpy would keep it from being given back
-        flat = flat.clone()
-    hasher.update(flat.numpy().data)
-    return hasher.hexdigest()

@@ -16,8 +16,8 @@ from lightwork.spec.layout import Cut, Layout, ParameterSpec, lay_out
 from lightwork.spec.spec import Spec
 from lightwork.state.buffers import Buffers
 from lightwork.state.materialise import check_can_reset, give_buffers_memory
-from lightwork.state.optimizer import StateLayout, is_elementwise, probe_state
 from lightwork.state.parameters import describe_parameters, refuse_sparse_gradients
+from lightwork.state.probe import StateLayout, is_elementwise, probe_state
 from lightwork.state.scaling import LossScale
 
 

@@ -119,6 +119,16 @@ class Weights:
         for region in self._working_places(index):
             self._strided(index, region).copy_(value)
 
+    def parts(self, index: int, start: int, end: int) -> Iterator[torch.Tensor]:
+        """Yield elements `start` to `end` of a parameter, flat, in each place where it is kept: first its master.
+
+        A frozen narrow one has none, and comes as it is.
+        """
+        first = self.layout.offsets[index]
+        masters = [self.masters] if self._values[index].has_master else []
+        for region in (*masters, *self._working_places(index)):
+            yield region.view(first + start, first + end)
+
     def leave_unread(self, index: int) -> None:
         """Give the place here of a working weight back that was asked for and will be fetched again."""
         if self._values[index].is_fetched:
@@ -155,13 +165,6 @@ class Weights:
                 targets.append(here.view(span.start, span.end))
                 sources.append(self.masters_here.view(span.start, span.end))
         self._device.foreach_copy(targets, sources)
-
-    def publish_all(self) -> None:
-        """Write every working weight from its master's home."""
-        for index, parameter in enumerate(self.layout.parameters):
-            if parameter.group is not None:
-                for region in self._working_places(index):
-                    self._strided(index, region).copy_(self._strided(index, self.masters))
 
     def of_bucket(self, bucket: int) -> list[torch.Tensor]:
         """Return the working weights of a bucket, at home, as flat tensors, neighbours of one type together."""

@@ -1,0 +1,325 @@
+"""The trained state: weights, the optimizer's state, buffers, the loss scale and hyper-parameters, as items by name.
+
+One protocol for whoever wants it by name (`run.save`, `load`, `edit`, `digest`, `state_dict`). It is collective: every
+worker makes the same calls in the same order, `meet` being the call in which all of them meet.
+
+    reading    all values go home; which blocks have state is known to all; all meet. Then the items, in order:
+        walk       pieces of up to `WINDOW` bytes: with sharded state they come from their owners, all meet, whoever
+                   wants reads, all meet, and they are given back. Pages of what lies on disk are let go.
+    load       (leaders) all values go home; items are written, master and working weight at once, and what other
+               hosts own is given back; buffers are published. All meet; each accepts what is there.
+    edit       reading, into weights of each worker's own; the first leader's go back, to all hosts.
+
+So one window of the state is in memory beside what training needs, and no copy of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn, optim
+
+from lightwork.errors import SpecError, UsageError
+from lightwork.state.buffers import Buffers
+from lightwork.state.items import SEPARATOR, Item, Moment, Piece, Plain, Weight, windows
+from lightwork.state.moments import Moments
+from lightwork.state.optimizer import BlockOptimizer
+from lightwork.state.parameters import like
+from lightwork.state.scaling import LossScale, Scale
+from lightwork.state.shards import Shards
+from lightwork.state.weights import Weights
+
+
+class Meet(Protocol):
+    """The call in which all workers meet."""
+
+    def __call__(self, what: str, payload: bytes = b"", /) -> list[bytes]:
+        """Return every worker's payload."""
+
+
+class Source(Protocol):
+    """Tensors by name, of which parts can be read: a checkpoint's."""
+
+    def read(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Return some elements of a tensor, flat."""
+
+
+class Home(NamedTuple):
+    """What brings values to where they are kept."""
+
+    settle: Callable[[], None]  #: returns when nothing is on its way, and forgets what comes and goes
+    drop: Callable[[], None]  #: lets go of the pages of what lies on disk
+    spread: Callable[[], None]  #: makes the first host's memory that of all; called by the leaders
+
+
+class TrainedState:
+    """What a team trains, by name."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        weights: Weights,
+        updates: BlockOptimizer,
+        buffers: Buffers,
+        loss_scale: LossScale,
+        home: Home,
+        shards: Shards,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._weights = weights
+        self._updates = updates
+        self._moments = updates.moments
+        self._buffers = buffers
+        self._loss_scale = loss_scale
+        self._home = home
+        self._shards = shards
+
+    # --- the items --------------------------------------------------------------------------------------------------
+
+    def of_model(self) -> tuple[list[Item], dict[str, str]]:
+        """Return the items of the model's state dict, each once, and the other names that some of them have."""
+        self._buffers.restore()
+        index_of = {id(p): index for index, p in enumerate(self._weights.parameters)}
+        items: list[Item] = []
+        aliases: dict[str, str] = {}
+        first: dict[int, str] = {}
+        for name, value in self._model.state_dict(keep_vars=True).items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if id(value) in first:
+                aliases[name] = first[id(value)]
+                continue
+            first[id(value)] = name
+            index = index_of.get(id(value))
+            items.append(Plain(name, value) if index is None else self._weight(name, index))
+        return items, aliases
+
+    def of_optimizer(self, *, possible: bool = False) -> list[Item]:
+        """Return the items of the state of every parameter that has been updated or, with `possible`, may be."""
+        return [
+            Moment(parameter.name, self._weights, self._moments, index, entry)
+            for index, parameter in enumerate(self._weights.layout.parameters)
+            if possible or self._moments.has_state(index)
+            for entry in self._moments.entries_of(index).values()
+        ]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the hyper-parameters of each parameter group."""
+        return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+
+    def loss_scale(self, step: int) -> tuple[float, ...]:
+        """Return the state of loss scaling as `step` begins; empty where losses are not scaled."""
+        return tuple(self._loss_scale.state(step)) if self._loss_scale.enabled else ()
+
+    def _weight(self, name: str, index: int) -> Item:
+        return Weight(name, self._weights, self._moments, index)
+
+    def _everything(self) -> dict[str, Item]:
+        """Return all that a digest is of; with the buffers that a state dict leaves out."""
+        parameters = [parameter.name for parameter in self._weights.layout.parameters]
+        items = {f"weight {name}": self._weight(name, index) for index, name in enumerate(parameters)}
+        items |= {"state " + " ".join(item.name.rsplit(SEPARATOR, 1)): item for item in self.of_optimizer()}
+        return items | {f"buffer {name}": Plain(name, value) for name, value in self._buffers.values().items()}
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reading(self, what: str, meet: Meet, *, is_leader: bool) -> Iterator[Walk]:
+        """Be where the state can be read: a context, in which every worker goes through the same items."""
+        if is_leader:
+            self._home.settle()
+            self._shards.tell_what_is_initialised()
+        meet(f"{what} (gathered)")
+        yield Walk(what, meet, self._home.drop, self._shards, is_leader=is_leader)
+        self._home.drop()
+        meet(f"{what} (end)")
+
+    def state_dict(self, meet: Meet, *, is_leader: bool) -> dict[str, torch.Tensor]:
+        """Return the model's state dict: tensors of its own, on the host."""
+        with self.reading("state_dict", meet, is_leader=is_leader) as walk:
+            items, aliases = self.of_model()
+            found = {item.name: value for item, value in walk.copies(items)}
+        found |= {alias: found[name].clone() for alias, name in aliases.items()}
+        return {name: found[name] for name in self._model.state_dict(keep_vars=True) if name in found}
+
+    def digest(self, meet: Meet, rank: int, world_size: int, *, is_leader: bool) -> str:
+        """Return the SHA-256 of everything, in hexadecimal digits; each worker hashes its share of the items."""
+        with self.reading("digest", meet, is_leader=is_leader) as walk:
+            items = self._everything()
+            own = {id(item): name for i, (name, item) in enumerate(items.items()) if i % world_size == rank}
+            hashers = {}
+            for piece in walk.through(items.values()):
+                name = own.get(id(piece.item))
+                if name is None:
+                    continue
+                if name not in hashers:
+                    hashers[name] = hashlib.sha256(f"{piece.item.dtype} {piece.item.shape} ".encode())
+                hashers[name].update(piece.read().view(torch.uint8).numpy().data)
+        mine = {name: hasher.hexdigest() for name, hasher in hashers.items()}
+        hashes: dict[str, str] = {}
+        for part in meet("digest (hashes)", json.dumps(mine).encode()):
+            hashes.update(json.loads(part))
+        return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def load(self, model: Source, optimizer: Source, has_state: Callable[[str], bool], *, is_leader: bool) -> None:
+        """Write everything, from tensors by the names of the items: the leaders what is shared, each what is its own.
+
+        `has_state` says of a parameter whether its state is in `optimizer`; another's begins anew.
+        """
+        with torch.no_grad():
+            items, _ = self.of_model()
+            if not is_leader:
+                self._fill([item for item in items if isinstance(item, Plain) and not item.is_shared], model)
+                return
+            self._home.settle()
+            self._fill(items, model)
+            for index, parameter in enumerate(self._weights.layout.parameters):
+                self._moments.mark(index, initialised=has_state(parameter.name))
+            self._fill(
+                [item for item in self.of_optimizer() if has_state(item.name.rpartition(SEPARATOR)[0])], optimizer
+            )
+            self._buffers.publish()
+
+    def set_loss_scale(self, step: int, state: Sequence[float]) -> None:
+        """Let `step` begin with a state of loss scaling, if there is one. The leaders do."""
+        if state:
+            scale, good_steps, skipped = state
+            self._loss_scale.load(step, Scale(scale, int(good_steps), int(skipped)))
+
+    def set_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take these hyper-parameters. Every worker does."""
+        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
+            group.update(saved)
+
+    def accept(self) -> None:
+        """Take what the leaders have written for legitimate. Every worker does."""
+        self._updates.forget()
+        self._weights.accept_versions()
+        self._buffers.restore()
+
+    def release(self) -> None:
+        """Give back the memory of what other hosts own. The leaders do."""
+        self._shards.release_all()
+
+    def _fill(self, items: Iterable[Item], source: Source) -> None:
+        for window in windows(items):
+            for piece in window:
+                piece.item.write(piece.start, piece.end, source.read(piece.item.name, piece.start, piece.end))
+            self._home.drop()
+            self._shards.release(_buckets(window))
+
+    # --- editing ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def edit(self, meet: Meet, *, is_leader: bool) -> Iterator[None]:
+        """Let the body write into fp32 weights and buffers of this worker's own; the leaders' become all workers'."""
+        before = dict(self._model.named_parameters())
+        with self.reading("edit (begun)", meet, is_leader=is_leader) as walk:
+            items = [self._weight(str(index), index) for index in range(len(self._weights.parameters))]
+            for item, value in walk.copies(items):
+                index = int(item.name)
+                parameter = self._weights.parameters[index]
+                is_on_host = self._weights.home_on_host(index) is not None
+                flat = torch.empty(item.numel, dtype=torch.float32, device="cpu" if is_on_host else parameter.device)
+                parameter.data = like(flat, parameter).copy_(value)
+            self._buffers.restore()
+        edited = False
+        try:
+            with torch.no_grad():
+                yield
+            after = dict(self._model.named_parameters())
+            if before.keys() != after.keys() or any(after[name] is not p for name, p in before.items()):
+                raise UsageError(
+                    "run.edit() found parameters added, removed or replaced. Write into them: parameter.copy_(...)."
+                )
+            edited = True
+        finally:
+            writes = edited and is_leader
+            if writes:
+                self._buffers.publish()
+            self._weights.attach(write=writes, done=lambda index: self._home.drop())
+            if writes:
+                self._home.spread()
+                self.release()
+        meet("edit (end)")
+        self._buffers.restore()
+
+
+class Walk:
+    """Goes through items, while every other worker goes through the same."""
+
+    def __init__(self, what: str, meet: Meet, drop: Callable[[], None], shards: Shards, *, is_leader: bool) -> None:
+        self._what = what
+        self._meet = meet
+        self._drop = drop
+        self._shards = shards
+        self._is_leader = is_leader
+
+    def through(self, items: Iterable[Item]) -> Iterator[Piece]:
+        """Yield every piece of these items; it may be read until the next one is asked for."""
+        for window in windows(items):
+            if self._shards.are_there:
+                if self._is_leader:
+                    self._shards.bring(window)
+                self._meet(f"{self._what} (brought)")
+            yield from window
+            self._drop()
+            if self._shards.are_there:
+                self._meet(f"{self._what} (read)")
+                if self._is_leader:
+                    self._shards.release(_buckets(window))
+
+    def copies(self, items: Iterable[Item]) -> Iterator[tuple[Item, torch.Tensor]]:
+        """Yield each item with a copy of its value, on the host."""
+        whole = torch.empty(0)
+        for piece in self.through(items):
+            if piece.start == 0:
+                whole = torch.empty(piece.item.shape, dtype=piece.item.dtype)
+            whole.view(-1)[piece.start : piece.end].copy_(piece.read())
+            if piece.end == piece.item.numel:
+                yield piece.item, whole
+
+
+def _buckets(window: Sequence[Piece]) -> list[int]:
+    return sorted({bucket for piece in window for bucket in piece.item.buckets(piece.start, piece.end)})
+
+
+def take_optimizer_state(optimizer: optim.Optimizer, weights: Weights, moments: Moments) -> None:
+    """Begin with the state that the user's optimizer has, of steps before it came to the team. The leaders do.
+
+    Raises: SpecError when an entry is missing or has another shape.
+    """
+    for index, parameter in enumerate(weights.parameters):
+        state, spec = optimizer.state.get(parameter), weights.layout.parameters[index]
+        if state and spec.group is not None:
+            moments.mark(index, initialised=True)
+            for entry in moments.entries_of(index).values():
+                item = Moment(spec.name, weights, moments, index, entry)
+                values = _checked(state, entry.name, item, spec.name).reshape(-1)
+                for start, end in item.ranges():
+                    item.write(start, end, values[start:end])
+
+
+def _checked(state: Mapping[str, Any], entry: str, item: Item, parameter: str) -> torch.Tensor:
+    """Return an entry of the user's optimizer's state.
+
+    Raises: SpecError when it is missing or has another shape.
+    """
+    if entry not in state:
+        raise SpecError(f"the optimizer's state for {parameter} has no {entry!r}; it has {', '.join(state)}.")
+    value = torch.as_tensor(state[entry])
+    if value.numel() != item.numel:
+        raise SpecError(
+            f"the optimizer's state {entry!r} for {parameter} has {value.numel()} elements, where {item.numel} are "
+            "expected. Make the optimizer anew, or load state that belongs to it."
+        )
+    return value
