@@ -100,7 +100,7 @@ def combinations() -> Iterator[Any]:
 
 def places_of(parts: Parts, region: str) -> tuple[Elements, Elements]:
     """Return where masters or state have their home, and where computation sees them."""
-    places = {name: (home, here) for name, home, here in parts.state.optimizer.places}
+    places = {name: (home, here) for name, home, here in parts.state.optimizer.moments.places}
     weights = parts.state.weights
     return (weights.masters, weights.masters_here) if region == MASTERS else places[region]
 
@@ -206,7 +206,7 @@ def test_units_take_the_room_of_their_bucket_alone(tmp_path: Path) -> None:
         Rehearsal(), precision="fp32", hosts=(1,), host=0, dials=Dials(offload={"optimizer": "host"})
     )
     parts, _ = parts_of(description, holdings, Rehearsal(), tmp_path)
-    for _, home, here in parts.state.optimizer.places:
+    for _, home, here in parts.state.optimizer.moments.places:
         assert isinstance(home, UnitElements)
         assert isinstance(here, UnitElements)
         for row in holdings.rows:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,52 @@ def test_a_limit_that_nothing_fits_is_refused_with_what_is_missing() -> None:
             memory="64MiB",
             run_dir=str(new_folder()),
         )
+
+
+def save_and_resume_within(memory: str | None, folder: Path) -> tuple[str, int]:
+    """Train a step and save or, where that was done, go on from there; return digest and the highest memory."""
+    before = proportional()
+    highest = [before]
+    resume = folder / "saved" if (folder / "saved").exists() else None
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(32)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            highest.append(proportional())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run = lightwork.distribute(
+            model, optimizer, global_batch=4, micro_batch=2, memory=memory, run_dir=new_folder(), resume=resume
+        )
+        data = torch.utils.data.TensorDataset(torch.randn(8, 1024, generator=torch.Generator().manual_seed(1)))
+        for step in run.steps(data, epochs=1):
+            for (x,) in step:
+                step.backward(model(x).square().mean())
+            if resume is None:
+                run.save(folder / "saved")
+                break
+        digest = run.digest()
+    finally:
+        ended.set()
+        watcher.join()
+    return digest, max(highest) - before
+
+
+def test_a_run_held_to_a_quarter_of_its_training_state_saves_and_resumes_within_it_to_the_same_digest() -> None:
+    limit = 32 * 1024 * 1025 * 16 // 4
+    free, held = new_folder(), new_folder()
+    ((expected, _),) = run_team(1, lambda: save_and_resume_within(None, free))
+    ((digest, highest),) = run_team(1, lambda: save_and_resume_within(str(limit), held))
+    assert (digest, highest <= limit) == (expected, True)
+    for file in ("model", "optimizer"):
+        name = f"saved/{file}.safetensors"
+        assert filecmp.cmp(free / name, held / name, shallow=False)
+    ((expected, _),) = run_team(1, lambda: save_and_resume_within(None, held))
+    ((digest, highest),) = run_team(1, lambda: save_and_resume_within(str(limit), held))
+    assert (digest, highest <= limit) == (expected, True)

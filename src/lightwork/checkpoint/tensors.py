@@ -212,8 +212,12 @@ def _read_header(fd: int) -> dict[str, _Place]:
     for name, entry in json.loads(os.pread(fd, length, 8)).items():
         if name == _METADATA:
             continue
-        dtype, shape, (first, end) = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), entry["data_offsets"]
-        if min(shape, default=0) < 0 or first < 0 or end - first != math.prod(shape) * dtype.itemsize:
+        dtype, shape, (first, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if (
+            not all(isinstance(n, int) and n >= 0 for n in shape)
+            or first < 0
+            or end - first != math.prod(shape) * dtype.itemsize
+        ):
             raise ValueError(f"{name} of {entry['dtype']} {shape} lies in {end - first} bytes")
         places[name] = _Place(dtype, shape, 8 + length + first, end - first)
     needed = max((place.offset + place.num_bytes for place in places.values()), default=8 + length)
