@@ -142,7 +142,13 @@ def _put(fresh: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
         fresh.rename(path)
-    sync(path.parent)
+    try:
+        sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint in {path} is whole, but the folder around it could not be synchronised with the disk "
+            f"({error}): after a power failure the one before it may be found. Save again."
+        ) from error
     shutil.rmtree(old, ignore_errors=True)
 
 

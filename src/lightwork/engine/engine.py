@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, final
 
 import torch
@@ -117,6 +118,18 @@ def take_from_first_host(parts: Parts, memory: Regions) -> None:
     parts.state.weights.accept_versions()
 
 
+def _settle(parts: Parts) -> None:
+    parts.update_parts.settle()
+    parts.fetching.settle()
+
+
+def _drop_pages(parts: Parts) -> None:
+    """Let go of the memory of what lies on disk, after all of it, or a part, was read."""
+    parts.slots.drop_all()
+    for elements in parts.on_disk:
+        elements.drop(0, parts.holdings.layout.numel)
+
+
 @final
 class Engine:
     """One worker's engine."""
@@ -148,7 +161,7 @@ class Engine:
             self.state.optimizer,
             self.state.buffers,
             self.state.loss_scale,
-            Home(self.settle, self.drop_pages, lambda: take_from_first_host(parts, memory)),
+            Home(partial(_settle, parts), partial(_drop_pages, parts), partial(take_from_first_host, parts, memory)),
             Shards(parts.holdings, self.state.weights, self.state.optimizer.moments, parts.exchange),
         )
         between_hosts = ("exchange", "exchange behind backward") if parts.exchange.outbox is not None else ()
@@ -434,12 +447,6 @@ class Engine:
 
     # --- between steps ------------------------------------------------------------------------------------------
 
-    def drop_pages(self) -> None:
-        """Let go of the memory of what lies on disk, after a call that has read it all."""
-        self._parts.slots.drop_all()
-        for elements in self._parts.on_disk:
-            elements.drop(0, self._parts.holdings.layout.numel)
-
     @property
     def serves_weights(self) -> bool:
         """Whether other hosts read weights that this one has."""
@@ -447,8 +454,7 @@ class Engine:
 
     def settle(self) -> None:
         """Return when every value is at home: nothing is on its way, and what comes and goes is gone."""
-        self._parts.update_parts.settle()
-        self._parts.fetching.settle()
+        _settle(self._parts)
 
     def close(self) -> None:
         """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
