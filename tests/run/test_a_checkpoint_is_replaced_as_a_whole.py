@@ -11,6 +11,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,8 @@ class OneTensor:
 
     @contextlib.contextmanager
     def reading(self, what: str, meet: Any, *, is_leader: bool) -> Iterator[Walk]:
-        yield Walk(what, meet, lambda: None, None, is_leader=is_leader)
+        nothing_is_elsewhere: Any = SimpleNamespace(are_there=False)
+        yield Walk(what, meet, lambda: None, nothing_is_elsewhere, is_leader=is_leader)
 
     def of_model(self) -> tuple[list[Item], dict[str, str]]:
         return self.items, {}
