@@ -21,6 +21,7 @@ import lightwork
 from tests.cases import CASES, Case, vectors
 from tests.training import distributed, in_small_pieces, new_folder, poison_what_is_given_back, run_team, train
 
+
 def interrupted(case: Case, folder: Path, stop_after: int) -> list[tuple[float, float, str]]:
     """Train a case, saving after `stop_after` steps and stopping there; or going on from there, if it was saved."""
     resume = folder / "saved" if (folder / "saved").exists() else None
