@@ -21,9 +21,7 @@ from tests.architecture.budget import (
 #: What is above its limit today. An entry may only shrink: when it is larger than what there is, lower or remove it.
 KNOWN: dict[str, dict[str, int]] = {
     "file": {
-        "engine/engine.py": 488,
-        "run/run.py": 532,
-        "state/optimizer.py": 574,
+        "engine/engine.py": 479,
         "team/board.py": 571,
         "team/join.py": 404,
     },
@@ -42,7 +40,7 @@ KNOWN: dict[str, dict[str, int]] = {
     },
     "class": {
         "device/base.py Device": 16,
-        "engine/engine.py Engine": 21,
+        "engine/engine.py Engine": 17,
         "spec/holdings.py Holdings": 24,
         "state/weights.py Weights": 18,
         "team/board.py Board": 32,

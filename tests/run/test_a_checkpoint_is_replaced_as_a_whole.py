@@ -87,7 +87,7 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
 
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    folders.exchange = counted(folders.exchange)
+    folders.swap = counted(folders.swap)
     work()
     os._exit(0)
 
@@ -97,7 +97,7 @@ def test_a_kill_between_any_two_calls_leaves_the_old_checkpoint_or_the_new(
     exchanges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanges:
-        monkeypatch.setattr(folders, "exchange", lambda one, other: False)
+        monkeypatch.setattr(folders, "swap", lambda one, other: False)
     path, seen, number = new_folder() / "saved", [], 0
     assert save(path, 1) == ""
     while killed_at(number, lambda: save(path, step_in(path) + 1)):

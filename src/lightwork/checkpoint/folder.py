@@ -138,7 +138,7 @@ def _put(fresh: Path, path: Path) -> None:
     old = _aside(path)
     if not path.exists():  # the first one, or one put aside when its successor did not come
         fresh.rename(path)
-    elif not exchange(fresh, path):
+    elif not swap(fresh, path):
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
         fresh.rename(path)
@@ -152,7 +152,7 @@ def _put(fresh: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def exchange(one: Path, other: Path) -> bool:
+def swap(one: Path, other: Path) -> bool:
     """Let two folders change their names in one call; return False where the system has none."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
