@@ -262,21 +262,21 @@ class Walk:
         self._meet = meet
         self._drop = drop
         self._shards = shards
-        self._is_leader = is_leader
+        does = (shards.bring, shards.release) if is_leader else (_nothing, _nothing)
+        self._bring: Callable[[Iterable[Piece]], None] = does[0]
+        self._give_back: Callable[[Iterable[int]], None] = does[1]
 
     def through(self, items: Iterable[Item]) -> Iterator[Piece]:
         """Yield every piece of these items; it may be read until the next one is asked for."""
         for window in windows(items):
             if self._shards.are_there:
-                if self._is_leader:
-                    self._shards.bring(window)
+                self._bring(window)
                 self._meet(f"{self._what} (brought)")
             yield from window
             self._drop()
             if self._shards.are_there:
                 self._meet(f"{self._what} (read)")
-                if self._is_leader:
-                    self._shards.release(_buckets(window))
+                self._give_back(_buckets(window))
 
     def copies(self, items: Iterable[Item]) -> Iterator[tuple[Item, torch.Tensor]]:
         """Yield each item with a copy of its value, on the host."""
@@ -287,6 +287,10 @@ class Walk:
             whole.view(-1)[piece.start : piece.end].copy_(piece.read())
             if piece.end == piece.item.numel:
                 yield piece.item, whole
+
+
+def _nothing(_: object) -> None:
+    """What a worker does that does not speak for its host."""
 
 
 def _buckets(window: Sequence[Piece]) -> list[int]:
