@@ -444,7 +444,6 @@ def run_ranks(
             rank=rank,
             world_size=num_workers,
             local_rank=rank - machines.index(machines[rank]),
-            local_world_size=machines.count(machines[rank]),
             launcher=Launcher.LIGHTWORK if hosts is None else Launcher.TORCHRUN,
             machine=f"machine {machines[rank]}",
             run_dir=run_dir,

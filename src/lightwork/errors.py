@@ -55,7 +55,11 @@ class TeamError(LightworkError):
 
 
 class RankLost(TeamError):
-    """A worker ended, was killed, or left while the others still needed it."""
+    """A worker ended, was killed, or left while the others still needed it; `rank` is its own, where it is known."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class RankFailed(TeamError):

@@ -22,12 +22,9 @@ from tests.architecture.budget import (
 KNOWN: dict[str, dict[str, int]] = {
     "file": {
         "engine/engine.py": 479,
-        "team/board.py": 571,
-        "team/join.py": 404,
     },
     "function": {
         "run/distribute.py distribute": 99,
-        "team/join.py join": 93,
     },
     "constructor": {
         "engine/backward/gradients.py Fold": 10,
@@ -35,15 +32,12 @@ KNOWN: dict[str, dict[str, int]] = {
         "engine/forward/recompute.py _Call": 13,
         "observer/summary.py Summary": 12,
         "run/step.py Step": 11,
-        "team/board.py Board": 9,
-        "team/join.py Team": 15,
     },
     "class": {
         "device/base.py Device": 16,
         "engine/engine.py Engine": 17,
         "spec/holdings.py Holdings": 24,
         "state/weights.py Weights": 18,
-        "team/board.py Board": 32,
     },
 }
 

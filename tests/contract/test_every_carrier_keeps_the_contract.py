@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 from lightwork.device.cpu import Rehearsal
 from lightwork.errors import Disagreement, RankLost
-from lightwork.transport import gloo
+from lightwork.transport import late
 from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier
 from lightwork.transport.gloo import GlooCarrier
 from lightwork.transport.relay import Relay
@@ -153,7 +153,7 @@ def test_whoever_sends_first_is_received_from_and_named(hosts: Hosts) -> None:
 
 
 def test_a_host_that_keeps_others_waiting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gloo, "NAME_AFTER_SECONDS", 0.5)
+    monkeypatch.setattr(late, "NAME_AFTER_SECONDS", 0.5)
     store, named = HashStore(), []
 
     def job(carrier: Carrier) -> None:

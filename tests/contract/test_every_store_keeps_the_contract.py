@@ -168,7 +168,7 @@ def test_without_memory_files_of_processes_the_file_has_a_name_until_it_is_publi
     assert store.buffer[3] == 3
 
 
-@pytest.mark.parametrize("address", ["4096:/nowhere/at/all", "private:"])
+@pytest.mark.parametrize("address", ["4096:/nowhere/lightwork-all", "4096:/proc/1/fd/99999"])
 def test_memory_that_is_not_there_is_named(address: str) -> None:
     with pytest.raises(TeamError, match=r"can not be opened .*one host"):
         open_store(address)
@@ -184,3 +184,11 @@ def test_too_little_room_is_refused_with_what_it_is_for() -> None:
         check_room("anonymous", 2**31, 2**30, "weights 2 GiB")
     with pytest.raises(MemoryFull, match="of shared room in "):
         check_room("file", 2**62, 2**63, "weights, many")
+
+
+@pytest.mark.parametrize("make", [lambda path: path, lambda path: f"/proc/{os.getpid()}/fd/{os.open(path, os.O_RDWR)}"])
+def test_only_the_memory_of_a_worker_is_opened(make: Callable[[Path], object], tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    file.write_bytes(b"x" * 4096)
+    with pytest.raises(TeamError, match=r"is no memory of a worker|is another file than the memory of a worker"):
+        open_store(f"4096:{make(file)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lightwork.errors import Disagreement
+from lightwork.errors import Disagreement, TeamError
 from lightwork.store.mapped import create_store
 from lightwork.store.private import PrivateStore
 from lightwork.transport.base import Transport
@@ -26,13 +26,12 @@ _SIGNAL_BYTES = 64
 TIMEOUT = 20.0
 
 
-def watch(deadline: float | None = None) -> Callable[[], None]:
+def watch(deadline: float | None = None) -> Callable[[], TeamError | None]:
     """Return a watch that gives up, so that a test that fails ends."""
     end = time.monotonic() + TIMEOUT if deadline is None else deadline
 
-    def look() -> None:
-        if time.monotonic() > end:
-            raise TimeoutError("the others did not come")
+    def look() -> TeamError | None:
+        return TeamError("the others did not come") if time.monotonic() > end else None
 
     return look
 
@@ -45,7 +44,7 @@ def of_threads(num_workers: int, job: Job) -> list[Any]:
     results: list[Any] = [None] * num_workers
 
     def work(rank: int) -> None:
-        transport = HostTransport(rank, num_workers, region, lock, Signal(store.buffer, 0))
+        transport = HostTransport(rank, range(num_workers), region, lock, Signal(store.buffer, 0))
         try:
             results[rank] = job(rank, transport)
         except Exception as error:
@@ -69,7 +68,7 @@ def of_processes(num_workers: int, job: Job) -> list[Any]:
         if pid == 0:
             region = memoryview(store.buffer)[_SIGNAL_BYTES:]
             fd = store.fileno()
-            transport = HostTransport(rank, num_workers, region, FileLock(fd or -1), Signal(store.buffer, 0))
+            transport = HostTransport(rank, range(num_workers), region, FileLock(fd or -1), Signal(store.buffer, 0))
             try:
                 result = job(rank, transport)
             except Exception as error:
@@ -162,11 +161,21 @@ def test_a_long_name_or_one_with_letters_of_all_kinds_is_a_name_as_any_other(tea
 
 
 @every_team
-def test_the_watch_is_asked_while_others_are_missing_and_what_it_raises_ends_the_wait(team: Team) -> None:
+def test_the_watch_is_asked_while_others_are_missing_and_what_it_returns_ends_the_wait(team: Team) -> None:
     def job(rank: int, transport: Transport) -> object:
         return None if rank else transport.exchange("alone", b"", watch(time.monotonic() + 0.3))
 
-    assert isinstance(team(2, job)[0], TimeoutError)
+    assert str(team(2, job)[0]) == "the others did not come"
+
+
+def test_a_disagreement_names_ranks_of_the_whole_team() -> None:
+    store = PrivateStore(_SIGNAL_BYTES + HostTransport.num_bytes(2))
+    region, lock = memoryview(store.buffer)[_SIGNAL_BYTES:], threading.Lock()
+    a, b = (HostTransport(local, (4, 5), region, lock, Signal(store.buffer, 0)) for local in (0, 1))
+    with pytest.raises(TeamError):
+        b.exchange("digest", b"", lambda: TeamError("nobody came"))
+    with pytest.raises(Disagreement, match="rank 4 calls save while rank 5 calls digest"):
+        a.exchange("save", b"", watch())
 
 
 def test_a_signal_wakes_who_waits_and_gives_up_in_time() -> None:

@@ -10,15 +10,21 @@ import random
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightwork.errors import Disagreement, RankFailed, UsageError
+from lightwork.spec.roster import Roster
 from lightwork.spec.tree import Node, fold, sum_of
 from lightwork.store.private import PrivateStore
-from lightwork.team.board import METRICS_BYTES, Action, Activity, Board, BoardSize, Kind
+from lightwork.team.board import Board
+from lightwork.team.ledger import Outcome
+from lightwork.team.presence import Activity
+from lightwork.team.rules import Action, Seat, freed_by_death, partial_sums, phases_of
+from lightwork.team.words import METRICS_BYTES, BoardSize, Kind
 from lightwork.transport.signal import Signal
 
 _SIGNAL_BYTES = 64
@@ -39,7 +45,7 @@ class Setting:
 
     def size(self) -> BoardSize:
         return BoardSize(
-            world_size=self.world_size,
+            num_workers=self.world_size,
             num_micro_batches=self.num_micro_batches,
             num_parameters=2,
             num_buckets=self.num_buckets,
@@ -51,7 +57,9 @@ class Setting:
         region = memoryview(store.buffer)[_SIGNAL_BYTES:]
         lock = lock or threading.Lock()
         return [
-            Board(rank, size, region, lock, Signal(store.buffer, 0), steal=self.steal)
+            Board(
+                rank, Roster.of_sizes((self.world_size,)), size, region, lock, Signal(store.buffer, 0), steal=self.steal
+            )
             for rank in range(self.world_size)
         ]
 
@@ -74,6 +82,9 @@ class Team:
         self.setting = setting
         self.boards = setting.boards(lock)
         self.logs = [StepLog() for _ in range(setting.num_steps)]
+        self.living = set(range(setting.world_size))
+        self.redone: list[Action] = []  # what a death has freed
+        self.held: dict[int, dict[Node, int]] = {}  # by rank, in the step that it is in
 
     def worker(self, rank: int) -> Iterator[Kind]:
         """Go through all steps as an engine does; yields what it is about to do, before it does it."""
@@ -81,7 +92,7 @@ class Team:
         for step, log in enumerate(self.logs):
             count = self.count(step)
             log.entered.add(rank)
-            held: dict[Node, int] = {}
+            held = self.held[rank] = {}
             action = board.enter(step, count, 77, measure=self.setting.clip)
             while action.kind is not Kind.COMMITTED:
                 yield action.kind
@@ -93,8 +104,8 @@ class Team:
                     action = self.update(rank, step, action)
             log.committed.add(rank)
             assert board.committed == step + 1
-            assert board.records(step, count) == [(step + index / 8, 1.0 + index) for index in range(count)]
-            assert [board.metrics(step, index) for index in range(count)] == [
+            assert board.ledger.records(step, count) == [(step + index / 8, 1.0 + index) for index in range(count)]
+            assert [board.ledger.metrics(step, index) for index in range(count)] == [
                 {"m": [index, 2]} for index in range(count)
             ]
             # Between two steps the user's code may read weights, for as long as it likes.
@@ -107,7 +118,7 @@ class Team:
 
     def compute(self, rank: int, step: int, index: int, held: dict[Node, int]) -> Action:
         board, count, log = self.boards[rank], self.count(step), self.logs[step]
-        assert board.claimant(index) == rank
+        assert board._words.claimant(Kind.COMPUTE, index, step) == rank
         assert not log.updated, "no update begins before every micro-batch is done"
         chain, node = fold(index, count, held)
         used = set(held.values())
@@ -116,14 +127,12 @@ class Team:
         freed = [held.pop(sibling) for sibling in chain]
         held[node] = free[0]
         log.computed.append((index, rank))
-        board.touched(index)[:] = bytes([1, index % 2])
+        board.ledger.touched(index)[:] = bytes([1, index % 2])
         metrics = b'{"m": [%d, 2]}' % index
         return board.finished_micro_batch(
             step,
             index,
-            loss=step + index / 8,
-            weight=1.0 + index,
-            metrics=metrics,
+            Outcome(loss=step + index / 8, weight=1.0 + index, metrics=metrics),
             freed=freed,
             slot=free[0],
             node=node,
@@ -131,19 +140,23 @@ class Team:
 
     def update(self, rank: int, step: int, action: Action) -> Action:
         board, count, log = self.boards[rank], self.count(step), self.logs[step]
-        assert log.entered == set(range(self.setting.world_size)), "no update begins before all have entered"
-        assert sorted(index for index, _ in log.computed) == list(range(count))
-        held = [node for other in range(self.setting.world_size) for node in board.held(other).values()]
+        assert log.entered >= self.living, "no update begins before all have entered"
+        assert sorted({index for index, _ in log.computed}) == list(range(count))
+        held = board.partial_sums(step)
         assert sorted(leaf for node in held for leaf in range(*node)) == list(range(count)), "each leaf in one sum"
         sum_of(Node(0, count), held)
-        assert [bytes(board.touched(index)) for index in range(count)] == [bytes([1, i % 2]) for i in range(count)]
+        if len(self.living) == len(self.boards):
+            assert held == {node: (other, slot) for other, sums in self.held.items() for node, slot in sums.items()}
+        assert [bytes(board.ledger.touched(index)) for index in range(count)] == [
+            bytes([1, i % 2]) for i in range(count)
+        ]
         if action.kind is Kind.MEASURE:
             assert self.setting.clip
             assert not log.updated, "no update begins before every norm is known"
             log.measured.append(action.item)
             return board.finished_bucket(step, action, float(action.item))
         if self.setting.clip:
-            assert board.norms_squared() == [float(bucket) for bucket in range(self.setting.num_buckets)]
+            assert board.ledger.norms_squared() == [float(bucket) for bucket in range(self.setting.num_buckets)]
         log.updated.append(action.item)
         return board.finished_bucket(step, action, None)
 
@@ -165,10 +178,198 @@ class Team:
         """Check what must have happened once all is done."""
         setting = self.setting
         for step, log in enumerate(self.logs):
-            assert sorted(index for index, _ in log.computed) == list(range(self.count(step)))
-            assert sorted(log.updated) == list(range(setting.num_buckets + 1)), "every bucket once, and the buffers"
-            assert sorted(log.measured) == (list(range(setting.num_buckets)) if setting.clip else [])
-            assert log.committed == set(range(setting.world_size))
+            done = (
+                (Kind.COMPUTE, [index for index, _ in log.computed], range(self.count(step))),
+                (Kind.UPDATE, log.updated, range(setting.num_buckets + 1)),  # the buffers are the last one
+                (Kind.MEASURE, log.measured, range(setting.num_buckets if setting.clip else 0)),
+            )
+            for kind, items, expected in done:
+                once = items.copy()
+                for action in self.redone:
+                    if action.kind is kind and once.count(action.item) > 1:
+                        once.remove(action.item)
+                assert sorted(once) == list(expected), f"{kind.name} of every piece once"
+            assert log.committed >= self.living
+
+    def bury(self, dead: int) -> None:
+        """Take a worker out of the team: what it had in hand is free, and nobody waits for it."""
+        survivor = self.boards[min(self.living - {dead})]
+        step = survivor.committed
+        self.living.remove(dead)
+        places = tuple(rank if rank in self.living else None for rank in range(self.setting.world_size))
+        roster = Roster((places,), generation=1)
+        seats = {
+            rank: Seat(roster, rank, self.setting.size(), sharded=False, steal=self.setting.steal)
+            for rank in self.living
+        }
+        if step < self.setting.num_steps:
+            count = self.count(step)
+            phases = phases_of(next(iter(seats.values())), count, measure=self.setting.clip)
+            done = [index for index in range(count) if survivor._words.done[Kind.COMPUTE][index] == step + 1]
+            sums = partial_sums(survivor._words, next(iter(seats.values())), step, count)
+            assert sorted(leaf for node in sums for leaf in range(*node)) == done, "what is done is in one sum"
+            self.redone = freed_by_death(survivor._words, dead, step, phases)
+            assert len(self.redone) <= 1, "a worker has one piece of work in hand"
+            for kind, item in self.redone:
+                survivor._words.claims[kind][item] = 0
+        for rank, seat in seats.items():
+            board = self.boards[rank]
+            board._seat, board._at, board._position = seat, 0, 0
+            if board._phases:
+                board._phases = phases_of(seat, board._shape[0], measure=board._shape[1])
+
+
+class Killed(Exception):
+    """Raised in place of a write."""
+
+
+@dataclass
+class Life:
+    """How many words a worker still writes before it dies; counts them where there is no end to it."""
+
+    left: int = 1_000_000_000
+
+    def write(self) -> None:
+        if not self.left:
+            raise Killed
+        self.left -= 1
+
+
+class Mortal:
+    """A board's words as one worker sees them, that dies between two writes."""
+
+    def __init__(self, words: memoryview, life: Life) -> None:
+        self._words, self._life = words, life
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self._words[key]
+        return Mortal(value, self._life) if isinstance(key, slice) else value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, slice):
+            self._life.write()
+            self._words[key] = value
+            return
+        part = self._words[key]
+        at_once = max(1, 8 // part.itemsize)
+        for start in range(0, len(part), at_once):
+            self._life.write()
+            part[start : start + at_once] = value[start : start + at_once]
+
+    def __bytes__(self) -> bytes:
+        return bytes(self._words)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._words)
+
+    def tolist(self) -> list[Any]:
+        return self._words.tolist()
+
+
+def with_a_life(board: Board) -> Life:
+    """Let a worker's board die between two words; return its life."""
+    life = Life()
+    words: dict[str, Any] = board._words.__dict__
+    for name, value in words.items():
+        if isinstance(value, memoryview):
+            words[name] = Mortal(value, life)
+        elif isinstance(value, tuple):
+            words[name] = tuple(Mortal(array, life) for array in value)
+    return life
+
+
+def run_until_stuck(running: dict[int, Iterator[Kind]], order: random.Random) -> None:
+    """Let workers run until all have ended, or everyone waits however often it looks again."""
+    waits = 0
+    while running and waits < 3 * len(running):
+        for rank in order.sample(list(running), len(running)):
+            kind = next(running[rank], None)
+            if kind is None:
+                del running[rank]
+            waits = waits + 1 if kind is Kind.WAIT else 0
+
+
+SHORT_LIVES = [
+    Setting(world_size=2, num_micro_batches=5, num_buckets=2, num_steps=2, clip=True),
+    Setting(world_size=3, num_micro_batches=8, num_buckets=1, num_steps=2, seed=1),
+    Setting(world_size=2, num_micro_batches=8, num_buckets=0, num_steps=2, steal=False, seed=2),
+]
+
+
+@pytest.mark.parametrize("setting", SHORT_LIVES, ids=range(3))
+def test_a_worker_may_die_after_any_word_that_it_writes(setting: Setting) -> None:
+    """Those who live go on or wait, and see sums of whole micro-batches alone; without it, they do what is left."""
+
+    def live(num_words: int | None) -> int:
+        team = Team(setting)
+        life = with_a_life(team.boards[1])
+        begun = life.left = life.left if num_words is None else num_words
+        running = {rank: team.worker(rank) for rank in range(setting.world_size)}
+        order = random.Random(setting.seed)
+        dead = False
+        while running and not dead:
+            for rank in order.sample(list(running), len(running)):
+                try:
+                    if next(running[rank], None) is None:
+                        del running[rank]
+                except Killed:
+                    dead = True
+                    del running[rank]
+                    break
+        if dead:
+            run_until_stuck(running, order)
+            team.bury(1)
+            run_until_stuck(running, order)
+            assert not running, "nobody can go on"
+        team.check()
+        return begun - life.left
+
+    num_words = live(None)
+    assert num_words > 30
+    for count in range(num_words):
+        live(count)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_found_from_the_last_place_on_is_what_is_found_from_the_beginning(seed: int) -> None:
+    setting = Setting(world_size=3, num_micro_batches=8, num_buckets=4, clip=seed % 2 == 0, seed=seed)
+    team = Team(setting)
+    for board in team.boards:
+        remember = board._next
+
+        def forgetful(step: int, *, wrote: bool, board: Board = board, visit: Any = remember) -> Action:
+            board._at = board._position = 0
+            action: Action = visit(step, wrote=wrote)
+            return action
+
+        board.__dict__["_next"] = forgetful
+    team.run()
+    team.check()
+
+
+def test_a_slot_that_is_being_freed_is_read_as_full_or_as_empty() -> None:
+    a, b = Setting(world_size=2, num_micro_batches=8, steal=False).boards()
+    a.enter(0, 8, 1, measure=False)
+    b.enter(0, 8, 1, measure=False)
+    for index in range(4, 8):
+        node = Node(4, 8) if index == 7 else Node(index, index + 1)
+        b.finished_micro_batch(0, index, Outcome(loss=0.0, weight=1.0), freed=[], slot=index - 4, node=node)
+    b._words.done[Kind.COMPUTE][7] = 0  # as it was before the last word of that visit but one
+    assert set(a.partial_sums(0)) == {Node(4, 5), Node(5, 6), Node(6, 7)}
+    b._words.done[Kind.COMPUTE][7] = 1
+    assert set(a.partial_sums(0)) == {Node(4, 8)}, "what went into another sum does not count beside it"
+
+
+def test_after_a_resume_to_an_earlier_step_nothing_of_the_later_ones_counts() -> None:
+    team = Team(Setting(world_size=2, num_micro_batches=4))
+    team.run()
+    a, b = team.boards
+    a.resume_at(1)
+    assert a.enter(1, 4, 1, measure=False).kind is Kind.COMPUTE
+    for index in range(4):
+        action = finish(a, 1, index)
+    assert action.kind is Kind.WAIT, "the other one has not entered step 1 again: it may be reading weights"
+    assert b.enter(1, 4, 1, measure=False).kind is Kind.UPDATE
 
 
 team_sizes = st.integers(1, 7)
@@ -223,7 +424,7 @@ def test_threads_that_race_do_each_piece_of_work_once(clip: bool) -> None:
                 pass
         except BaseException as error:
             errors.append(error)
-            team.boards[rank].fail()
+            team.boards[rank].presence.fail()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(setting.world_size)]
     for thread in threads:
@@ -245,7 +446,7 @@ def test_different_settings_are_named_before_any_update() -> None:
 
 def finish(board: Board, step: int, index: int, metrics: bytes = b"") -> Action:
     return board.finished_micro_batch(
-        step, index, loss=1.0, weight=1.0, metrics=metrics, freed=[], slot=0, node=Node(index, index + 1)
+        step, index, Outcome(loss=1.0, weight=1.0, metrics=metrics), freed=[], slot=0, node=Node(index, index + 1)
     )
 
 
@@ -258,12 +459,13 @@ def test_different_numbers_of_micro_batches_are_named() -> None:
 
 def test_a_worker_that_failed_stops_the_others_and_is_described() -> None:
     a, b = Setting(world_size=2, num_micro_batches=4).boards()
-    b.join(4711)
+    b.presence.join(4711)
     assert b.enter(0, 4, 1, measure=False).kind is Kind.COMPUTE
-    assert a.describe(1) == "rank 1 (pid 4711) computes micro-batch 2 of step 0"
-    b.fail()
-    b.raise_if_failed()
-    for call in (lambda: a.enter(0, 4, 1, measure=False), lambda: a.take_evaluation(1), a.raise_if_failed):
+    assert a.presence.describe(1) == "rank 1 (pid 4711) computes micro-batch 2 of step 0"
+    b.presence.fail()
+    assert b.presence.failure() is None
+    assert isinstance(a.presence.failure(), RankFailed)
+    for call in (lambda: a.enter(0, 4, 1, measure=False), lambda: a.take_evaluation(1), lambda: a.visit(0)):
         with pytest.raises(
             RankFailed, match=r"rank 0 ends because rank 1 \(pid 4711\) computes micro-batch 2 of step 0"
         ):
@@ -273,11 +475,11 @@ def test_a_worker_that_failed_stops_the_others_and_is_described() -> None:
 def test_a_worker_that_left_its_loop_is_not_waited_for_once_it_meets_or_ends() -> None:
     for excuse in (Activity.MEETING, Activity.ENDED):
         a, b = Setting(world_size=2, num_micro_batches=1, num_buckets=1).boards()
-        b.leave(left=True)
-        assert a.anyone_left()
+        b.presence.leave(left=True)
+        assert a.presence.anyone_left()
         assert a.enter(0, 1, 1, measure=False) == Action(Kind.COMPUTE, 0)
         assert finish(a, 0, 0).kind is Kind.WAIT, "it may still read weights in code after the loop"
-        b.announce(excuse)
+        b.presence.announce(excuse)
         action = a.visit(0)
         while action.kind is not Kind.COMMITTED:
             assert action.kind is Kind.UPDATE
@@ -301,9 +503,9 @@ def test_every_activity_has_words() -> None:
     (board,) = Setting(world_size=1, num_micro_batches=2).boards()
     words = set()
     for activity in Activity:
-        board.show(activity, 3)
-        assert board.activity(0) is activity
-        words.add(board.describe(0))
+        board.presence.show(activity, 3)
+        assert board.presence.activity(0) is activity
+        words.add(board.presence.describe(0))
     assert len(words) == len(Activity)
 
 

@@ -16,7 +16,7 @@ from torch.utils.data._utils import worker
 
 from lightwork.data import Loader, source_of, tensors
 from lightwork.errors import DataError
-from lightwork.spec.assignment import share
+from lightwork.spec.roster import Roster
 
 
 def bits(batch) -> list[bytes]:
@@ -27,7 +27,7 @@ def plan_of(order, num_epochs=2, rank=0, world_size=1):
     """Yield the positions that fall to a rank."""
     for epoch in range(num_epochs):
         for step in range(order.num_steps(epoch)):
-            for index in share(rank, world_size, order.micro_batches(epoch, step)):
+            for index in Roster.of_sizes((world_size,)).share(rank, order.micro_batches(epoch, step)):
                 yield epoch, step, index
 
 

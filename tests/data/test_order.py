@@ -19,7 +19,7 @@ from torch.utils.data import (
 
 from lightwork.data import Order, source_for_evaluation, source_of
 from lightwork.errors import DataError, UsageError
-from lightwork.spec.assignment import share
+from lightwork.spec.roster import Roster
 
 
 class Numbers(Dataset):
@@ -54,7 +54,7 @@ def test_every_sample_comes_exactly_once_an_epoch_for_any_number_of_workers(
     for step in range(order.num_steps(epoch)):
         num_micro_batches = order.micro_batches(epoch, step)
         for rank in range(world_size):
-            for index in share(rank, world_size, num_micro_batches):
+            for index in Roster.of_sizes((world_size,)).share(rank, num_micro_batches):
                 seen += order.micro_batch_ids(epoch, step, index).tolist()
     assert sorted(seen) == list(range(num_samples))
 

@@ -119,7 +119,10 @@ def test_a_limit_on_memory_chooses_what_goes_to_the_host() -> None:
             for (x,) in step:
                 step.backward(model(x).square().mean())
         run._engine.settle()
-        homes, here = run._team.memory._homes.values(), run._team.memory._here.values()
+        homes, here = (
+            run._engine.state.buffers._memory._homes.values(),
+            run._engine.state.buffers._memory._here.values(),
+        )
         units = [e for e in (*homes, *here) if isinstance(e, UnitElements)]
         return dict(run.plan.offload), sum(e.num_bytes for e in units if Rehearsal.place == e.place)
 

@@ -190,3 +190,18 @@ def test_a_memory_mapped_array_is_a_data_set(tmp_path: Path) -> None:
 
     (alone,) = run_ranks(1, job)
     assert run_ranks(2, job) == [alone, alone]
+
+
+def test_no_metric_ends_a_stream() -> None:
+    def job() -> tuple[int, dict[str, float]]:
+        run = make()
+        for step in run.steps(Plain(40), epochs=1):
+            for x in step:
+                step.backward(run.model(x).square().mean())
+                step.add("\0more", 0.0)  # once the name under which the end of a stream was told
+        return step.index, dict(step.metrics)
+
+    ((last, metrics),) = run_ranks(1, job)
+    assert last > 0
+    assert metrics == {"\0more": 0.0}
+    assert run_ranks(2, job) == [(last, metrics)] * 2

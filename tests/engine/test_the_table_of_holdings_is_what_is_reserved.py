@@ -18,8 +18,8 @@ from lightwork.engine.engine import Parts
 from lightwork.errors import SpecError
 from lightwork.spec.footprint import regions_of
 from lightwork.spec.holdings import MASTERS, SUMS, WORKING, Depths, Dials, Holdings, Home, Tuning, state_region
-from lightwork.spec.hosts import Hosts
 from lightwork.spec.layout import ALIGNMENT, span_of
+from lightwork.spec.roster import Roster
 from lightwork.spec.spec import Spec
 from lightwork.spec.tree import Node
 from lightwork.state.description import Description, describe
@@ -61,7 +61,7 @@ def holdings_of(
     holdings = Holdings(
         layout=description.layout,
         spec=spec,
-        hosts=Hosts(hosts),
+        roster=Roster.of_sizes(hosts),
         host=host,
         state=description.state_shape,
         dials=dials,

@@ -86,7 +86,7 @@ def test_gradients_are_never_there_as_a_whole() -> None:
         for step in run.steps(torch.utils.data.TensorDataset(torch.randn(4, 1024)), epochs=1):
             for (x,) in step:
                 step.backward(model(x).square().mean())
-        memory = run._team.memory
+        memory = run._engine.state.buffers._memory
         assert bool((memory.tensor("partial sums") == 0).all())
         assert expected_bytes(run._engine._parts.holdings)["gradients"] == 0
         return len(run._engine._parts.early._gradients.pool._free)

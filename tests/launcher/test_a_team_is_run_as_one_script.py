@@ -114,3 +114,19 @@ if run.is_main:
     result = lightwork_run(tmp_path, text, "--transport", "group", "--set", "placement=zero3")
     assert result.status == 0, result.text
     assert "finite True" in result.out
+
+
+PROGRAM = """
+import subprocess
+if run.is_main:
+    keep = [sys.executable, "other.py"]
+    done = [subprocess.run(keep, capture_output=True, text=True, close_fds=close) for close in (True, False)]
+    print([(one.returncode, one.stdout, one.stderr[-300:] if one.returncode else "") for one in done])
+"""
+
+
+def test_a_script_that_a_worker_starts_is_a_team_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(script(max_steps=1, end='print("workers", run.world_size, run.run_dir.name)'))
+    result = lightwork_run(tmp_path, script(max_steps=1, end=PROGRAM))
+    assert result.status == 0, result.text
+    assert result.out.strip() == str([(0, f"workers 1 {number}\n", "") for number in (2, 3)]), result.text

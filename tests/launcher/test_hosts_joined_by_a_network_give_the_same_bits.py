@@ -48,7 +48,7 @@ def namespaces() -> Iterator[list[str]]:
 
 @pytest.mark.skipif(not can_make_namespaces(), reason="this user may not make network namespaces")
 def test_workers_of_two_hosts_have_the_digest_of_one_worker(tmp_path: Path, namespaces: list[str]) -> None:
-    (tmp_path / "train.py").write_text(script(end='print("digest", run.digest(), run._team.hosts.sizes)\n'))
+    (tmp_path / "train.py").write_text(script(end='print("digest", run.digest(), run._team.roster.sizes)\n'))
     started = []
     for node, name in enumerate(namespaces):
         options = (

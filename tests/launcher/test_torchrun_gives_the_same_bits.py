@@ -62,7 +62,7 @@ with run.evaluate(dataset) as ev:
 with run.edit():
     model[0].bias += 1
 run.save("saved")
-print("digest", run.digest(), "loss", ev["loss"], "hosts", run._team.hosts.sizes)
+print("digest", run.digest(), "loss", ev["loss"], "hosts", run._team.roster.sizes)
 """
     first, second = two_nodes(tmp_path, script(end=end), 2, 1)
     assert first.status == second.status == 0, first.text + second.text

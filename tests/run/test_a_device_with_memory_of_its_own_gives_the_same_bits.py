@@ -23,7 +23,7 @@ def test_little_of_what_is_offloaded_is_ever_on_the_device(placement: str, preci
         def note(self: UnitElements, unit: int) -> None:
             nonlocal highest
             taken(self, unit)
-            away = [here for here in run._team.memory._here.values()] if run is not None else []
+            away = [here for here in run._engine.state.buffers._memory._here.values()] if run is not None else []
             highest = max(highest, sum(here.num_bytes for here in away))
 
         run: lightwork.Run | None = None

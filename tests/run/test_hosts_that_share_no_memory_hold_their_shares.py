@@ -22,7 +22,7 @@ ZERO1, ZERO2, ZERO3 = ({"transport": "group", "placement": placement} for placem
 
 def resident(run: Any) -> dict[str, int]:
     """Return the bytes of this worker's shared memory that are there, by region."""
-    memory = run._team.memory
+    memory = run._engine.state.buffers._memory
     pages = torch.empty(memory._map.num_bytes // PAGE_BYTES, dtype=torch.uint8)
     start, length = ctypes.c_void_p(memory._bytes.data_ptr()), ctypes.c_size_t(len(memory._bytes))
     assert ctypes.CDLL(None).mincore(start, length, ctypes.c_void_p(pages.data_ptr())) == 0

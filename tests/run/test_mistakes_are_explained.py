@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightwork
 from lightwork.launcher.team import fork_team
 from lightwork.spec.plan import Plan
-from lightwork.team.board import METRICS_BYTES
+from lightwork.team.words import METRICS_BYTES
 from tests.cases import CASES, vectors
 from tests.training import distributed, new_folder, run_team, train
 

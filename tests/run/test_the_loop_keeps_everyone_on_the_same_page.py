@@ -14,6 +14,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import lightwork
+from lightwork.transport import late
 from tests.training import Numbered, new_folder, run_team, seen_by_team, tiny_run
 
 
@@ -41,6 +42,22 @@ def test_a_slow_worker_is_relieved_of_micro_batches_and_no_bit_changes() -> None
     counts = [computed for _, computed in results]
     assert sum(counts) == 32
     assert counts[0] > counts[1], "nothing was taken over from the slow worker"
+
+
+@pytest.mark.parametrize(("seconds", "is_named"), [((0.35, 0.6), False), ((0.0, 0.6), True)])
+def test_who_is_waited_for_is_named_after_a_long_wait_and_not_after_a_long_step(
+    seconds: tuple[float, float], is_named: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def job() -> None:
+        late.NAME_AFTER_SECONDS = 0.8
+        run = tiny_run(plan=lightwork.Plan(steal=False))
+        for step in run.steps(Numbered(8), epochs=1):
+            for _, x in step:
+                time.sleep(seconds[run.rank])
+                step.backward(run.model(x).mean())
+
+    run_team(2, job)
+    assert ("rank 0 waits in step 0 for: rank 1" in capfd.readouterr().err) == is_named
 
 
 def test_without_stealing_everyone_computes_its_own() -> None:
@@ -123,7 +140,7 @@ def test_the_traces_hold_every_phase_of_every_step() -> None:
 def test_a_worker_that_is_stopped_for_a_while_is_waited_for_and_not_blamed() -> None:
     def job() -> str:
         run = tiny_run()
-        other = run._team.board.pid(1)
+        other = run._team.presence.pid(1)
 
         def pause() -> None:
             for _ in range(6):

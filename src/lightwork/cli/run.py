@@ -21,6 +21,7 @@ from lightwork.launcher.supervisor import Ended, Outcome
 from lightwork.observer.progress import RunProgress
 from lightwork.run.folder import create_run_dir, prepare_run_dir
 from lightwork.spec.plan import SETTABLE, Carriage
+from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.rendezvous import Progress
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _conclude_unheard(run_dir: Path) -> int:
 def _show_traceback(culprit: Ended, run_dir: Path, logged: dict[int, int]) -> None:
     """Show the culprit's traceback, unless the main worker, whose errors were shown as they came, made the same."""
     traceback = _traceback(log_of(run_dir, culprit.rank), logged[culprit.rank])
-    if not traceback and culprit.status > 0 and culprit.rank != 0:
+    if not traceback and culprit.status > 0 and culprit.rank != FIRST_RANK:
         traceback = "\n".join(_tail(log_of(run_dir, culprit.rank), logged[culprit.rank]).splitlines()[-_TAIL_LINES:])
     if traceback and traceback.splitlines()[-1] != (_traceback(log_of(run_dir, 0), logged[0]) or "\n").splitlines()[-1]:
         print(traceback, file=sys.stderr)

@@ -29,8 +29,8 @@ class Schedule(Protocol):
     def has_step(self, epoch: int, step_in_epoch: int) -> bool:
         """Return whether an epoch has this step, as far as is known."""
 
-    def after(self, epoch: int, step_in_epoch: int, more: float) -> tuple[int, int]:
-        """Return the epoch and step after one; `more` is the share of its micro-batches that told of more samples."""
+    def after(self, epoch: int, step_in_epoch: int, goes_on: bool | None) -> tuple[int, int]:
+        """Return the epoch and step after one, by what its micro-batches voted (`Batches.goes_on`); None: nothing."""
 
     def micro_batches(self, epoch: int, step_in_epoch: int) -> int:
         """Return the number of micro-batches of a step."""
@@ -45,8 +45,8 @@ class Batches(Protocol):
     def get(self, epoch: int, step_in_epoch: int, index: int) -> Batch:
         """Return the collated micro-batch."""
 
-    def has_more(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
-        """Return whether samples follow those of a micro-batch; None where it does not tell."""
+    def goes_on(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
+        """Return the vote of a micro-batch, whether another step follows: yes, no (which decides), or None for none."""
 
     def idle(self) -> bool:
         """Load something ahead; return whether there was anything to do."""

@@ -6,7 +6,7 @@ by the worker itself while it only waits. A prediction may fail both ways: a mic
 another worker, then it is loaded on demand; and a predicted one may go to another worker, then it is dropped
 when the run moves past it.
 
-What is not here: who takes which micro-batch (spec/assignment), and the random state that training starts
+What is not here: who takes which micro-batch (spec/roster), and the random state that training starts
 from, which the engine sets after every call.
 """
 
@@ -80,7 +80,7 @@ class Loader:
         """Return the ids of a micro-batch's samples."""
         return self._order.micro_batch_ids(epoch, step_in_epoch, index)
 
-    def has_more(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
+    def goes_on(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
         """Return None: the order says how long an epoch is."""
         return None
 

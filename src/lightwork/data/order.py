@@ -85,7 +85,7 @@ class Order:
         """Return whether an epoch has this step."""
         return step_in_epoch < self.num_steps(epoch)
 
-    def after(self, epoch: int, step_in_epoch: int, more: float) -> tuple[int, int]:
+    def after(self, epoch: int, step_in_epoch: int, goes_on: bool | None) -> tuple[int, int]:
         """Return the epoch and step after one; it need not exist (`has_step`)."""
         return epoch, step_in_epoch + 1
 

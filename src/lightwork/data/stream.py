@@ -169,9 +169,8 @@ class StreamOrder:
         """Return whether an epoch has this step, as far as is known."""
         return step_in_epoch < self._ends.get(epoch, step_in_epoch + 1)
 
-    def after(self, epoch: int, step_in_epoch: int, more: float) -> tuple[int, int]:
-        """Return the epoch and step after one, when a share of its micro-batches told of more samples."""
-        goes_on = more == 1.0 if self.stream.drop_last else more > 0.0
+    def after(self, epoch: int, step_in_epoch: int, goes_on: bool | None) -> tuple[int, int]:
+        """Return the epoch and step after one: the epoch ends where no micro-batch, or not every one, has samples."""
         if goes_on:
             return epoch, step_in_epoch + 1
         self._ends[epoch] = step_in_epoch + 1
@@ -225,8 +224,16 @@ class StreamLoader:
             seed_all(derive(self._stream.seed, "collate", epoch, step_in_epoch, index))
             return aligned(collated(self._stream.collate, self._stream.name, epoch, ids, samples))
 
-    def has_more(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
-        """Return whether samples follow those of a micro-batch in its lane; None: another micro-batch tells."""
+    def goes_on(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
+        """Return the vote of a micro-batch: yes if samples follow in its lane; where a step must be full, no if not.
+
+        Without lanes the last micro-batch of a step votes for all.
+        """
+        is_full = self._has_more(epoch, step_in_epoch, index)
+        return None if not is_full and not self._stream.drop_last else is_full
+
+    def _has_more(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
+        """Return whether enough samples follow those of a micro-batch; None: another micro-batch tells."""
         count = self._order.micro_batches(epoch, step_in_epoch)
         if self._stream.num_shards is None:
             if index != count - 1:

@@ -79,7 +79,7 @@ def make_parts(description: Description, holdings: Holdings, workplace: Workplac
     updater = Updater(weights, slots, state.optimizer, update_parts, fetching, masters_are_weights=are_one)
     exchange = Exchange()
     if workplace.carrier is not None:
-        exchange = BetweenHosts(holdings, workplace.carrier, workplace.board, slots, state.buffers)
+        exchange = BetweenHosts(holdings, workplace.carrier, workplace.board.ledger, slots, state.buffers)
     return Parts(
         model=description.model,
         optimizer=description.optimizer,
@@ -134,7 +134,7 @@ def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -
         fetching=parts.fetching,
         early=parts.early,
     )
-    return Engine(parts, memory, compute, Activations(parts.model, chosen, saved, parts.device))
+    return Engine(parts, compute, Activations(parts.model, chosen, saved, parts.device))
 
 
 class _UpdateRegions:

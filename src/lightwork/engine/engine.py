@@ -33,7 +33,7 @@ from lightwork.engine.backward.early import Early
 from lightwork.engine.backward.gradients import Gradients
 from lightwork.engine.backward.slots import Slots
 from lightwork.engine.exchange.exchange import Exchange
-from lightwork.engine.exchange.turns import Held, Total, Touched
+from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.fetching import Fetching
 from lightwork.engine.forward.precision import Compute
@@ -51,9 +51,13 @@ from lightwork.state.shards import Shards
 from lightwork.state.state import Home, TrainedState
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
-from lightwork.store.regions import Regions
-from lightwork.team.board import Action, Activity, Board, Kind, Phase
+from lightwork.team.board import Board
+from lightwork.team.ledger import Outcome
+from lightwork.team.presence import Activity
+from lightwork.team.rules import Action
+from lightwork.team.words import Kind
 from lightwork.trace import Trace
+from lightwork.transport.base import Watch
 
 #: Seconds between two looks at the other workers' health while waiting.
 WATCH_SECONDS = 0.2
@@ -77,6 +81,7 @@ class StepResult:
     grad_norm: float  #: L2, before clipping
     skipped: bool  #: the gradient was not finite, and the weights are as they were (loss scaling)
     metrics: Mapping[str, float]
+    goes_on: bool | None  #: by the votes of the micro-batches, whether more steps follow; None where none votes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +116,10 @@ class Parts:
     on_disk: Sequence[Elements]  #: regions of masters, working weights and state of which a part may lie on disk
 
 
-def take_from_first_host(parts: Parts, memory: Regions) -> None:
+def take_from_first_host(parts: Parts) -> None:
     """Make the memory of the first host that of all: weights, buffers and state. Called by the leaders."""
     parts.exchange.broadcast(parts.state.weights.values_at_home())
-    parts.exchange.broadcast([memory.tensor("buffers")])
+    parts.exchange.broadcast([parts.state.buffers.values_at_home()])
     parts.state.weights.accept_versions()
 
 
@@ -134,7 +139,7 @@ def _drop_pages(parts: Parts) -> None:
 class Engine:
     """One worker's engine."""
 
-    def __init__(self, parts: Parts, memory: Regions, compute: Compute, activations: Activations) -> None:
+    def __init__(self, parts: Parts, compute: Compute, activations: Activations) -> None:
         self.state = parts.state
         self.model = parts.model
         self.optimizer = parts.optimizer
@@ -161,7 +166,7 @@ class Engine:
             self.state.optimizer,
             self.state.buffers,
             self.state.loss_scale,
-            Home(partial(_settle, parts), partial(_drop_pages, parts), partial(take_from_first_host, parts, memory)),
+            Home(partial(_settle, parts), partial(_drop_pages, parts), partial(take_from_first_host, parts)),
             Shards(parts.holdings, self.state.weights, self.state.optimizer.moments, parts.exchange),
         )
         between_hosts = ("exchange", "exchange behind backward") if parts.exchange.outbox is not None else ()
@@ -251,19 +256,17 @@ class Engine:
             parts.exchange.begin_sums(Held(self._whole, places, touched, in_outbox))
         return share
 
-    def finish_micro_batch(self, step: int, index: int, *, loss: float, weight: float, metrics: bytes) -> Action:
+    def finish_micro_batch(self, step: int, index: int, outcome: Outcome) -> Action:
         """Report a computed micro-batch and return what to do next."""
         self.state.weights.check_unwritten(f"in micro-batch {index} of step {step}")
-        fold = self._parts.gradients.commit(self._board.touched(index))
+        fold = self._parts.gradients.commit(self._board.ledger.touched(index))
         self._num_computed += 1
-        return self._board.finished_micro_batch(
-            step, index, loss=loss, weight=weight, metrics=metrics, freed=fold.freed, slot=fold.slot, node=fold.node
-        )
+        return self._board.finished_micro_batch(step, index, outcome, freed=fold.freed, slot=fold.slot, node=fold.node)
 
     def _is_last_of_host(self) -> bool:
         """Return whether the micro-batch in hand is its host's last one. Known where the host has one worker."""
         holdings = self._parts.holdings
-        own = holdings.hosts.micro_batches(holdings.host, self._num_micro_batches)
+        own = holdings.roster.micro_batches(holdings.host, self._num_micro_batches)
         return holdings.num_workers == 1 and self._num_computed == len(own) - 1
 
     @property
@@ -274,38 +277,39 @@ class Engine:
     def _touched_here(self) -> dict[int, Touched]:
         """Return which parameters this host's micro-batches have touched, by micro-batch."""
         holdings = self._parts.holdings
-        own = holdings.hosts.micro_batches(holdings.host, self._num_micro_batches)
-        return {index: self._board.touched(index) for index in own}
+        own = holdings.roster.micro_batches(holdings.host, self._num_micro_batches)
+        return {index: self._board.ledger.touched(index) for index in own}
 
-    def wait_for_team(self, step: int, seen: int, idle: Callable[[], bool], watch: Callable[[], None]) -> Action:
-        """Wait for the others; `idle` may do something useful and says whether it did."""
+    def wait_for_team(self, step: int, seen: int, idle: Callable[[], bool], watch: Watch) -> Action:
+        """Wait for the others; `idle` may do something useful and says whether it did. Raises: what `watch` returns."""
         start = time.perf_counter()
         if not idle() and not self._parts.signal.wait(seen, WATCH_SECONDS):
-            watch()
+            reason = watch()
+            if reason is not None:
+                raise reason
         self._seconds["wait"] += time.perf_counter() - start
         return self._board.visit(step)
 
-    def exchange(self, step: int, phase: Phase) -> Action:
-        """Exchange with the other hosts what `phase` is for, and return what to do next. The leader's work.
+    def exchange(self, step: int, kind: Kind) -> Action:
+        """Exchange with the other hosts what the phase `kind` is for, and return what to do next. The leader's work.
 
         Raises: Disagreement when another host is elsewhere; RankLost when it is gone.
         """
         start = time.perf_counter()
         exchange = self._parts.exchange
-        total: Total | None = None
         with torch.no_grad():
-            match phase:
-                case Phase.EXCHANGE:
+            match kind:
+                case Kind.EXCHANGE:
                     exchange.records(step, self._num_micro_batches)
-                    total = exchange.sum_up(lambda: Held(self._whole, self._places(), self._touched_here()))
+                    exchange.sum_up(lambda: Held(self._whole, self._board.partial_sums(step), self._touched_here()))
                     behind = exchange.busy_seconds - (time.perf_counter() - start)
                     self._seconds["exchange behind backward"] = max(0.0, behind)
-                case Phase.AGREE:
+                case Kind.AGREE:
                     exchange.norms()
-                case Phase.GATHER:
+                case Kind.GATHER:
                     self._gather_weights()
         self._seconds["exchange"] += time.perf_counter() - start
-        return self._board.finished_exchange(step, total)
+        return self._board.finished_exchange(step, kind)
 
     def _gather_weights(self) -> None:
         """Send new weights from their owners to all, but those that stay with them."""
@@ -342,7 +346,7 @@ class Engine:
         if not self._is_finite():
             return None
         updater.begin(self._clipped(step))
-        following = action.item + holdings.num_workers * (len(holdings.hosts) if holdings.shares_state else 1)
+        following = action.item + holdings.num_workers * (holdings.roster.num_hosts if holdings.shares_state else 1)
         squares = updater.update(action.item, following=following)
         return None if self._measures else squares
 
@@ -363,7 +367,7 @@ class Engine:
             of_all = [square for of_bucket in self._squares.values() for square in of_bucket]
             values = iter(torch.stack(of_all).tolist() if of_all else [])
             for bucket, of_blocks in self._squares.items():
-                self._board.take_norm(bucket, math.fsum(itertools.islice(values, len(of_blocks))))
+                self._board.ledger.write_norm(bucket, math.fsum(itertools.islice(values, len(of_blocks))))
             self._squares.clear()
         return self._board.finished_bucket(step, action, None)
 
@@ -373,19 +377,20 @@ class Engine:
         self.state.buffers.restore()
         self._in_step = False
         self._parts.update_parts.leave_all()  # what was asked for here, and updated by another worker
-        records = self._board.records(step, self._num_micro_batches)
-        metrics = [self._board.metrics(step, index) for index in range(self._num_micro_batches)]
+        records = self._board.ledger.records(step, self._num_micro_batches)
+        metrics = [self._board.ledger.metrics(step, index) for index in range(self._num_micro_batches)]
         self._seconds["reduce"] = self._parts.updater.reduce_seconds
         self._seconds["update"] = max(0.0, self._seconds["update"] - self._seconds["reduce"])
         for name, seconds in self._seconds.items():
             self._parts.trace.span(name, step, -1, self._step_start, self._step_start + seconds)
         self.seed("between", step)
-        self._board.show(Activity.BETWEEN)
+        self._board.presence.show(Activity.BETWEEN)
         return StepResult(
             loss=weighted_mean(records),
             grad_norm=self._grad_norm(),
             skipped=not self._is_finite(),
             metrics=combine_metrics(metrics),
+            goes_on=self._board.ledger.goes_on(step, self._num_micro_batches),
         )
 
     def check_parameters(self) -> None:
@@ -413,17 +418,12 @@ class Engine:
             total = combine(self._weights_of(step), operator.add) or 0.0
             self._map = StepMap(
                 num_micro_batches=self._num_micro_batches,
-                places=self._places(),
-                touched=tuple(self._board.touched(index) for index in range(self._num_micro_batches)),
+                places=self._board.partial_sums(step),
+                touched=tuple(self._board.ledger.touched(index) for index in range(self._num_micro_batches)),
                 divisor=total / self._spec.micro_batch * self.state.loss_scale.of(step),
                 scale=1.0,
             )
         return self._map
-
-    def _places(self) -> dict[Node, tuple[int, int]]:
-        """Return where the partial sums of this host lie: worker and slot, by node."""
-        workers = range(self._parts.holdings.num_workers)
-        return {node: (rank, slot) for rank in workers for slot, node in self._board.held(rank).items()}
 
     def _clipped(self, step: int) -> StepMap:
         """Return the same map, with the scale that clipping gives the step."""
@@ -435,7 +435,7 @@ class Engine:
         return step_map
 
     def _grad_norm(self) -> float:
-        squares = self._board.norms_squared()
+        squares = self._board.ledger.norms_squared()
         return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
 
     def _is_finite(self) -> bool:
@@ -443,7 +443,7 @@ class Engine:
         return not self.state.loss_scale.enabled or math.isfinite(self._grad_norm())
 
     def _weights_of(self, step: int) -> list[float]:
-        return [weight for _, weight in self._board.records(step, self._num_micro_batches)]
+        return [weight for _, weight in self._board.ledger.records(step, self._num_micro_batches)]
 
     # --- between steps ------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from lightwork.launcher.process import start_worker
 from lightwork.launcher.script import Script
 from lightwork.launcher.supervisor import Display, Outcome, Supervisor
+from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.environment import Environment
 from lightwork.team.rendezvous import FileRendezvous
 
@@ -73,7 +74,7 @@ def launch(
             settings=settings,
         )
         log = log_of(run_dir, rank)
-        if rank == 0:
+        if rank == FIRST_RANK:
             stdout, stderr = supervisor.forward(log, error=False), supervisor.forward(log, error=True)
         else:
             stdout = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

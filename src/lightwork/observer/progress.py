@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lightwork.observer.summary import Summary
 from lightwork.observer.tail import Tail
+from lightwork.spec.roster import FIRST_RANK
 from lightwork.units import format_count, format_seconds
 
 #: Seconds between two refreshes of the live display; each costs a few milliseconds of a core that a worker may need.
@@ -59,7 +60,7 @@ class RunProgress:
             Tail(
                 run_dir / "trace" / f"rank{rank}.jsonl",
                 max_read=max(_READ_BYTES // num_workers, 16 * 1024),
-                keep='"name": "steps"' if rank == 0 else None,
+                keep='"name": "steps"' if rank == FIRST_RANK else None,
                 skip_existing=skip_existing,
             )
             for rank in range(num_workers)

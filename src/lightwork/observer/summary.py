@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightwork.spec.roster import FIRST_RANK
+
 #: Steps over which rates and shares are taken.
 WINDOW = 100
 
@@ -60,7 +62,7 @@ class Summary:
             activity = ACTIVITY_OF.get(record["name"])
             if activity is not None:
                 worker.add_seconds(activity, record["seconds"])
-        elif kind == "event" and name == "steps" and rank == 0:
+        elif kind == "event" and name == "steps" and rank == FIRST_RANK:
             self.first, self.total = record["first"], record["total"]
             self.first_time = self.first_time or record["at"]
         elif kind == "event" and name == "step":
@@ -76,7 +78,7 @@ class Summary:
         if step >= self._newest - WINDOW:
             samples, tokens, reports = self._amounts.get(step, (0, 0, 0))
             self._amounts[step] = (samples + record["samples"], tokens + record["tokens"], reports + 1)
-        if rank == 0:
+        if rank == FIRST_RANK:
             self.step, self.loss, self.grad_norm = step, record["loss"], record["grad_norm"]
             self._times.append((step, record["at"]))
             if self.first_time is None:

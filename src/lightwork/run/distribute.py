@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import socket
 import sys
 import weakref
 from collections.abc import Mapping
@@ -16,18 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightwork.checkpoint import folder as checkpoints
 from lightwork.device.cuda import open_device
 from lightwork.engine.assembly import Workplace, attach, make_engine, make_parts
 from lightwork.engine.engine import take_from_first_host
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, SpecError, UsageError
 from lightwork.planner.fit import fit
-from lightwork.run.folder import create_run_dir, prepare_run_dir
+from lightwork.run.folder import agree_on_folder
 from lightwork.run.guard import Guard
 from lightwork.run.run import Run
 from lightwork.spec.holdings import Dials, Holdings, Tuning
 from lightwork.spec.plan import SETTABLE, Carriage, Place, Placement, Plan
-from lightwork.spec.roster import Member, Roster
 from lightwork.spec.spec import (
     Activation,
     BufferRule,
@@ -44,10 +43,11 @@ from lightwork.state.probe import describe_optimizer
 from lightwork.store import heap
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
-from lightwork.team.board import Activity
 from lightwork.team.environment import Environment, Launcher
-from lightwork.team.join import Needs, Team, find_hosts, join, notice
+from lightwork.team.join import Needs, find_roster, join
+from lightwork.team.presence import Activity
 from lightwork.team.rendezvous import Progress
+from lightwork.team.team import Team, notice
 from lightwork.trace import Trace
 from lightwork.units import parse_bytes
 
@@ -166,14 +166,14 @@ def distribute(
     worker_device = open_device(spec.device, environment.local_rank)
     rendezvous = rendezvouses.find(environment)
     run_number = rendezvous.next_run()
-    hosts, host = find_hosts(environment, plan, rendezvous, run_number, has_own_memory=worker_device.has_own_memory)
+    roster = find_roster(environment, plan, rendezvous, run_number, has_own_memory=worker_device.has_own_memory)
     values = Path(weights) if weights is not None else None
     description = describe(model, optimizer, spec, worker_device, TUNING.cut_for(spec.device), values)
     holdings = Holdings(
         layout=description.layout,
         spec=spec,
-        hosts=hosts,
-        host=host,
+        roster=roster,
+        host=roster.host_of(environment.rank),
         state=description.state_shape,
         dials=Dials(placement=plan.placement, offload=plan.offload),
         depths=TUNING.depths,
@@ -185,26 +185,27 @@ def distribute(
     needs = Needs(
         holdings=holdings, device=worker_device, flags=description.flag_bytes, buffers=description.buffer_bytes
     )
-    team = join(needs, plan, environment, rendezvous, run_number)
-    folder = _share_run_dir(team, run_dir)
+    joined = join(needs, plan, environment, rendezvous, run_number)
+    team = joined.team
+    folder, checkpoint = agree_on_folder(team, run_dir if run_dir is not None else environment.run_dir, resume)
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None)
     workplace = Workplace(
         local_rank=team.local_rank,
-        memory=team.memory,
+        memory=joined.memory,
         board=team.board,
-        signal=team.signal,
+        signal=joined.signal,
         trace=trace,
-        carrier=team.carrier,
-        weights_carrier=team.weights_carrier,
+        carrier=joined.carrier,
+        weights_carrier=joined.weights_carrier,
     )
     parts = make_parts(description, holdings, workplace)
     if team.is_leader:
         attach(description, parts, write=True)
-        take_from_first_host(parts, team.memory)
+        take_from_first_host(parts)
     team.meet("distribute (weights)")
     if not team.is_leader:
         attach(description, parts, write=False)
-    engine = make_engine(parts, team.memory, plan.activations)
+    engine = make_engine(parts, joined.memory, plan.activations)
     if team.is_leader:
         engine.trained.release()
     run = Run(
@@ -221,12 +222,11 @@ def distribute(
     trace.event("start", rank=team.rank, world_size=team.world_size, pid=os.getpid())
     _write_roster(team, folder, spec, plan)
     _register_exit(run, team)
-    _say_hello(team, spec)
-    rendezvous.report(Progress.JOINED)
-    checkpoint = resume if resume is not None else _checkpoint_in(folder, run_dir or environment.run_dir)
+    _say_hello(team, environment, spec)
+    team.report(Progress.JOINED)
     if checkpoint is not None:
         run.load(checkpoint)
-        if team.rank == 0:
+        if team.is_main:
             notice(f"resumed after {run.step_index} steps, from {checkpoint}.")
     heap.keep_pages()
     return run
@@ -290,43 +290,20 @@ def _end_previous_run(model: nn.Module) -> None:
         run.close()
 
 
-def _share_run_dir(team: Team, run_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the run directory, made by rank 0 and known to all."""
-    name = ""
-    if team.rank == 0:
-        given = run_dir if run_dir is not None else team.environment.run_dir
-        folder = Path(given) if given is not None else create_run_dir(Path("runs"))
-        prepare_run_dir(folder)
-        name = str(folder.absolute())
-    return Path(team.meet("distribute (run directory)", name.encode())[0].decode())
-
-
-def _checkpoint_in(folder: Path, asked_for: object) -> Path | None:
-    checkpoint = folder / "checkpoint"
-    return checkpoint if asked_for is not None and checkpoints.exists(checkpoint) else None
-
-
 def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:
-    members = [
-        Member(**json.loads(payload))
-        for payload in team.meet(
-            "distribute (roster)",
-            json.dumps({"rank": team.rank, "host": team.hostname, "pid": os.getpid()}).encode(),
-        )
-    ]
-    if team.rank == 0:
+    own = json.dumps([socket.gethostname(), os.getpid()]).encode()
+    names, pids = zip(*map(json.loads, team.meet("distribute (roster)", own)), strict=True)
+    if team.is_main:
         (folder / "spec.json").write_text(spec.to_json() + "\n", encoding="utf-8")
         (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
-        roster = Roster(generation=0, members=tuple(members))
-        (folder / "roster.json").write_text(roster.to_json() + "\n", encoding="utf-8")
+        (folder / "roster.json").write_text(team.roster.to_json(names, pids) + "\n", encoding="utf-8")
 
 
-def _say_hello(team: Team, spec: Spec) -> None:
-    environment, rank = team.environment, team.rank
-    if rank == 0 and environment.launcher is Launcher.PYTHON and sys.argv[0].endswith(".py"):
+def _say_hello(team: Team, environment: Environment, spec: Spec) -> None:
+    if team.is_main and environment.launcher is Launcher.PYTHON and sys.argv[0].endswith(".py"):
         notice(f"a team of one. For a larger one: lightwork run -n {os.cpu_count() or 2} {' '.join(sys.argv)}")
     surplus = team.world_size - spec.num_micro_batches
-    if rank == 0 and surplus > 0:
+    if team.is_main and surplus > 0:
         names = (
             f"rank {spec.num_micro_batches}"
             if surplus == 1
@@ -337,7 +314,7 @@ def _say_hello(team: Team, spec: Spec) -> None:
             f"{surplus} idle (they help with the "
             f"update, and take over from late workers). {names}. A smaller micro_batch employs them."
         )
-    if rank != 0 and environment.launcher not in (Launcher.PYTHON, Launcher.LIGHTWORK):
+    if not team.is_main and environment.launcher not in (Launcher.PYTHON, Launcher.LIGHTWORK):
         # Only the main worker's output is shown; `lightwork run` sees to it by itself.
         sys.stdout.flush()
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -355,7 +332,7 @@ def _register_exit(run: Run, team: Team) -> None:
             if not has_failed:
                 run.stay_while_needed()
             run.close()
-            team.board.announce(Activity.ENDED)
+            team.presence.announce(Activity.ENDED)
 
     previous = sys.excepthook
 
@@ -375,7 +352,7 @@ def _register_exit(run: Run, team: Team) -> None:
                 "smaller micro_batch), the optimizer's state and masters (offload={'optimizer': 'host'}), weights "
                 "(offload={'weights': 'host'}); or memory=, which chooses what to offload."
             )
-        team.board.fail()
+        team.presence.fail()
         if isinstance(error, RankLost):  # the launcher looks for the cause elsewhere
             _close_quietly(reference)
             sys.stdout.flush()

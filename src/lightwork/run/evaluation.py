@@ -15,7 +15,7 @@ from lightwork.errors import UsageError
 from lightwork.random import RandomState
 from lightwork.run.step import as_metric, brought
 from lightwork.store import heap
-from lightwork.team.join import Team
+from lightwork.team.team import Team
 
 
 @final

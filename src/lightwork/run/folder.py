@@ -10,9 +10,15 @@ checkpoint/            what `run.save()` wrote, unless it was given another path
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 from pathlib import Path
+from typing import Any
 
-from lightwork.errors import UsageError
+from lightwork.checkpoint import folder as checkpoints
+from lightwork.errors import CheckpointError, UsageError
+from lightwork.team.team import Team
 
 
 def create_run_dir(parent: Path) -> Path:
@@ -48,3 +54,37 @@ def prepare_run_dir(folder: Path) -> None:
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"the run directory {folder} can not be written ({error}). Choose another run_dir.") from error
+
+
+def agree_on_folder(
+    team: Team, asked_for: str | os.PathLike[str] | None, resume: str | os.PathLike[str] | None
+) -> tuple[Path, Path | None]:
+    """Return the run directory and the checkpoint to go on from, if there is one, as the main worker finds them.
+
+    Machines need not have a file system in common: each worker makes the folder for its own trace.
+
+    Raises: UsageError when it can not; CheckpointError when this worker does not see the checkpoint.
+    """
+    found: dict[str, Any] = {}
+    if team.is_main:
+        folder = Path(asked_for) if asked_for is not None else create_run_dir(Path("runs"))
+        prepare_run_dir(folder)
+        checkpoint = Path(resume) if resume is not None else folder / "checkpoint"
+        is_there = checkpoints.exists(checkpoint)
+        goes_on = resume is not None or (asked_for is not None and is_there)
+        found = {
+            "folder": str(folder.absolute()),
+            "checkpoint": str(checkpoint.absolute()) if goes_on else "",
+            "is there": is_there,
+        }
+    found = json.loads(team.meet_main("distribute (run directory)", json.dumps(found).encode()))
+    folder, checkpoint = Path(found["folder"]), Path(found["checkpoint"])
+    prepare_run_dir(folder)
+    if not found["checkpoint"]:
+        return folder, None
+    if found["is there"] and not checkpoints.exists(checkpoint):
+        raise CheckpointError(
+            f"rank {team.rank} on {socket.gethostname()} does not see the checkpoint {checkpoint} from which rank "
+            f"{team.roster.main} goes on. Every worker reads it: copy it there, or save it where all machines see it."
+        )
+    return folder, checkpoint

@@ -24,12 +24,11 @@ from lightwork.errors import CheckpointError, TeamError, UsageError
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.guard import Guard
 from lightwork.run.step import Step
-from lightwork.spec.assignment import share
 from lightwork.spec.plan import Plan
 from lightwork.spec.spec import Spec
-from lightwork.team.board import Activity
-from lightwork.team.join import Team
+from lightwork.team.presence import Activity
 from lightwork.team.rendezvous import Progress
+from lightwork.team.team import Team
 from lightwork.trace import Trace
 
 
@@ -96,7 +95,7 @@ class Run:
     @property
     def is_main(self) -> bool:
         """Whether this is the worker whose output is shown: rank 0."""
-        return self._team.rank == 0
+        return self._team.is_main
 
     @property
     def step_index(self) -> int:
@@ -171,7 +170,7 @@ class Run:
                     epoch, step_in_epoch = epoch + 1, 0
                 if epochs is not None and epoch >= epochs:
                     break
-                if self._team.board.anyone_left():
+                if self._team.presence.anyone_left():
                     break
                 self._engine.check_parameters()
                 step = self._make_step(order, loader, epoch, step_in_epoch)
@@ -192,10 +191,10 @@ class Run:
             return False
         if call != self._position.call:
             self._position = Bookmark(step=self._position.step, call=call)
-        self._team.board.leave(left=False)
+        self._team.presence.leave(left=False)
         self._team.meet_equal("run.steps", order.describe(self._position.epoch))
         self._looping = True
-        self._team.rendezvous.report(Progress.TRAINING)
+        self._team.report(Progress.TRAINING)
         return True
 
     def _check_finished(self, step: Step) -> None:
@@ -211,9 +210,9 @@ class Run:
         step = self._step
         # A step that was left in its middle (an error) is not left as a loop is: the others may still need this worker.
         if step is None or step.finished or not step.begun:
-            self._team.board.leave(left=True)
-            self._team.board.show(Activity.OUTSIDE)
-            self._team.rendezvous.report(Progress.BETWEEN)
+            self._team.presence.leave(left=True)
+            self._team.presence.show(Activity.OUTSIDE)
+            self._team.report(Progress.BETWEEN)
 
     def _total_steps(self, order: Schedule, epochs: int | None, max_steps: int | None) -> int | None:
         """Return how many steps this loop makes in all; None while epochs of unknown lengths lie ahead."""
@@ -229,7 +228,7 @@ class Run:
         while total is None or done < total:
             while not order.has_step(epoch, step_in_epoch):
                 epoch, step_in_epoch = epoch + 1, 0
-            for index in share(self.rank, self.world_size, order.micro_batches(epoch, step_in_epoch)):
+            for index in self._team.roster.share(self.rank, order.micro_batches(epoch, step_in_epoch)):
                 yield (epoch, step_in_epoch, index)
             step_in_epoch, done = step_in_epoch + 1, done + 1
 
@@ -256,13 +255,10 @@ class Run:
         places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._position)).encode())]
         self._position = Bookmark(**max(places, key=lambda place: (place["step"], place["call"])))
 
-    def _advance(self, order: Schedule, epoch: int, step_in_epoch: int, more: float) -> None:
-        """Take note of an update that is done: what is saved from here on is the state after it.
-
-        `more` is the share of micro-batches that have samples after them, of those that tell.
-        """
+    def _advance(self, order: Schedule, epoch: int, step_in_epoch: int, goes_on: bool | None) -> None:
+        """Take note of an update that is done: what is saved from here on is the state after it."""
         self._guard.updated()
-        epoch, step_in_epoch = order.after(epoch, step_in_epoch, more)
+        epoch, step_in_epoch = order.after(epoch, step_in_epoch, goes_on)
         self._position = Bookmark(
             step=self._position.step + 1,
             call=self._position.call,
@@ -340,7 +336,7 @@ class Run:
         problem = checkpoints.save(folder, self._engine.trained, description, team.meet, is_leader=team.is_leader)
         if self.is_main:
             self._trace.event("save", path=str(folder), step=self._position.step)
-        problem = team.meet("save (result)", problem.encode())[0].decode()
+        problem = team.meet_main("save (result)", problem.encode()).decode()
         if problem:
             raise CheckpointError(problem)
         return folder
@@ -383,9 +379,7 @@ class Run:
         self._engine.close()
         self._trace.event("end", step=self._position.step)
         self._trace.close()
-        self._team.peers.close()
-        if self._team.carrier is not None:
-            self._team.carrier.close()
+        self._team.close()
 
     def _refuse_in_step(self, call: str) -> None:
         if self._step is not None and self._step.begun and not self._step.finished:

@@ -23,11 +23,10 @@ from lightwork.data.feed import Batches
 from lightwork.device.base import Device
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, UsageError
-from lightwork.team.board import Kind, Phase
+from lightwork.team.ledger import Outcome
+from lightwork.team.words import Kind
 from lightwork.trace import Trace
-
-#: The name of a metric that is not the user's: whether samples follow those of a micro-batch.
-_MORE = "\0more"
+from lightwork.transport.base import Watch
 
 
 @dataclass
@@ -61,9 +60,9 @@ class Step:
         engine: Engine,
         loader: Batches,
         trace: Trace,
-        watch: Callable[[int], Callable[[], None]],
+        watch: Callable[[int], Watch],
         count_tokens: Callable[[Any], int],
-        updated: Callable[[float], None],
+        updated: Callable[[bool | None], None],
     ) -> None:
         self.index = index  #: 0 for the first update of the run
         self.epoch = epoch  #: 0 for the first pass over the data
@@ -150,7 +149,7 @@ class Step:
     @property
     def metrics(self) -> Mapping[str, float]:
         """Every metric given to `add`."""
-        return {name: value for name, value in self._finished("metrics").metrics.items() if name != _MORE}
+        return self._finished("metrics").metrics
 
     def __getitem__(self, name: str) -> float:
         return self._finished(f"step[{name!r}]").metrics[name]
@@ -172,9 +171,14 @@ class Step:
             raise UsageError(f"step {self.index} was iterated twice. Its micro-batches are given once.")
         self._begun = True
         engine = self._engine
-        watch = self._watch(self.index)
+        watch: Watch | None = None
         action = engine.enter(self.index, self._num_micro_batches)
         while action.kind is not Kind.COMMITTED:
+            if action.kind is Kind.WAIT:
+                watch = watch or self._watch(self.index)
+                action = engine.wait_for_team(self.index, action.item, self._loader.idle, watch)
+                continue
+            watch = None  # the next wait is another one
             if action.kind is Kind.COMPUTE:
                 micro, batch = self._load(action.item)
                 if len(micro.ids):
@@ -191,21 +195,19 @@ class Step:
                         f"{self.index} (rank {self._rank}). "
                         "Call it once in the loop body; for nothing to learn from, with weight=0."
                     )
-                has_more = self._loader.has_more(self.epoch, self.step_in_epoch, micro.index)
-                if has_more is not None:
-                    micro.metrics[_MORE] = float(has_more), 1.0
-                metrics = json.dumps(micro.metrics).encode() if micro.metrics else b""
-                action = engine.finish_micro_batch(
-                    self.index, micro.index, loss=micro.loss, weight=micro.weight, metrics=metrics
+                outcome = Outcome(
+                    loss=micro.loss,
+                    weight=micro.weight,
+                    metrics=json.dumps(micro.metrics).encode() if micro.metrics else b"",
+                    goes_on=self._loader.goes_on(self.epoch, self.step_in_epoch, micro.index),
                 )
-            elif action.kind is Kind.WAIT:
-                action = engine.wait_for_team(self.index, action.item, self._loader.idle, watch)
-            elif action.kind is Kind.EXCHANGE:
-                action = engine.exchange(self.index, Phase(action.item))
-            else:
+                action = engine.finish_micro_batch(self.index, micro.index, outcome)
+            elif action.kind in (Kind.MEASURE, Kind.UPDATE):
                 action = engine.process(self.index, action)
+            else:
+                action = engine.exchange(self.index, action.kind)
         self._result = engine.leave(self.index)
-        self._updated(self._result.metrics.get(_MORE, 1.0))
+        self._updated(self._result.goes_on)
         self._trace.event(
             "step",
             step=self.index,

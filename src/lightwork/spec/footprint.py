@@ -16,9 +16,9 @@ from lightwork.spec.holdings import (
     scales_region,
     state_region,
 )
-from lightwork.spec.hosts import Hosts
 from lightwork.spec.layout import spans_of
 from lightwork.spec.plan import Part
+from lightwork.spec.roster import Roster
 from lightwork.spec.tree import Node, fold
 
 _PARTS: tuple[Part, ...] = get_args(Part)
@@ -134,7 +134,7 @@ def expected_bytes(holdings: Holdings, homes: Container[Home] = frozenset(Home))
             sizes["weights"] = size
         if row.is_own:
             sizes["optimizer"] = row.num_narrow * 4 + row.numel * sum(holdings.state.itemsizes.values())
-            sizes["gradients"] = row.numel * wire if len(holdings.hosts) > 1 else 0
+            sizes["gradients"] = row.numel * wire if holdings.roster.num_hosts > 1 else 0
         leaf = row.numel * wire if holdings.spec.wire == "bf16" else size
         of_row = slots[holdings.keeps_sent_sums(row.bucket)]
         sizes["gradients"] += sum(leaf if of_leaves else row.numel * wire for of_leaves in of_row)
@@ -146,8 +146,8 @@ def expected_bytes(holdings: Holdings, homes: Container[Home] = frozenset(Home))
 
 def _slots(holdings: Holdings, *, keeps_sent: bool) -> list[bool]:
     """Return for each slot that the workers of this host fill whether it holds leaf gradients alone."""
-    micro_batches = len(holdings.hosts.micro_batches(holdings.host, holdings.spec.num_micro_batches))
-    alone = Hosts((1,) * holdings.num_workers)
+    micro_batches = len(holdings.roster.micro_batches(holdings.host, holdings.spec.num_micro_batches))
+    alone = Roster.of_sizes((1,) * holdings.num_workers)
     return [
         of_leaves
         for rank in range(holdings.num_workers)
@@ -160,7 +160,7 @@ def _slots_of(holdings: Holdings, micro_batches: range, *, keeps_sent: bool) -> 
     slots: dict[int, bool] = {}
     for index in micro_batches:
         chain, node = fold(index - micro_batches.start, len(micro_batches), held)
-        is_sent = len(holdings.hosts) > 1 and holdings.num_workers == 1 and index == micro_batches[-1]
+        is_sent = holdings.roster.num_hosts > 1 and holdings.num_workers == 1 and index == micro_batches[-1]
         if (is_sent or holdings.updates_in_backward) and not (chain and keeps_sent):
             continue
         slot = next(s for s in range(len(held) + 1) if s not in held.values())
@@ -184,8 +184,8 @@ def working_set_bytes(holdings: Holdings) -> int:
     of_bucket = max(sizes, default=0)
     largest = max((p.numel * (2 * ITEMSIZE[p.dtype] + 4) for p in holdings.layout.parameters), default=0)
     between_hosts = 0
-    if len(holdings.hosts) > 1:
-        between_hosts = of_bucket * wire * (depths.backlog + 2 * depths.turns * len(holdings.hosts))
+    if holdings.roster.num_hosts > 1:
+        between_hosts = of_bucket * wire * (depths.backlog + 2 * depths.turns * holdings.roster.num_hosts)
     coming = depths.kept + depths.ahead + 1 if holdings.shares_weights else 0
     if holdings.fetches_from_home:
         coming = 2 * depths.kept + depths.ahead + 1  # of these, as many wait for computation to be done with them

@@ -26,9 +26,9 @@ from enum import Enum
 from functools import cached_property
 
 from lightwork.errors import SpecError
-from lightwork.spec.hosts import Hosts
 from lightwork.spec.layout import Cut, Layout, cut_for
 from lightwork.spec.plan import Part, Place, Placement
+from lightwork.spec.roster import Roster
 from lightwork.spec.spec import Spec
 from lightwork.spec.tree import max_partial_sums
 
@@ -137,7 +137,7 @@ class Holdings:
 
     layout: Layout
     spec: Spec
-    hosts: Hosts
+    roster: Roster
     host: int
     state: StateShape
     dials: Dials = field(default_factory=Dials)
@@ -145,10 +145,10 @@ class Holdings:
     depths: Depths = field(default_factory=Depths)
 
     def __post_init__(self) -> None:
-        if max(self.hosts.sizes) > 1 and any(self.placement(dials) == "zero3" for dials in self._all_dials()):
+        if max(self.roster.sizes) > 1 and any(self.placement(dials) == "zero3" for dials in self._all_dials()):
             raise SpecError(
                 f"placement='zero3' shares weights out among workers with memories of their own, and here up to "
-                f"{max(self.hosts.sizes)} workers of a machine share one. Choose transport='group', or "
+                f"{max(self.roster.sizes)} workers of a machine share one. Choose transport='group', or "
                 "placement='zero2'."
             )
 
@@ -166,7 +166,7 @@ class Holdings:
     @property
     def num_workers(self) -> int:
         """The workers of this host."""
-        return self.hosts.sizes[self.host]
+        return len(self.roster.places[self.host])
 
     @property
     def num_slots(self) -> int:
@@ -176,7 +176,7 @@ class Holdings:
     @property
     def num_places(self) -> int:
         """Slots of a worker: for its partial sums and, with several hosts, for the sum of all (the leader's)."""
-        return self.num_slots + (len(self.hosts) > 1)
+        return self.num_slots + (self.roster.num_hosts > 1)
 
     @property
     def has_device(self) -> bool:
@@ -227,7 +227,7 @@ class Holdings:
     def updates_in_backward(self) -> bool:
         """Whether a bucket is updated as soon as its gradient is there."""
         needs_norm = self.spec.clip_grad_norm is not None or self.spec.precision == "fp16"
-        is_alone = self.hosts.world_size == 1 and self.spec.num_micro_batches == 1
+        is_alone = self.roster.world_size == 1 and self.spec.num_micro_batches == 1
         return is_alone and not needs_norm and self.layout.numel >= self.depths.early
 
     def is_shared_out(self, bucket: int) -> bool:
@@ -262,7 +262,7 @@ class Holdings:
         blocks = self.layout.blocks_of(bucket)
         numel = sum(block.end - block.start for block in blocks)
         narrow = sum(b.end - b.start for b in blocks if self.layout.parameters[b.parameter].dtype != "float32")
-        owner, placement = self.hosts.owner(bucket), self.placement(dials)
+        owner, placement = self.roster.owner(bucket), self.placement(dials)
         is_own = placement == "replicate" or owner == self.host
         away = None if is_own else Home.OWNER
         weights_away = away if placement == "zero3" else None
@@ -290,7 +290,7 @@ class Holdings:
 
     def placement(self, dials: Dials) -> Placement:
         """Return what is shared out of a bucket, if there is another host."""
-        return dials.placement if len(self.hosts) > 1 else "replicate"
+        return dials.placement if self.roster.num_hosts > 1 else "replicate"
 
     def _offload(self, dials: Dials, part: Part) -> Place | None:
         """Return where a part is offloaded to, if it is: a CPU's memory is the host's."""

@@ -170,6 +170,10 @@ class Buffers:
                 leaves.copy_(torch.frombuffer(bytearray(received[at : at + len(leaves)]), dtype=torch.uint8))
             at += len(leaves)
 
+    def values_at_home(self) -> torch.Tensor:
+        """Return the values of all buffers as the step starts, as bytes."""
+        return self._memory.tensor("buffers")
+
     def _parts(self, micro_batch: int, row: bytes | None = None) -> tuple[memoryview, torch.Tensor]:
         """Return the row of changes of a micro-batch and, if there is any (by `row`, unless None), its buffers."""
         count = len(self._buffers)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -23,6 +24,12 @@ from lightwork.errors import MemoryFull, SpecError, TeamError
 from lightwork.spec.plan import Memory
 from lightwork.store.base import Store
 from lightwork.units import format_bytes
+
+#: The beginning of the files' names.
+_PREFIX = "lightwork-"
+
+#: Where a worker's memory can be found.
+_ADDRESS = re.compile(rf"/proc/\d+/fd/\d+|/.*/{_PREFIX}[^/]+")
 
 
 @final
@@ -65,7 +72,7 @@ def create_store(kind: Memory, num_bytes: int) -> MappedStore:
     check: a memory file takes pages only when they are written.)
     """
     if kind == "anonymous" and "memfd_create" in dir(os):
-        fd = os.memfd_create("lightwork")
+        fd = os.memfd_create(f"{_PREFIX}memory")
         os.ftruncate(fd, num_bytes)
         return MappedStore(fd, num_bytes)
     return _create_file(num_bytes)
@@ -114,11 +121,16 @@ def _file_system(folder: Path) -> str:
 def open_store(address: str) -> MappedStore:
     """Return the memory that another process of this host made.
 
-    Raises: TeamError when it is not there (its creator is gone, or runs on another host).
+    Raises: TeamError when it is not there (its creator is gone, or runs on another host), or is something else.
     """
     size, _, path = address.partition(":")
+    if not _ADDRESS.fullmatch(path):
+        raise TeamError(f"{path!r} is no memory of a worker: whoever told its place is no worker of this team.")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW * (not path.startswith("/proc/")))
+        if not _is_memory(fd, int(size)):
+            os.close(fd)
+            raise TeamError(f"{path} is another file than the memory of a worker: its worker is gone, or is none.")
         return MappedStore(fd, int(size))
     except OSError as error:
         raise TeamError(
@@ -127,8 +139,18 @@ def open_store(address: str) -> MappedStore:
         ) from error
 
 
+def _is_memory(fd: int, num_bytes: int) -> bool:
+    """Return whether an open file is one that `create_store` or `create_disk_store` made, of this user."""
+    status = os.fstat(fd)
+    try:
+        name = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # no such folder: its path has told
+        name = _PREFIX
+    return status.st_size == num_bytes and status.st_uid == os.geteuid() and _PREFIX in Path(name).name
+
+
 def _create_file(num_bytes: int, folder: Path | None = None) -> MappedStore:
-    fd, name = tempfile.mkstemp(prefix="lightwork-", dir=folder)
+    fd, name = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
     path = Path(name)
     keeps_name = not Path(f"/proc/{os.getpid()}/fd").is_dir()
     try:

@@ -1,7 +1,8 @@
 """Where a worker finds its team: the environment variables of whoever started it.
 
 `lightwork run`, torchrun, Slurm's srun and MPI's mpirun each leave a rank and a world size behind; a plain
-`python train.py` leaves nothing and is a team of one. This file alone touches `os.environ`.
+`python train.py` leaves nothing and is a team of one. Nothing else reads `os.environ`. (The launcher writes there what
+`read` will find in a worker, as `variables` says.)
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ class Environment:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_world_size: int = 1
     launcher: Launcher = Launcher.PYTHON
     rendezvous_fd: int | None = None  #: inherited from `lightwork run`
     address: str | None = None  #: host of the rendezvous store, where others started us
@@ -44,6 +44,7 @@ class Environment:
     store_is_served: bool = False  #: by torchrun's agent
     interface: str | None = None  #: the network that Gloo was told to use
     machine: str = ""  #: an identity of the memory that workers can share
+    job: str = ""  #: what the launcher calls the job, so that two on one machine do not meet
     attempt: str = "0"  #: of torchrun, which starts all workers anew after a failure
     run_dir: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)  #: `--set NAME=VALUE`, parsed
@@ -56,13 +57,14 @@ class Environment:
             )
 
     def variables(self) -> dict[str, str]:
-        """Return the environment variables from which `read` makes this value again (`lightwork run` only)."""
+        """Return the variables from which `read` makes this value again, in this process (`lightwork run` only)."""
         variables = {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.rank),  # its teams are on one host
             "LOCAL_WORLD_SIZE": str(self.world_size),
             "LIGHTWORK_SETTINGS": json.dumps(dict(self.settings)),
+            "LIGHTWORK_PID": str(os.getpid()),
         }
         if self.rendezvous_fd is not None:
             variables["LIGHTWORK_RENDEZVOUS_FD"] = str(self.rendezvous_fd)
@@ -91,7 +93,7 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
 
     Raises: SpecError when they contradict themselves.
     """
-    env = os.environ if variables is None else variables
+    env = _own(os.environ if variables is None else variables)
     common = Environment(
         interface=env.get("GLOO_SOCKET_IFNAME"),
         machine=_machine(env),
@@ -100,6 +102,7 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
         address=env.get("MASTER_ADDR"),
         port=_number(env, "MASTER_PORT"),
         store_is_served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        job=_job(env),
         attempt=env.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
     if "LIGHTWORK_RENDEZVOUS_FD" in env:
@@ -126,9 +129,8 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
         rank=rank,
         world_size=size,
         local_rank=_number(env, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", default=rank) or 0,
-        local_world_size=_number(env, "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", default=size) or size,
         rendezvous_fd=_number(env, "LIGHTWORK_RENDEZVOUS_FD"),
-        port=common.port if common.port is not None else _port_of_job(env, launcher),
+        port=common.port if common.port is not None else _port_of_job(common.job, launcher),
         address=common.address or "127.0.0.1",
     )
 
@@ -142,12 +144,31 @@ def _machine(env: Mapping[str, str]) -> str:
     return f"{socket.gethostname()} {boot} {node}".strip()
 
 
-def _port_of_job(env: Mapping[str, str], launcher: Launcher) -> int | None:
-    """Return a port that all tasks of one job agree on without talking: its identifier, folded into a range."""
-    if launcher is Launcher.SLURM:
-        identifier = f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_STEP_ID', '0')}"
-    elif launcher is Launcher.MPI:
-        identifier = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_JOBID") or "0"
-    else:
+def _own(env: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the variables that are meant for this process: not those of a worker of `lightwork run` that started it.
+
+    A script that a worker starts inherits the worker's rank, but not its descriptors: it is no member of that team.
+    """
+    if "LIGHTWORK_RENDEZVOUS_FD" not in env or env.get("LIGHTWORK_PID") == str(os.getpid()):
+        return env
+    started_by_torchrun = "TORCHELASTIC_RUN_ID" in env  # then RANK and the like are of its making
+    ranks = () if started_by_torchrun else ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {name: value for name, value in env.items() if name not in ranks and not name.startswith("LIGHTWORK_")}
+
+
+def _job(env: Mapping[str, str]) -> str:
+    """Return what the launcher calls the job; empty where it does not say."""
+    if "SLURM_STEP_ID" in env and "OMPI_COMM_WORLD_RANK" not in env:
+        return f"{env.get('SLURM_JOB_ID', '0')}.{env['SLURM_STEP_ID']}"
+    names = ("TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+    return next((env[name] for name in names if env.get(name)), "")
+
+
+def _port_of_job(job: str, launcher: Launcher) -> int | None:
+    """Return a port that all tasks of one job agree on without talking: its identifier, folded into a range.
+
+    None without one: two jobs of a machine would meet.
+    """
+    if launcher not in (Launcher.SLURM, Launcher.MPI) or not job:
         return None
-    return 20_000 + zlib.crc32(identifier.encode()) % 30_000
+    return 20_000 + zlib.crc32(job.encode()) % 30_000

@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import socket
+import struct
 import time
 from abc import ABC, abstractmethod
 from datetime import timedelta
@@ -18,22 +19,32 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, final
 
 from lightwork.errors import TeamError
+from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.environment import Environment
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+    from torch._C._distributed_c10d import Store, TCPStore
+
+_LOOPBACK = "127.0.0.1"
+_JOURNAL = struct.Struct("<qq")
 
 #: Seconds that a worker waits for rank 0 before it says so and gives up.
 JOIN_TIMEOUT = 300.0
 
+#: The first bytes of a page, so that another file is not taken for one.
+_MAGIC = b"lightwork rendezvous page"
+
 _MAX_WORKERS = 4096
-_RUNS_AT = _MAX_WORKERS
-_MESSAGE_AT = _RUNS_AT + 8 * _MAX_WORKERS
-_PAGE_BYTES = _MESSAGE_AT + 16 * 1024 * 1024  # takes up what was written; a message is about 1 KiB
+_PROGRESS_AT = 64
+_RUNS_AT = _PROGRESS_AT + _MAX_WORKERS
+_JOURNAL_AT = _RUNS_AT + 8 * _MAX_WORKERS
+_JOURNAL_BYTES = 16 * 1024 * 1024  # takes up what was written; a message is about 1 KiB
+_LINES_AT = _JOURNAL_AT + 16
+_PAGE_BYTES = _LINES_AT + _JOURNAL_BYTES
 
 
 class Progress(IntEnum):
-    """How far a worker got; it moves forward only."""
+    """How far a worker got. It moves forward, but for further runs and loops: these begin at JOINED and TRAINING."""
 
     STARTED = 0  #: the process runs
     JOINING = 1  #: it is inside the first `distribute`, which needs all others
@@ -77,52 +88,80 @@ class Rendezvous(ABC):
 class FileRendezvous(Rendezvous):
     """A page inherited from `lightwork run`.
 
-    It holds a byte of progress and a count of runs for each rank, then a journal of `key=message` lines.
+    It holds a byte of progress and a count of runs for each rank, then a journal of `key=message` lines, with a count
+    of how often it was begun anew and its length.
     """
 
     def __init__(self, fd: int, rank: int) -> None:
-        self._page = mmap.mmap(fd, _PAGE_BYTES)
+        """Raises: TeamError when the descriptor is no such page."""
+        try:
+            self._page = mmap.mmap(fd, _PAGE_BYTES)
+            is_page = self._page[: len(_MAGIC)] == _MAGIC
+        except (OSError, ValueError):
+            is_page = False
+        if not is_page:
+            raise TeamError(
+                f"descriptor {fd} (LIGHTWORK_RENDEZVOUS_FD) is not the page that lightwork run leaves to its workers: "
+                "it was closed, or is another file. Leave a worker's descriptors open, or unset the variable for a "
+                "team of one."
+            )
         self._rank = rank
+        self._times_begun = 0
+        self._length_read = 0
+        self._messages: dict[str, str] = {}  # that were read and not asked for yet
 
     @classmethod
     def create(cls) -> int:
         """Return a descriptor of a new, empty page, for `lightwork run` to leave to its workers."""
         try:
-            fd = os.memfd_create("lightwork-rendezvous", 0)
+            fd = os.memfd_create("lightwork-rendezvous")
         except AttributeError:  # no anonymous memory files on this system
             import tempfile
 
             fd, path = tempfile.mkstemp(prefix="lightwork-rendezvous-")
             os.unlink(path)
-        os.set_inheritable(fd, True)
         os.ftruncate(fd, _PAGE_BYTES)
+        os.pwrite(fd, _MAGIC, 0)
         return fd
 
     def next_run(self) -> int:
-        """Count the runs of this process."""
+        """Count the runs of this process; for a new one, the first rank makes room for messages.
+
+        By then everyone has read those of the runs before.
+        """
         if self.progress(self._rank) is Progress.STARTED:
             self.report(Progress.JOINING)
+        times_begun, length = self._journal()
+        if self._rank == FIRST_RANK and length > _JOURNAL_BYTES // 2:
+            self._write_journal(times_begun + 1, 0)
         at = _RUNS_AT + 8 * self._rank
         number = int.from_bytes(self._page[at : at + 8], "little") + 1
         self._page[at : at + 8] = number.to_bytes(8, "little")
         return number
 
     def publish(self, key: str, message: str) -> None:
-        """Append to the journal; only rank 0 does, so nothing can collide."""
-        journal = self._journal()
+        """Append to the journal; only the first rank does, so nothing can collide.
+
+        Raises: TeamError when the messages of one run are too long.
+        """
+        times_begun, length = self._journal()
         line = f"{key}={message}\n".encode()
-        end = _MESSAGE_AT + 8 + len(journal)
-        self._page[end : end + len(line)] = line
-        self._page[_MESSAGE_AT : _MESSAGE_AT + 8] = (len(journal) + len(line)).to_bytes(8, "little")
+        end = length + len(line)
+        if end > _JOURNAL_BYTES:
+            raise TeamError(
+                f"the message {key!r} to the other workers has {len(line)} bytes, and {_JOURNAL_BYTES - length} are "
+                "left. A spec of this size is a mistake: look at its lists of names."
+            )
+        self._page[_LINES_AT + length : _LINES_AT + end] = line
+        self._write_journal(times_begun, end)
 
     def wait(self, key: str) -> str:
-        """Poll the journal, a thousand times a second."""
+        """Look at what is new in the journal, a thousand times a second."""
         deadline = time.monotonic() + JOIN_TIMEOUT
         while time.monotonic() < deadline:
-            for line in self._journal().decode().splitlines():
-                name, _, message = line.partition("=")
-                if name == key:
-                    return message
+            self._read_new()
+            if key in self._messages:
+                return self._messages.pop(key)
             time.sleep(0.001)
         raise TeamError(
             f"rank {self._rank} waited {JOIN_TIMEOUT:.0f} s for rank 0 to call lightwork.distribute. "
@@ -133,28 +172,45 @@ class FileRendezvous(Rendezvous):
         """Serve one from rank 0, whose workers are all on this machine."""
         from torch._C._distributed_c10d import TCPStore
 
-        timeout = timedelta(seconds=JOIN_TIMEOUT)
-        if self._rank == 0:
-            store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        if self._rank == FIRST_RANK:
+            store = _serve_on_loopback(0)
             self.publish(key, str(store.port))
             return store
-        return TCPStore("127.0.0.1", int(self.wait(key)), is_master=False, timeout=timeout)
+        timeout = timedelta(seconds=JOIN_TIMEOUT)
+        return TCPStore(_LOOPBACK, int(self.wait(key)), is_master=False, timeout=timeout)
 
     def address(self) -> str:
         """Return the loopback's: its workers are all on this machine."""
-        return "127.0.0.1"
+        return _LOOPBACK
 
     def report(self, progress: Progress) -> None:
         """Write this rank's byte."""
-        self._page[self._rank] = int(progress)
+        self._page[_PROGRESS_AT + self._rank] = int(progress)
 
     def progress(self, rank: int) -> Progress:
         """Return how far `rank` got."""
-        return Progress(self._page[rank])
+        return Progress(self._page[_PROGRESS_AT + rank])
 
-    def _journal(self) -> bytes:
-        length = int.from_bytes(self._page[_MESSAGE_AT : _MESSAGE_AT + 8], "little")
-        return self._page[_MESSAGE_AT + 8 : _MESSAGE_AT + 8 + length]
+    def _read_new(self) -> None:
+        times_begun, length = self._journal()
+        if times_begun != self._times_begun:
+            self._times_begun, self._length_read = times_begun, 0
+            self._messages.clear()
+        lines = self._page[_LINES_AT + self._length_read : _LINES_AT + length]
+        if self._journal()[0] != times_begun:  # they may have been overwritten in between
+            return
+        self._length_read = length
+        for line in lines.decode().splitlines():
+            key, _, message = line.partition("=")
+            self._messages[key] = message
+
+    def _journal(self) -> tuple[int, int]:
+        """Return how often the journal was begun anew, and its length."""
+        times_begun, length = _JOURNAL.unpack_from(self._page, _JOURNAL_AT)
+        return times_begun, length
+
+    def _write_journal(self, times_begun: int, length: int) -> None:
+        _JOURNAL.pack_into(self._page, _JOURNAL_AT, times_begun, length)
 
 
 @final
@@ -166,19 +222,25 @@ class StoreRendezvous(Rendezvous):
 
         if environment.port is None:
             raise TeamError(
-                "rank and world size are set, but MASTER_ADDR and MASTER_PORT are not, so the workers can not find "
-                "each other. Set both, or start with lightwork run or torchrun."
+                "rank and world size are set, but MASTER_ADDR and MASTER_PORT are not, and the launcher does not name "
+                "the job, so the workers can not find each other. Set both, the port differently for each job of a "
+                "machine, or start with lightwork run or torchrun."
             )
         self._rank = environment.rank
         self._interface = environment.interface
-        self._store = TCPStore(
-            environment.address or "127.0.0.1",
-            environment.port,
-            is_master=environment.rank == 0 and not environment.store_is_served,
-            timeout=timedelta(seconds=JOIN_TIMEOUT),
-            wait_for_workers=False,
-        )
-        self._prefix = f"lightwork/{environment.attempt}/"
+        address = environment.address or _LOOPBACK
+        serves = environment.rank == FIRST_RANK and not environment.store_is_served
+        if serves and address in (_LOOPBACK, "localhost"):
+            self._store = _serve_on_loopback(environment.port)
+        else:
+            self._store = TCPStore(
+                address,
+                environment.port,
+                is_master=serves,
+                timeout=timedelta(seconds=JOIN_TIMEOUT),
+                wait_for_workers=False,
+            )
+        self._prefix = f"lightwork/{environment.job}/{environment.attempt}/"
 
     def next_run(self) -> int:
         """Count in the store."""
@@ -244,10 +306,38 @@ class SoloRendezvous(Rendezvous):
 
     def address(self) -> str:
         """Return the loopback's."""
-        return "127.0.0.1"
+        return _LOOPBACK
 
     def report(self, progress: Progress) -> None:
         """Do nothing: nobody looks."""
+
+
+def _serve_on_loopback(port: int) -> TCPStore:
+    """Return a store that processes of this machine alone can reach. (A TCPStore by itself listens to all networks.)
+
+    Raises: TeamError when the port is taken; 0 is any.
+    """
+    from torch._C._distributed_c10d import TCPStore
+
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((_LOOPBACK, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise TeamError(
+            f"port {port}, where the workers are to find each other, can not be had ({error.strerror}): another job "
+            "may have it. Set MASTER_PORT to a free one."
+        ) from error
+    return TCPStore(
+        _LOOPBACK,
+        listener.getsockname()[1],
+        is_master=True,
+        timeout=timedelta(seconds=JOIN_TIMEOUT),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def find(environment: Environment) -> Rendezvous:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lightwork.errors import Disagreement
+from lightwork.errors import Disagreement, TeamError
 
-#: Called while waiting, some times a second; raises when waiting has become pointless.
-Watch = Callable[[], None]
+#: Called while waiting, some times a second; returns why waiting has become pointless, which the one who waits raises.
+Watch = Callable[[], TeamError | None]
 
 
 class Transport(ABC):
@@ -28,8 +28,8 @@ class Transport(ABC):
         `what` names the call, such as "save"; all must agree on it.
 
         Moves: the payload of each worker, once, to each other.
-        Blocks: until all have called, while `watch` does not raise.
-        Raises: Disagreement when another worker exchanges something else.
+        Blocks: until all have called, while `watch` has nothing against it.
+        Raises: what `watch` returns; Disagreement when another worker exchanges something else.
         """
 
 

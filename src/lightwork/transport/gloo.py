@@ -6,7 +6,6 @@ exchange made of sends and receives (67 MB between two processes: 173 against 51
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 import time
@@ -18,6 +17,7 @@ import torch
 
 from lightwork.errors import RankLost
 from lightwork.transport.base import Carrier, Pending
+from lightwork.transport.late import Lateness
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store, Work
@@ -27,10 +27,6 @@ SILENCE = timedelta(minutes=30)
 
 #: How long one may be silent whose requests are awaited.
 PATIENCE = timedelta(days=365)
-
-#: Seconds after which a rank that is waited for is named.
-NAME_AFTER_SECONDS = 10.0
-
 
 #: Called with the rank that is waited for, and the seconds so far.
 Late = Callable[[int, float], None]
@@ -55,12 +51,11 @@ class _Watcher:
         self._is_closed.set()
 
     def _run(self) -> None:
-        named: dict[int, float] = {}  # by rank, when
+        lateness = Lateness()
         while not self._is_closed.wait(1.0):
             now = time.monotonic()
             for rank, start in list(self._waits.values()):
-                if now - start > NAME_AFTER_SECONDS and now - named.get(rank, -math.inf) > 6 * NAME_AFTER_SECONDS:
-                    named[rank] = now
+                if lateness.is_due(rank, start, now):
                     self._late(rank, now - start)
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 from typing import final
 
-from lightwork.spec.hosts import Hosts
 from lightwork.transport.base import Carrier, Transport, Watch
 
 
 @final
 class LayeredTransport(Transport):
-    """A transport within a host, joined to the other hosts'. `carrier` is the leader's alone."""
+    """A transport within a host of `num_workers`, joined to the other hosts'. `carrier` is the leader's alone."""
 
-    def __init__(self, local: Transport, hosts: Hosts, host: int, carrier: Carrier | None) -> None:
+    def __init__(self, local: Transport, num_workers: int, carrier: Carrier | None) -> None:
         self._local = local
-        self._hosts = hosts
-        self._host = host
+        self._num_workers = num_workers
         self._carrier = carrier
 
     def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:
@@ -25,7 +23,7 @@ class LayeredTransport(Transport):
         everything = _pack([_pack(own)])
         if self._carrier is not None:
             everything = _pack(self._carrier.exchange(what, _pack(own)))
-        if self._hosts.sizes[self._host] > 1:
+        if self._num_workers > 1:
             everything = self._local.exchange(what, everything if self._carrier is not None else b"", watch)[0]
         return [payload for of_host in _unpack(everything) for payload in _unpack(of_host)]
 

@@ -1,12 +1,13 @@
 """The transport between workers of one host: mailboxes in their shared memory.
 
-Each rank has two boxes, used in turn: a worker that is a whole exchange ahead may write its next box, but can not be
+Each worker has two boxes, used in turn: a worker that is a whole exchange ahead may write its next box, but can not be
 two ahead, because the exchange between needs everyone. A payload longer than a box goes in several rounds.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import final
 
@@ -27,68 +28,70 @@ WATCH_SECONDS = 0.2
 
 @final
 class HostTransport(Transport):
-    """Mailboxes in `region`, which all workers of the host map."""
+    """Mailboxes in `region`, which all workers of the host map. Workers are counted by their places on the host."""
 
     def __init__(
         self,
-        rank: int,
-        world_size: int,
+        local_rank: int,
+        names: Sequence[int],
         region: memoryview,
         lock: AbstractContextManager[bool | None],
         signal: Signal,
     ) -> None:
-        self._rank = rank
-        self._world_size = world_size
+        """`names` are the ranks of the host's workers in the whole team, for messages."""
+        self._local_rank = local_rank
+        self._names = names
+        self._locals = range(len(names))
         self._region = region
         self._lock = lock
         self._signal = signal
         self._count = 0
 
     @staticmethod
-    def num_bytes(world_size: int) -> int:
-        """Return the bytes of the region that `world_size` workers need."""
-        return world_size * 2 * _STRIDE
+    def num_bytes(num_workers: int) -> int:
+        """Return the bytes of the region that `num_workers` workers need."""
+        return num_workers * 2 * _STRIDE
 
     def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:
         """Write to the own box, wait for the others', read them; again while any payload is not complete."""
         what = what.encode()[:_WHAT_BYTES].decode(errors="ignore")
-        received = [b""] * self._world_size
-        lengths = [1] * self._world_size
+        received = [b""] * len(self._locals)
+        lengths = [1] * len(self._locals)
         start = 0
-        while any(len(received[rank]) < lengths[rank] for rank in range(self._world_size)):
+        while any(len(received[local]) < lengths[local] for local in self._locals):
             self._post(what, payload[start : start + BOX_BYTES], len(payload))
             start += BOX_BYTES
             self._wait_for_all(watch)
-            for rank in range(self._world_size):
-                self._check(rank, what)
-                lengths[rank], chunk = self._read(rank, len(received[rank]))
-                received[rank] += chunk
+            for local in self._locals:
+                self._check(local, what)
+                lengths[local], chunk = self._read(local, len(received[local]))
+                received[local] += chunk
         return received
 
-    def posted(self, rank: int) -> str | None:
-        """Return what `rank` has posted in the exchange that this worker is in, None if it has not come yet."""
-        count, what, _ = _HEADER.unpack_from(self._region, self._box(rank))
+    def posted(self, local_rank: int) -> str | None:
+        """Return what a worker has posted in the exchange that this worker is in, None if it has not come yet."""
+        count, what, _ = _HEADER.unpack_from(self._region, self._box(local_rank))
         return bytes(what).rstrip(b"\0").decode() if count == self._count else None
 
-    def is_ahead(self, rank: int) -> bool:
-        """Return whether `rank` has entered an exchange that this worker has not."""
-        return self._last(rank)[0] > self._count
+    def is_ahead(self, local_rank: int) -> bool:
+        """Return whether a worker has entered an exchange that this worker has not."""
+        return self._last(local_rank)[0] > self._count
 
-    def posted_last(self, rank: int) -> str:
-        """Return the last exchange that `rank` has posted."""
-        return self._last(rank)[1].rstrip(b"\0").decode()
+    def posted_last(self, local_rank: int) -> str:
+        """Return the last exchange that a worker has posted."""
+        return self._last(local_rank)[1].rstrip(b"\0").decode()
 
-    def _last(self, rank: int) -> tuple[int, bytes, int]:
-        boxes = [_HEADER.unpack_from(self._region, (rank * 2 + box) * _STRIDE) for box in range(2)]
+    def _last(self, local_rank: int) -> tuple[int, bytes, int]:
+        boxes = [_HEADER.unpack_from(self._region, (local_rank * 2 + box) * _STRIDE) for box in range(2)]
         count, what, length = max(boxes)
         return count, what, length
 
-    def _box(self, rank: int) -> int:
-        return (rank * 2 + self._count % 2) * _STRIDE
+    def _box(self, local_rank: int) -> int:
+        return (local_rank * 2 + self._count % 2) * _STRIDE
 
     def _post(self, what: str, chunk: bytes, length: int) -> None:
         self._count += 1
-        at = self._box(self._rank)
+        at = self._box(self._local_rank)
         self._region[at + _HEADER.size : at + _HEADER.size + len(chunk)] = chunk
         with self._lock:
             _HEADER.pack_into(self._region, at, self._count, what.encode(), length)
@@ -98,22 +101,25 @@ class HostTransport(Transport):
         while True:
             with self._lock:
                 seen = self._signal.value
-                missing = any(self.posted(rank) is None for rank in range(self._world_size))
+                missing = any(self.posted(local) is None for local in self._locals)
             if not missing:
                 return
             if not self._signal.wait(seen, WATCH_SECONDS):
-                watch()
+                reason = watch()
+                if reason is not None:
+                    raise reason
 
-    def _check(self, rank: int, what: str) -> None:
-        theirs = self.posted(rank)
+    def _check(self, local_rank: int, what: str) -> None:
+        theirs = self.posted(local_rank)
         if theirs != what:
             raise Disagreement(
-                f"rank {self._rank} calls {what} while rank {rank} calls {theirs}. Every worker must make the same "
-                "calls in the same order: take them out of conditions such as `if run.is_main`."
+                f"rank {self._names[self._local_rank]} calls {what} while rank {self._names[local_rank]} calls "
+                f"{theirs}. Every worker must make the same calls in the same order: take them out of conditions such "
+                "as `if run.is_main`."
             )
 
-    def _read(self, rank: int, received: int) -> tuple[int, bytes]:
-        at = self._box(rank)
+    def _read(self, local_rank: int, received: int) -> tuple[int, bytes]:
+        at = self._box(local_rank)
         _, _, length = _HEADER.unpack_from(self._region, at)
         size = min(BOX_BYTES, length - received)
         return length, bytes(self._region[at + _HEADER.size : at + _HEADER.size + size])

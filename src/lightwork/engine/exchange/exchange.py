@@ -12,10 +12,10 @@ import torch
 
 from lightwork.engine.backward.outbox import Outbox
 from lightwork.engine.backward.slots import Slots
-from lightwork.engine.exchange.turns import NEXT_TAG, Held, Total, Turns
+from lightwork.engine.exchange.turns import NEXT_TAG, Held, Turns
 from lightwork.spec.holdings import Holdings
 from lightwork.state.buffers import Buffers
-from lightwork.team.board import Board
+from lightwork.team.ledger import Ledger
 from lightwork.transport.base import Carrier, Pending
 
 _SHARED, _FROM_FIRST = NEXT_TAG, NEXT_TAG + 1
@@ -36,8 +36,8 @@ class Exchange:
         """Begin to exchange the partial sums of a step, each bucket as soon as `outbox` says that it is complete."""
         raise ValueError("this worker does not speak to other hosts")
 
-    def sum_up(self, held: Callable[[], Held]) -> Total:
-        """Return where the sum over all hosts lies, once it does; of `held`, unless it was begun before."""
+    def sum_up(self, held: Callable[[], Held]) -> None:
+        """Return once the sum over all hosts lies in the leader's last slot; of `held`, unless it was begun before."""
         raise ValueError("this worker does not speak to other hosts")
 
     def records(self, step: int, num_micro_batches: int) -> None:
@@ -69,12 +69,12 @@ class BetweenHosts(Exchange):
     Owns: a thread, in which partial sums travel, until `close`.
     """
 
-    def __init__(self, holdings: Holdings, carrier: Carrier, board: Board, slots: Slots, buffers: Buffers) -> None:
+    def __init__(self, holdings: Holdings, carrier: Carrier, ledger: Ledger, slots: Slots, buffers: Buffers) -> None:
         self._holdings = holdings
         self._carrier = carrier
         self._host = carrier.host
         self._others = [host for host in range(carrier.num_hosts) if host != carrier.host]
-        self._board = board
+        self._ledger = ledger
         self._buffers = buffers
         self._turns = Turns(holdings, carrier, slots)
         self.outbox = self._turns.outbox
@@ -88,7 +88,7 @@ class BetweenHosts(Exchange):
         """Let turns begin."""
         self._turns.begin(held)
 
-    def sum_up(self, held: Callable[[], Held]) -> Total:
+    def sum_up(self, held: Callable[[], Held]) -> None:
         """Wait for the turns.
 
         Raises: RankLost.
@@ -96,30 +96,30 @@ class BetweenHosts(Exchange):
         if not self._turns.are_going:
             self._turns.outbox.expect(())
             self._turns.begin(held())
-        return self._turns.total()
+        self._turns.wait_for_total()
 
     def records(self, step: int, num_micro_batches: int) -> None:
         """Exchange records, metrics, which parameters were touched, and what forward left in the buffers.
 
         Raises: Disagreement when another host is elsewhere or has other settings; RankLost.
         """
-        hosts = self._holdings.hosts
-        own = hosts.micro_batches(self._host, num_micro_batches)
-        share = self._board.share_of_step(step, num_micro_batches)
+        roster = self._holdings.roster
+        own = roster.micro_batches(self._host, num_micro_batches)
+        share = self._ledger.share_of_step(step, num_micro_batches)
         payload = len(share).to_bytes(8, "little") + share + self._buffers.changes(own)
         for host, received in enumerate(self._carrier.exchange(f"step {step}", payload)):
             if host == self._host:
                 continue
             end = 8 + int.from_bytes(received[:8], "little")
-            self._board.take_share(step, num_micro_batches, host, received[8:end])
-            self._buffers.take_changes(hosts.micro_batches(host, num_micro_batches), received[end:])
+            self._ledger.take_share(step, num_micro_batches, host, received[8:end])
+            self._buffers.take_changes(roster.micro_batches(host, num_micro_batches), received[end:])
 
     def norms(self) -> None:
         """Exchange them; a barrier, too."""
-        own = torch.tensor(self._board.norms_squared(), dtype=torch.float64).numpy().tobytes()
+        own = torch.tensor(self._ledger.norms_squared(), dtype=torch.float64).numpy().tobytes()
         for host, received in enumerate(self._carrier.exchange("norms", own)):
             if host != self._host:
-                self._board.take_norms(host, torch.frombuffer(bytearray(received), dtype=torch.float64).tolist())
+                self._ledger.take_norms(host, torch.frombuffer(bytearray(received), dtype=torch.float64).tolist())
 
     def share(self, buckets: Iterable[int], tensors_of: Callable[[int], Iterable[torch.Tensor]]) -> None:
         """Send and receive them all at once."""

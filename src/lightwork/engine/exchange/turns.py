@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -49,13 +48,6 @@ NEXT_TAG = FIRST_TAG + 3
 
 #: A byte for each parameter: whether a micro-batch gave it a gradient.
 Touched = memoryview | bytearray
-
-
-class Total(NamedTuple):
-    """Where the sum over all hosts lies: the leader's slot, and the node that it is."""
-
-    slot: int
-    node: Node
 
 
 @dataclass
@@ -98,7 +90,7 @@ class Turns:
         self._device = slots.device
         self._into = holdings.num_places - 1  # the leader's slot for the sums over all hosts
         self._host = holdings.host
-        self._others = [host for host in range(len(holdings.hosts)) if host != self._host]
+        self._others = [host for host in range(holdings.roster.num_hosts) if host != self._host]
         self._adder = Adder(slots.wire, self._device.place)
         layout = self._layout = slots.layout
         sums = [slots.wire] * len(layout.parameters)
@@ -106,8 +98,8 @@ class Turns:
         leaves = messages_of_leaves(slots)
         self._pool = pool_for(self._device, leaves, self._sums)
         self.outbox = Outbox(layout, slots.leaf_dtypes, leaves, self._pool, self._device, holdings.depths.backlog)
-        self._thread: Background[Total] = Background("exchange")
-        self._going: Future[Total] | None = None
+        self._thread: Background[None] = Background("exchange")
+        self._going: Future[None] | None = None
         self._done: Mark = None  # where the thread's queue is at the end of an exchange
         self._waited = 0.0
         self.busy_seconds = 0.0  #: of the thread in this step, waits for backward left out
@@ -123,36 +115,34 @@ class Turns:
 
     def begin(self, held: Held) -> None:
         """Begin to exchange the step's partial sums, each bucket as soon as `outbox` says that it is complete."""
-        hosts = self._holdings.hosts
-        held.nodes = tuple(hosts.nodes(host, held.whole.end) for host in range(len(hosts)))
+        roster = self._holdings.roster
+        held.nodes = tuple(roster.nodes(host, held.whole.end) for host in range(roster.num_hosts))
         self.busy_seconds = 0.0
         before = self._device.mark()  # sums of earlier micro-batches
         self._going = self._thread.start(lambda: self._exchange(held, before))
 
-    def total(self) -> Total:
-        """Return where the sum over all hosts lies, once it does.
+    def wait_for_total(self) -> None:
+        """Return once the sum over all hosts lies in the leader's last slot.
 
         Raises: RankLost.
         """
         if self._going is None:
-            raise ValueError("begin() comes before total()")
+            raise ValueError("begin() comes before wait_for_total()")
         going, self._going = self._going, None
-        total = going.result()
+        going.result()
         self._device.wait(self._done)
-        return total
 
-    def _exchange(self, held: Held, before: Mark) -> Total:
+    def _exchange(self, held: Held, before: Mark) -> None:
         try:
             with torch.no_grad(), self._device.queue("exchange"):
                 self._device.wait(before)
-                total = self._all_turns(held)
+                self._all_turns(held)
                 self._done = self._device.mark()
-                return total
         except BaseException:
             self.outbox.abandon()  # backward may be waiting for this thread
             raise
 
-    def _all_turns(self, held: Held) -> Total:
+    def _all_turns(self, held: Held) -> None:
         start, self._waited = time.perf_counter(), 0.0
         count = len(self._layout.buckets)
         # Backward completes the last ones first.
@@ -170,7 +160,6 @@ class Turns:
             if position > 1:
                 self._end(held, turns[position - 2])
         self.busy_seconds = time.perf_counter() - start - self._waited
-        return Total(self._into, held.whole)
 
     # --- a turn -----------------------------------------------------------------------------------------------------
 

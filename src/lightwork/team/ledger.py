@@ -1,0 +1,134 @@
+"""What a step came to: of each micro-batch its loss, weight, metrics, vote and which parameters it touched, and of each
+bucket the norm of its gradient; and how hosts tell each other.
+
+What a late worker may read: the outcomes of its own step (two sets are used in turn, and nobody can be two steps
+ahead), and the norms, until it enters the next step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from lightwork.errors import UsageError
+from lightwork.team.rules import Seat, other_settings
+from lightwork.team.words import METRICS_BYTES, Words
+
+_VOTES: tuple[bool | None, ...] = (None, False, True)
+_VOTE_OF = {vote: number for number, vote in enumerate(_VOTES)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a micro-batch came to."""
+
+    loss: float
+    weight: float
+    metrics: bytes = b""  #: a JSON object: by name, value and weight
+    goes_on: bool | None = None  #: its vote, whether more steps follow; None for none
+
+
+@final
+class Ledger:
+    """The outcomes on the board of one host."""
+
+    def __init__(self, words: Words, seat: Seat) -> None:
+        self._words = words
+        self._seat = seat
+        self._size = words.size
+
+    def write(self, step: int, index: int, outcome: Outcome) -> None:
+        """Write down what a micro-batch came to; it counts once the micro-batch is done.
+
+        Raises: UsageError when the metrics have not enough room.
+        """
+        if len(outcome.metrics) > METRICS_BYTES - 8:
+            raise UsageError(
+                f"the metrics of micro-batch {index} of step {step} take {len(outcome.metrics)} bytes, more than "
+                f"{METRICS_BYTES - 8}. step.add is for a few numbers; write larger things to a file."
+            )
+        words, at = self._words, self._row(step) + index
+        words.outcomes[2 * at], words.outcomes[2 * at + 1] = outcome.loss, outcome.weight
+        words.votes[at] = _VOTE_OF[outcome.goes_on]
+        text = len(outcome.metrics).to_bytes(8, "little") + outcome.metrics
+        words.metrics[at * METRICS_BYTES : at * METRICS_BYTES + len(text)] = text
+
+    def records(self, step: int, num_micro_batches: int) -> list[tuple[float, float]]:
+        """Return loss and weight of each micro-batch."""
+        at = self._row(step) * 2
+        flat = self._words.outcomes[at : at + 2 * num_micro_batches].tolist()
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def metrics(self, step: int, index: int) -> dict[str, tuple[float, float]]:
+        """Return value and weight of each metric of a micro-batch."""
+        text = self._metrics(step, index)
+        return json.loads(text) if text else {}
+
+    def goes_on(self, step: int, num_micro_batches: int) -> bool | None:
+        """Return whether more steps follow, by the votes of the micro-batches: all that voted agree; None: none did."""
+        votes = set(self._votes(step, range(num_micro_batches))) - {None}
+        return False not in votes if votes else None
+
+    def touched(self, index: int) -> memoryview:
+        """Return a byte for each parameter, its claimant's to write: whether micro-batch `index` gave it a gradient."""
+        size = self._size.num_parameters
+        return self._words.touched[index * size : (index + 1) * size]
+
+    def write_norm(self, bucket: int, norm_squared: float) -> None:
+        """Write down the norm of a bucket of this host."""
+        self._words.norms[bucket] = norm_squared
+
+    def norms_squared(self) -> list[float]:
+        """Return the squared gradient norm of each bucket."""
+        return list(self._words.norms)
+
+    # --- between hosts --------------------------------------------------------------------------------------------
+
+    def share_of_step(self, step: int, num_micro_batches: int) -> bytes:
+        """Return all that other hosts need to know of this host's micro-batches."""
+        own = self._seat.roster.micro_batches(self._seat.host, num_micro_batches)
+        return json.dumps(
+            {
+                "settings": self._words.settings(self._seat.local_rank),
+                "records": self.records(step, num_micro_batches)[own.start : own.stop],
+                "votes": self._votes(step, own),
+                "metrics": [self._metrics(step, index).decode() for index in own],
+                "touched": b"".join(bytes(self.touched(index)) for index in own).hex(),
+            }
+        ).encode()
+
+    def take_share(self, step: int, num_micro_batches: int, host: int, share: bytes) -> None:
+        """Write down what another host's leader says of its micro-batches.
+
+        Raises: Disagreement when its settings differ.
+        """
+        values = json.loads(share)
+        roster = self._seat.roster
+        if values["settings"] != self._words.settings(self._seat.local_rank):
+            raise other_settings(step, roster.leader(host), self._seat.rank)
+        touched = bytes.fromhex(values["touched"])
+        count = self._size.num_parameters
+        for position, index in enumerate(roster.micro_batches(host, num_micro_batches)):
+            loss, weight = values["records"][position]
+            metrics, vote = values["metrics"][position].encode(), values["votes"][position]
+            self.write(step, index, Outcome(loss=loss, weight=weight, metrics=metrics, goes_on=vote))
+            self.touched(index)[:] = touched[position * count : (position + 1) * count]
+
+    def take_norms(self, host: int, norms_squared: Sequence[float]) -> None:
+        """Write down the norms of the buckets of another host, of which `norms_squared` holds all."""
+        for bucket in self._seat.roster.own_buckets(host, self._size.num_buckets):
+            self._words.norms[bucket] = norms_squared[bucket]
+
+    def _row(self, step: int) -> int:
+        return step % 2 * self._size.num_micro_batches
+
+    def _votes(self, step: int, indices: range) -> list[bool | None]:
+        at = self._row(step)
+        return [_VOTES[vote] for vote in self._words.votes[at + indices.start : at + indices.stop]]
+
+    def _metrics(self, step: int, index: int) -> bytes:
+        at = (self._row(step) + index) * METRICS_BYTES
+        length = int.from_bytes(self._words.metrics[at : at + 8], "little")
+        return bytes(self._words.metrics[at + 8 : at + 8 + length])

@@ -1,0 +1,219 @@
+"""What a worker holds of its team: meeting the others, and watching them while it waits.
+
+A watch raises nothing: it returns why waiting has become pointless, an error as a value, and the one who waits decides.
+A `RankLost` among them is a death, and says whose.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import final
+
+from lightwork.errors import Disagreement, RankLost, TeamError
+from lightwork.spec.roster import Roster
+from lightwork.store.mapped import MappedStore
+from lightwork.team.board import Board
+from lightwork.team.peers import Peers
+from lightwork.team.presence import Activity
+from lightwork.team.rendezvous import JOIN_TIMEOUT, Progress, Rendezvous
+from lightwork.transport.base import Carrier, Transport, Watch
+from lightwork.transport.late import Lateness
+from lightwork.transport.mailboxes import HostTransport
+
+_SAME_CALLS = "Every worker must make the same calls: take them out of conditions such as `if run.is_main`."
+
+
+@final
+class Team:
+    """The workers of a run, as one of them sees them.
+
+    Owns: the memory of this host; until `close`, a descriptor of each other process of this host, and the leader's
+    connections.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        roster: Roster,
+        board: Board,
+        mailboxes: HostTransport,
+        transport: Transport,
+        rendezvous: Rendezvous,
+        store: MappedStore,
+        carrier: Carrier | None,
+    ) -> None:
+        """`mailboxes` are those of this host's workers, `transport` is that of all; `carrier` is the leader's."""
+        self.rank = rank
+        self.roster = roster
+        self.board = board
+        self.presence = board.presence
+        self.store = store  #: whose descriptor is also the lock's
+        self.local_rank = roster.local_rank(rank)
+        self._mailboxes = mailboxes
+        self._transport = transport
+        self._rendezvous = rendezvous
+        self._carrier = carrier
+        self._host = roster.host_of(rank)
+        self._others = [local for local in roster.local_ranks(self._host) if local != self.local_rank]
+        self._peers = Peers()
+        self._lateness = Lateness()
+
+    @property
+    def world_size(self) -> int:
+        """The number of workers."""
+        return self.roster.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this worker decides for the team, and its output is shown."""
+        return self.rank == self.roster.main
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this worker speaks for its host."""
+        return self.roster.is_leader(self.rank)
+
+    def report(self, progress: Progress) -> None:
+        """Tell the launcher how far this worker got."""
+        self._rendezvous.report(progress)
+
+    def close(self) -> None:
+        """Let go of the others: descriptors and connections."""
+        self._peers.close()
+        if self._carrier is not None:
+            self._carrier.close()
+
+    # --- meeting ----------------------------------------------------------------------------------------------------
+
+    def meet(self, what: str, payload: bytes = b"") -> list[bytes]:
+        """Exchange payloads with every worker; a barrier. `what` names the collective call.
+
+        Raises: Disagreement, RankLost or RankFailed when not all will come.
+        """
+        self.presence.announce(Activity.MEETING)
+        received = self._transport.exchange(what, payload, self._watch(f"in {what}", self._missing_from_meeting))
+        self.presence.show(Activity.OUTSIDE)
+        return received
+
+    def meet_main(self, what: str, payload: bytes = b"") -> bytes:
+        """Meet, and return what the main worker has to say."""
+        return self.meet(what, payload)[self.roster.living.index(self.roster.main)]
+
+    def meet_first(self) -> None:
+        """Meet for the first time, when a worker that will never come can not be watched yet; then watch all.
+
+        Raises: RankLost when one has not come after `JOIN_TIMEOUT` seconds.
+        """
+        deadline = time.monotonic() + JOIN_TIMEOUT
+
+        def look() -> TeamError | None:
+            missing = [local for local in self._others if not self.presence.pid(local)]
+            if not missing or time.monotonic() <= deadline:
+                return None
+            rank = self._name(missing[0])
+            return RankLost(
+                f"rank {rank} has not called lightwork.distribute, {JOIN_TIMEOUT:.0f} s after rank {self.rank}. Every "
+                "worker must reach it; see the log of that worker.",
+                rank,
+            )
+
+        self.presence.announce(Activity.MEETING)
+        self._transport.exchange("distribute", b"", look)
+        for local in self._others:
+            self._peers.watch(local, self.presence.pid(local))
+
+    def meet_equal(self, what: str, values: dict[str, object]) -> None:
+        """Meet, and raise Disagreement naming the first value in which a worker differs from the main one."""
+        received = [json.loads(payload) for payload in self.meet(what, json.dumps(values).encode())]
+        for rank, theirs in zip(self.roster.living, received, strict=True):
+            compare(what, received[0], theirs, rank, self.roster.main)
+
+    # --- watching ---------------------------------------------------------------------------------------------------
+
+    def watch_step(self, step: int) -> Watch:
+        """Return what to call while waiting in `step`, from the beginning of the wait on."""
+        return self._watch(f"in step {step}", lambda: self._missing_from_step(step))
+
+    def _watch(self, where: str, look: Watch) -> Watch:
+        """Return a watch that begins now: over failures, over what `look` sees, and over those that are late."""
+        since = time.monotonic()
+
+        def watch() -> TeamError | None:
+            reason = self.presence.failure() or look()
+            if reason is None:
+                self._name_late(where, since)
+            return reason
+
+        return watch
+
+    def _name_late(self, where: str, since: float) -> None:
+        there = (Activity.WAITING, Activity.MEETING)
+        busy = [local for local in self._others if self.presence.activity(local) not in there]
+        if busy and self._lateness.is_due(self.rank, since, time.monotonic()):
+            notice(f"rank {self.rank} waits {where} for: {'; '.join(self.presence.describe(local) for local in busy)}.")
+
+    def _missing_from_step(self, step: int) -> TeamError | None:
+        presence = self.presence
+        for local in self._peers.ended():
+            if not presence.has_left(local):
+                return RankLost(
+                    f"rank {self._name(local)} (pid {presence.pid(local)}) is gone; rank {self.rank} needs it in "
+                    f"step {step}. Its process ended in the middle of training; see its log.",
+                    self._name(local),
+                )
+        for local in self._others:
+            # Only in an exchange that this worker has not entered: otherwise it is just slow to wake from one.
+            calls_alone = presence.activity(local) is Activity.MEETING and self._mailboxes.is_ahead(local)
+            entered = presence.entered(local)
+            if calls_alone and entered < step and not presence.has_left(local):
+                return Disagreement(
+                    f"rank {self._name(local)} calls {self._mailboxes.posted_last(local)} after step {entered} while "
+                    f"rank {self.rank} is in step {step}. {_SAME_CALLS}"
+                )
+        return None
+
+    def _missing_from_meeting(self) -> TeamError | None:
+        presence = self.presence
+        missing = [local for local in self._others if self._mailboxes.posted(local) is None]
+        for local in self._peers.ended():
+            if local in missing:
+                return RankLost(
+                    f"rank {self._name(local)} (pid {presence.pid(local)}) has ended while rank {self.rank} "
+                    f"waits for it in a collective call. {_SAME_CALLS}",
+                    self._name(local),
+                )
+        for local in missing:
+            # Only in a step that is still open: otherwise it is just slow to wake from its end.
+            if presence.waits_in_open_step(local) and not presence.has_left(self.local_rank):
+                return Disagreement(
+                    f"rank {self.rank} is in a collective call (save, digest, evaluate, ...) while "
+                    f"{presence.describe(local)}. {_SAME_CALLS}"
+                )
+        return None
+
+    def _name(self, local_rank: int) -> int:
+        """Return the rank of a worker of this host."""
+        return self.roster.rank_of(self._host, local_rank)
+
+
+def notice(text: str) -> None:
+    """Tell the user something that is not an error."""
+    print(f"lightwork: {text}", file=sys.stderr, flush=True)
+
+
+def compare(what: str, ours: dict[str, object], theirs: dict[str, object], rank: int, main: int) -> None:
+    """Raise Disagreement naming the first value in which `rank` differs from `main`, whose values are `ours`."""
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise Disagreement(
+                f"rank {rank} differs from rank {main} at {what} in its {name}: {_short(theirs.get(name))} against "
+                f"{_short(value)}. All workers must run the same script on the same data with the same settings; "
+                "nothing in it may depend on the rank."
+            )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -1,0 +1,166 @@
+"""The memory of a host's board: what each of its words means, who writes it, and in what order.
+
+A word is 8 bytes and is written at once. Whatever two words a death falls between, the ones behind it make sense:
+what a step has come to is derived from words that say one thing each, and nothing is counted.
+
+    committed           steps that are done. Who finds every piece of a step done writes it; another would, too
+    open                the step that is open, its micro-batches, and whether norms are measured, in one word
+    failed              1 + the place of a worker that can not go on; the first one stays
+    evaluation          the evaluation that goes on, and how many of its batches are claimed, in one word
+    presence            of each worker, its own to write (`presence`)
+    claim   of a piece  who has it, in which step: written under the lock, before the work
+    done    of a piece  the step for which it is done: written by its claimant, after everything that the work left
+    slot                the node of the tree whose sum lies in a worker's slot, 0 for none; its own to write
+
+Pieces are the micro-batches, a bucket's measurement, a bucket's update (and the buffers'), and what leaders exchange.
+A claim or a done word of an earlier step says nothing, so nothing is cleared when a step is opened.
+
+A worker enters a step: open (if it is the first), its slots cleared, settings, entered. It finishes a micro-batch:
+outcome, touched and metrics (`ledger`), the slot of the new sum, **done**, then the slots that went into it are freed.
+Until it is done, a sum with this micro-batch does not count, and the sums that went into it do; from then on it is the
+reverse. It finishes a bucket: its norm, **done**.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import final
+
+from lightwork.spec.tree import Node, max_partial_sums
+
+#: Bytes in which the metrics of one micro-batch are kept, as JSON.
+METRICS_BYTES = 4096
+
+WORD = 8
+
+#: More places than any host has.
+MAX_WORKERS = 4096
+
+# Words of the header.
+COMMITTED, OPEN, FAILED, EVALUATION = range(4)
+_HEADER_WORDS = 8
+
+# Words of a worker.
+PID, ACTIVITY, SETTINGS, ENTERED, LEFT = range(5)
+PRESENCE_WORDS = 8
+
+
+class Kind(IntEnum):
+    """What a worker should do next. The first six are also the phases of a step, in order, and what it consists of."""
+
+    COMPUTE = 0  #: micro-batch `item`
+    EXCHANGE = 1  #: records and partial sums, with the other hosts; the leader's work
+    MEASURE = 2  #: the norm of bucket `item`
+    AGREE = 3  #: ... and exchange these norms; the leader's work
+    UPDATE = 4  #: bucket `item`, or the buffers if it is the number of buckets
+    GATHER = 5  #: the new weights from the other hosts; the leader's work
+    WAIT = 6  #: until the signal is not `item` any more
+    COMMITTED = 7  #: nothing: the step is done
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoardSize:
+    """What the size of a board depends on."""
+
+    num_workers: int  #: places of the host, taken or not
+    num_micro_batches: int  #: of a full global batch, on all hosts
+    num_parameters: int
+    num_buckets: int
+    num_hosts: int = 1
+
+    @property
+    def num_slots(self) -> int:
+        """Partial sums that one worker may hold."""
+        return max_partial_sums(self.num_micro_batches)
+
+    @property
+    def num_places(self) -> int:
+        """Slots of a worker: for its partial sums and, with several hosts, for the sum of all (the leader's)."""
+        return self.num_slots + (self.num_hosts > 1)
+
+
+def _pieces(size: BoardSize) -> tuple[int, ...]:
+    """Return the number of pieces of each kind."""
+    return size.num_micro_batches, 1, size.num_buckets, 1, size.num_buckets + 1, 1
+
+
+def _sizes(size: BoardSize) -> tuple[int, ...]:
+    """Return the bytes of the board's parts, in their order."""
+    n, m = size.num_workers, size.num_micro_batches
+    words = (_HEADER_WORDS, n * PRESENCE_WORDS, n * size.num_slots, *_pieces(size), *_pieces(size))
+    ledger = (2 * m * 2, size.num_buckets)
+    return (*(count * WORD for count in words + ledger), m * size.num_parameters, 2 * m, 2 * m * METRICS_BYTES)
+
+
+def _cut(region: memoryview, sizes: Iterable[int]) -> Iterator[memoryview]:
+    at = 0
+    for size in sizes:
+        yield region[at : at + size]
+        at += size
+
+
+@final
+class Words:
+    """The words in `region`, which starts out as zeros. Workers are counted by their places on the host."""
+
+    def __init__(self, size: BoardSize, region: memoryview) -> None:
+        self.size = size
+        parts = _cut(region, _sizes(size))
+        self.header, self.presence, self.slots = (next(parts).cast("q") for _ in range(3))
+        self.claims = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
+        self.done = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
+        self.outcomes: memoryview[float] = next(parts).cast("d")  #: [parity of the step][micro-batch][loss, weight]
+        self.norms: memoryview[float] = next(parts).cast("d")  #: squared, by bucket
+        self.touched = next(parts)  #: [micro-batch][parameter]
+        self.votes = next(parts)  #: [parity of the step][micro-batch]
+        self.metrics = next(parts)  #: [parity of the step][micro-batch], length and JSON
+
+    @staticmethod
+    def num_bytes(size: BoardSize) -> int:
+        """Return the bytes of the region."""
+        return sum(_sizes(size))
+
+    def slots_of(self, local_rank: int) -> memoryview:
+        """Return the slots of a worker."""
+        count = self.size.num_slots
+        return self.slots[local_rank * count : (local_rank + 1) * count]
+
+    def entered(self, local_rank: int) -> int:
+        """Return the last step that a worker has entered, -1 for none."""
+        return int(self.presence[local_rank * PRESENCE_WORDS + ENTERED]) - 1
+
+    def settings(self, local_rank: int) -> int:
+        """Return the hash of the settings with which a worker has entered its step."""
+        return int(self.presence[local_rank * PRESENCE_WORDS + SETTINGS])
+
+    def claimant(self, kind: Kind, item: int, step: int) -> int | None:
+        """Return who has a piece of a step, None while nobody has."""
+        claimed, local_rank = divmod(self.claims[kind][item], MAX_WORKERS)
+        return local_rank if claimed == step + 1 else None
+
+
+def claim_word(step: int, local_rank: int) -> int:
+    """Return the word that claims a piece of `step`."""
+    return (step + 1) * MAX_WORKERS + local_rank
+
+
+def open_word(step: int, num_micro_batches: int, *, measure: bool) -> int:
+    """Return the word that opens a step."""
+    return (step + 1) << 32 | num_micro_batches << 1 | measure
+
+
+def opened(word: int) -> tuple[int, int, bool]:
+    """Return the step (-1 for none), number of micro-batches and whether norms are measured, of a word `open`."""
+    return (word >> 32) - 1, (word & 0xFFFFFFFF) >> 1, bool(word & 1)
+
+
+def slot_word(node: Node) -> int:
+    """Return the word of a slot that holds the sum `node`."""
+    return node.first << 32 | node.end
+
+
+def node_of(word: int) -> Node:
+    """Return the node of a slot's word that is not 0."""
+    return Node(word >> 32, word & 0xFFFFFFFF)
