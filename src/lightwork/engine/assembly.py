@@ -18,12 +18,13 @@ from lightwork.engine.backward.early import Early, UpdateInBackward
 from lightwork.engine.backward.gradients import Gradients
 from lightwork.engine.backward.outbox import Consumed, messages_of_leaves, pool_for
 from lightwork.engine.backward.slots import Slots
-from lightwork.engine.engine import Engine, Parts, State, Waiter
+from lightwork.engine.engine import Engine
 from lightwork.engine.exchange.exchange import BetweenHosts, Exchange
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.fetching import Fetching, WeightsOnDisk, WeightsOnTheirWay
 from lightwork.engine.forward.precision import Compute
 from lightwork.engine.forward.sources import FetchedWeights, answer_requests
+from lightwork.engine.parts import Parts, State, Waiter
 from lightwork.engine.update import Updater
 from lightwork.spec.holdings import MASTERS, SUMS, WORKING, Holdings, Home
 from lightwork.state.buffers import Buffers

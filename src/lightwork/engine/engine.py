@@ -14,63 +14,35 @@ Moves: nothing but what the buckets' owners read: each partial sum once an updat
 
 from __future__ import annotations
 
-import itertools
-import math
 import operator
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol, final
+from typing import final
 
 import torch
-from torch import nn
 
-from lightwork.device.base import Device
-from lightwork.engine.backward.early import Early
-from lightwork.engine.backward.gradients import Gradients
-from lightwork.engine.backward.slots import Slots
-from lightwork.engine.exchange.exchange import Exchange
 from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
-from lightwork.engine.forward.fetching import Fetching
 from lightwork.engine.forward.precision import Compute
-from lightwork.engine.update import StepMap, Updater
+from lightwork.engine.norms import Norms
+from lightwork.engine.parts import Parts, settle, trained_state
+from lightwork.engine.update import StepMap
 from lightwork.errors import SpecError
 from lightwork.random import derive, seed_all
-from lightwork.spec.holdings import Holdings
+from lightwork.spec.means import combine_metrics, weighted_mean
 from lightwork.spec.tree import Node, combine
-from lightwork.state.buffers import Buffers
-from lightwork.state.optimizer import BlockOptimizer
-from lightwork.state.places import Visits
 from lightwork.state.probe import hyper_parameters
-from lightwork.state.scaling import LossScale
-from lightwork.state.shards import Shards
-from lightwork.state.state import Home, TrainedState
-from lightwork.state.weights import Weights
-from lightwork.store.elements import Elements
-from lightwork.team.board import Board
 from lightwork.team.ledger import Outcome
 from lightwork.team.presence import Activity
 from lightwork.team.rules import Action
 from lightwork.team.words import Kind
-from lightwork.trace import Trace
 from lightwork.transport.base import Watch
 
 #: Seconds between two looks at the other workers' health while waiting.
 WATCH_SECONDS = 0.2
-
-#: The slope of torch.nn.utils.clip_grad_norm_: max_norm / (norm + this).
-CLIP_EPSILON = 1e-6
-
-
-class Waiter(Protocol):
-    """What the engine needs of a transport's signal."""
-
-    def wait(self, seen: int, seconds: float) -> bool:
-        """Return True as soon as the signal is not `seen` any more, False after `seconds`."""
 
 
 @dataclass(frozen=True)
@@ -82,57 +54,6 @@ class StepResult:
     skipped: bool  #: the gradient was not finite, and the weights are as they were (loss scaling)
     metrics: Mapping[str, float]
     goes_on: bool | None  #: by the votes of the micro-batches, whether more steps follow; None where none votes
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What a run keeps from step to step."""
-
-    weights: Weights
-    buffers: Buffers
-    optimizer: BlockOptimizer
-    loss_scale: LossScale
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What an engine is made of."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer  #: the user's
-    holdings: Holdings
-    device: Device
-    board: Board
-    signal: Waiter
-    trace: Trace
-    state: State
-    gradients: Gradients
-    fetching: Fetching
-    early: Early
-    exchange: Exchange
-    updater: Updater
-    update_parts: Visits  #: masters and state that have their home elsewhere
-    slots: Slots
-    on_disk: Sequence[Elements]  #: regions of masters, working weights and state of which a part may lie on disk
-
-
-def take_from_first_host(parts: Parts) -> None:
-    """Make the memory of the first host that of all: weights, buffers and state. Called by the leaders."""
-    parts.exchange.broadcast(parts.state.weights.values_at_home())
-    parts.exchange.broadcast([parts.state.buffers.values_at_home()])
-    parts.state.weights.accept_versions()
-
-
-def _settle(parts: Parts) -> None:
-    parts.update_parts.settle()
-    parts.fetching.settle()
-
-
-def _drop_pages(parts: Parts) -> None:
-    """Let go of the memory of what lies on disk, after all of it, or a part, was read."""
-    parts.slots.drop_all()
-    for elements in parts.on_disk:
-        elements.drop(0, parts.holdings.layout.numel)
 
 
 @final
@@ -149,26 +70,21 @@ class Engine:
         self._activations = activations
         self._spec = parts.holdings.spec
         self._board = parts.board
-        self._measures = parts.state.loss_scale.enabled or self._spec.clip_grad_norm is not None
-        self._squares: dict[int, list[torch.Tensor]] = {}  # by bucket, of each block's gradient: not read yet
+        self._norms = Norms(
+            parts.board.ledger,
+            parts.device,
+            len(parts.holdings.own_buckets),
+            self._spec.clip_grad_norm,
+            may_overflow=parts.state.loss_scale.enabled,
+        )
         self._num_optimized = sum(len(group["params"]) for group in parts.optimizer.param_groups)
         self._num_micro_batches = 0
         self._num_computed = 0  # by this worker, in this step
         self._map: StepMap | None = None
-        self._is_clipped = False  # whether the map has the step's scale
+        self._scale: float | None = None  # of clipping, in this step
         self._in_step = False
         self._settings: tuple[object, int] = (None, 0)
-        #: The same by name: what a checkpoint, a digest or an edit is of.
-        self.trained = TrainedState(
-            parts.model,
-            parts.optimizer,
-            self.state.weights,
-            self.state.optimizer,
-            self.state.buffers,
-            self.state.loss_scale,
-            Home(partial(_settle, parts), partial(_drop_pages, parts), partial(take_from_first_host, parts)),
-            Shards(parts.holdings, self.state.weights, self.state.optimizer.moments, parts.exchange),
-        )
+        self.trained = trained_state(parts)  #: the same by name
         between_hosts = ("exchange", "exchange behind backward") if parts.exchange.outbox is not None else ()
         self._seconds = dict.fromkeys(("wait", *between_hosts, "reduce", "update"), 0.0)
         self._step_start = 0.0
@@ -182,11 +98,11 @@ class Engine:
         self._in_step = True
         self._num_micro_batches = num_micro_batches
         self._num_computed = 0
-        self._map, self._is_clipped = None, False
+        self._map, self._scale = None, None
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._parts.updater.reduce_seconds = 0.0
         self._step_start = time.perf_counter()
-        return self._board.enter(step, num_micro_batches, self._settings_hash(), measure=self._measures)
+        return self._board.enter(step, num_micro_batches, self._settings_hash(), measure=self._norms.come_first)
 
     def begin_micro_batch(self, step: int, index: int) -> None:
         """Set the random state and the buffers from which micro-batch `index` is computed, whoever does."""
@@ -321,7 +237,7 @@ class Engine:
             if holdings.is_shared_out(row.bucket) and not holdings.weights_stay_with_owner(row.bucket)
         ]
         parts.exchange.share(sent, self.state.weights.of_bucket)
-        if not self._measures or holdings.shares_weights:
+        if not self._norms.come_first or holdings.shares_weights:
             parts.exchange.norms()  # a barrier, too: nobody asks for weights before they are updated
 
     def process(self, step: int, action: Action) -> Action:
@@ -332,7 +248,8 @@ class Engine:
             with torch.no_grad():
                 squares = self._process(step, action)
             self._seconds["update"] += time.perf_counter() - start
-        return self._finish_bucket(step, action, squares)
+        norm_squared = None if squares is None else self._norms.of_bucket(action.item, squares)
+        return self._board.finished_bucket(step, action, norm_squared)
 
     def _process(self, step: int, action: Action) -> list[torch.Tensor] | None:
         """Do it; return the squared norms of a bucket's gradients, unless they are known."""
@@ -343,33 +260,18 @@ class Engine:
         if action.kind is Kind.MEASURE:
             updater.begin(self._step_map(step))
             return updater.measure(action.item)
-        if not self._is_finite():
+        if not self._norms.may_be_used():
             return None
         updater.begin(self._clipped(step))
         following = action.item + holdings.num_workers * (holdings.roster.num_hosts if holdings.shares_state else 1)
         squares = updater.update(action.item, following=following)
-        return None if self._measures else squares
+        return None if self._norms.come_first else squares
 
     def _end_state(self, step: int) -> None:
         """Make the step's buffers, and the next step's loss scale."""
         self.state.buffers.combine(self._weights_of(step), self._spec.micro_batch)
         if self.state.loss_scale.enabled:
-            self.state.loss_scale.advance(step, finite=self._is_finite())
-
-    def _finish_bucket(self, step: int, action: Action, squares: list[torch.Tensor] | None) -> Action:
-        """Report a bucket, with the norm of its gradient; from a device, those of all together."""
-        if squares is None:
-            return self._board.finished_bucket(step, action, None)
-        if not self.device.is_late:
-            return self._board.finished_bucket(step, action, math.fsum(map(float, squares)))
-        self._squares[action.item] = squares
-        if len(self._squares) == len(self._parts.holdings.own_buckets):
-            of_all = [square for of_bucket in self._squares.values() for square in of_bucket]
-            values = iter(torch.stack(of_all).tolist() if of_all else [])
-            for bucket, of_blocks in self._squares.items():
-                self._board.ledger.write_norm(bucket, math.fsum(itertools.islice(values, len(of_blocks))))
-            self._squares.clear()
-        return self._board.finished_bucket(step, action, None)
+            self.state.loss_scale.advance(step, finite=self._norms.may_be_used())
 
     def leave(self, step: int) -> StepResult:
         """Return what `step` came to, once it is committed, and set buffers and random state for the code between."""
@@ -387,8 +289,8 @@ class Engine:
         self._board.presence.show(Activity.BETWEEN)
         return StepResult(
             loss=weighted_mean(records),
-            grad_norm=self._grad_norm(),
-            skipped=not self._is_finite(),
+            grad_norm=self._norms.of_all(),
+            skipped=not self._norms.may_be_used(),
             metrics=combine_metrics(metrics),
             goes_on=self._board.ledger.goes_on(step, self._num_micro_batches),
         )
@@ -427,20 +329,10 @@ class Engine:
 
     def _clipped(self, step: int) -> StepMap:
         """Return the same map, with the scale that clipping gives the step."""
-        step_map, limit = self._step_map(step), self._spec.clip_grad_norm
-        if limit is not None and not self._is_clipped:
-            scale = min(1.0, limit / (self._grad_norm() + CLIP_EPSILON))
-            step_map = self._map = replace(step_map, scale=scale)
-            self._is_clipped = True
-        return step_map
-
-    def _grad_norm(self) -> float:
-        squares = self._board.ledger.norms_squared()
-        return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
-
-    def _is_finite(self) -> bool:
-        """Return whether the step's measured gradient may be used: always, where losses are not scaled."""
-        return not self.state.loss_scale.enabled or math.isfinite(self._grad_norm())
+        if self._scale is None:
+            self._scale = self._norms.clip_scale()
+            self._map = replace(self._step_map(step), scale=self._scale)
+        return self._step_map(step)
 
     def _weights_of(self, step: int) -> list[float]:
         return [weight for _, weight in self._board.ledger.records(step, self._num_micro_batches)]
@@ -454,7 +346,7 @@ class Engine:
 
     def settle(self) -> None:
         """Return when every value is at home: nothing is on its way, and what comes and goes is gone."""
-        _settle(self._parts)
+        settle(self._parts)
 
     def close(self) -> None:
         """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
@@ -464,16 +356,3 @@ class Engine:
         self._parts.exchange.close()
         self._parts.fetching.close()
         self._activations.close()
-
-
-def weighted_mean(records: list[tuple[float, float]]) -> float:
-    """Return the mean of (value, weight) pairs, summed in the fixed tree; 0 when nothing has weight."""
-    total = combine([weight for _, weight in records], operator.add)
-    values = combine([value * weight if weight else None for value, weight in records], operator.add)
-    return values / total if total and values is not None else 0.0
-
-
-def combine_metrics(metrics: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
-    """Return the weighted mean of each named metric over the micro-batches that have it."""
-    names = dict.fromkeys(name for of_one in metrics for name in of_one)
-    return {name: weighted_mean([of_one.get(name, (0.0, 0.0)) for of_one in metrics]) for name in names}

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightwork.device.cuda import open_device
 from lightwork.engine.assembly import Workplace, attach, make_engine, make_parts
-from lightwork.engine.engine import take_from_first_host
+from lightwork.engine.parts import take_from_first_host
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, SpecError, UsageError
 from lightwork.planner.fit import fit
 from lightwork.run.folder import agree_on_folder

@@ -10,10 +10,11 @@ from typing import Any, final
 import torch
 
 from lightwork.data.feed import Feed
-from lightwork.engine.engine import Engine, combine_metrics
+from lightwork.engine.engine import Engine
 from lightwork.errors import UsageError
 from lightwork.random import RandomState
 from lightwork.run.step import as_metric, brought
+from lightwork.spec.means import combine_metrics
 from lightwork.store import heap
 from lightwork.team.team import Team
 

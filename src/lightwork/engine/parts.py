@@ -1,0 +1,104 @@
+"""What an engine is made of, and what is done with all of it between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lightwork.device.base import Device
+from lightwork.engine.backward.early import Early
+from lightwork.engine.backward.gradients import Gradients
+from lightwork.engine.backward.slots import Slots
+from lightwork.engine.exchange.exchange import Exchange
+from lightwork.engine.forward.fetching import Fetching
+from lightwork.engine.update import Updater
+from lightwork.spec.holdings import Holdings
+from lightwork.state.buffers import Buffers
+from lightwork.state.optimizer import BlockOptimizer
+from lightwork.state.places import Visits
+from lightwork.state.scaling import LossScale
+from lightwork.state.shards import Shards
+from lightwork.state.state import Home, TrainedState
+from lightwork.state.weights import Weights
+from lightwork.store.elements import Elements
+from lightwork.team.board import Board
+from lightwork.trace import Trace
+
+
+class Waiter(Protocol):
+    """What the engine needs of a transport's signal."""
+
+    def wait(self, seen: int, seconds: float) -> bool:
+        """Return True as soon as the signal is not `seen` any more, False after `seconds`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What a run keeps from step to step."""
+
+    weights: Weights
+    buffers: Buffers
+    optimizer: BlockOptimizer
+    loss_scale: LossScale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What an engine is made of."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer  #: the user's
+    holdings: Holdings
+    device: Device
+    board: Board
+    signal: Waiter
+    trace: Trace
+    state: State
+    gradients: Gradients
+    fetching: Fetching
+    early: Early
+    exchange: Exchange
+    updater: Updater
+    update_parts: Visits  #: masters and state that have their home elsewhere
+    slots: Slots
+    on_disk: Sequence[Elements]  #: regions of masters, working weights and state of which a part may lie on disk
+
+
+def take_from_first_host(parts: Parts) -> None:
+    """Make the memory of the first host that of all: weights, buffers and state. Called by the leaders."""
+    parts.exchange.broadcast(parts.state.weights.values_at_home())
+    parts.exchange.broadcast([parts.state.buffers.values_at_home()])
+    parts.state.weights.accept_versions()
+
+
+def settle(parts: Parts) -> None:
+    """Return when every value is at home: nothing is on its way, and what comes and goes is gone."""
+    parts.update_parts.settle()
+    parts.fetching.settle()
+
+
+def drop_pages(parts: Parts) -> None:
+    """Let go of the memory of what lies on disk, after all of it, or a part, was read."""
+    parts.slots.drop_all()
+    for elements in parts.on_disk:
+        elements.drop(0, parts.holdings.layout.numel)
+
+
+def trained_state(parts: Parts) -> TrainedState:
+    """Return the state by name: what a checkpoint, a digest or an edit is of."""
+    state = parts.state
+    return TrainedState(
+        parts.model,
+        parts.optimizer,
+        state.weights,
+        state.optimizer,
+        state.buffers,
+        state.loss_scale,
+        Home(partial(settle, parts), partial(drop_pages, parts), partial(take_from_first_host, parts)),
+        Shards(parts.holdings, state.weights, state.optimizer.moments, parts.exchange),
+    )
