@@ -130,7 +130,7 @@ def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -
         holdings.spec.precision,
         weights,
         parts.model,
-        has_masters=holdings.masters_are_here(),
+        has_masters=holdings.masters_are_here,
         device=parts.device,
         fetching=parts.fetching,
         early=parts.early,
@@ -186,8 +186,9 @@ def _fetching(weights: Weights, holdings: Holdings, workplace: Workplace) -> Fet
     if workplace.weights_carrier is not None:
         answer_requests(weights, workplace.weights_carrier, device)
     if not holdings.has_device and holdings.weights_on_disk:
-        names = [MASTERS, WORKING] if holdings.narrow else [MASTERS]
-        regions = [workplace.memory.home(name, DTYPES[holdings.dtype_of(name)]) for name in names]
+        regions = [weights.masters]
+        if holdings.narrow:
+            regions.append(workplace.memory.home(WORKING, DTYPES[holdings.narrow]))
         pages = Visits(WeightPages(holdings.layout, regions), range(len(weights.parameters)), device, limit=1)
         fetching = WeightsOnDisk(weights, pages, fetching)
     return fetching

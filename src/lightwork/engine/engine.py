@@ -231,11 +231,7 @@ class Engine:
         """Send new weights from their owners to all, but those that stay with them."""
         parts, holdings = self._parts, self._parts.holdings
         self.settle()
-        sent = [
-            row.bucket
-            for row in holdings.rows
-            if holdings.is_shared_out(row.bucket) and not holdings.weights_stay_with_owner(row.bucket)
-        ]
+        sent = [row.bucket for row in holdings.rows if row.is_shared_out and not row.weights_stay_with_owner]
         parts.exchange.share(sent, self.state.weights.of_bucket)
         if not self._norms.come_first or holdings.shares_weights:
             parts.exchange.norms()  # a barrier, too: nobody asks for weights before they are updated

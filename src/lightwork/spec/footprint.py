@@ -125,21 +125,22 @@ def expected_bytes(holdings: Holdings, homes: Container[Home] = frozenset(Home))
     wire = ITEMSIZE[holdings.spec.wire]
     slots = {keeps_sent: _slots(holdings, keeps_sent=keeps_sent) for keeps_sent in (True, False)}
     found = dict.fromkeys(("weights", "optimizer", "gradients"), 0)
-    if holdings.homes_of("weights")[-1] in homes:
+    of_parts = {part: holdings.homes_of(part) for part in _PARTS}
+    if of_parts["weights"][-1] in homes:
         found["weights"] += sum(p.numel * ITEMSIZE[p.dtype] for p in holdings.layout.parameters if p.group is None)
     for row in holdings.rows:
         sizes = dict.fromkeys(found, 0)
         size = row.numel * 4 - row.num_narrow * 2
-        if row.is_own or not holdings.weights_stay_with_owner(row.bucket):
+        if row.is_own or not row.weights_stay_with_owner:
             sizes["weights"] = size
         if row.is_own:
             sizes["optimizer"] = row.num_narrow * 4 + row.numel * sum(holdings.state.itemsizes.values())
             sizes["gradients"] = row.numel * wire if holdings.roster.num_hosts > 1 else 0
         leaf = row.numel * wire if holdings.spec.wire == "bf16" else size
-        of_row = slots[holdings.keeps_sent_sums(row.bucket)]
+        of_row = slots[row.keeps_sent_sums]
         sizes["gradients"] += sum(leaf if of_leaves else row.numel * wire for of_leaves in of_row)
         for part in _PARTS:
-            if holdings.home(row.dials, part) in homes:
+            if of_parts[part][row.bucket] in homes:
                 found[part] += sizes[part]
     return found
 
@@ -187,7 +188,7 @@ def working_set_bytes(holdings: Holdings) -> int:
     if holdings.roster.num_hosts > 1:
         between_hosts = of_bucket * wire * (depths.backlog + 2 * depths.turns * holdings.roster.num_hosts)
     coming = depths.kept + depths.ahead + 1 if holdings.shares_weights else 0
-    if holdings.fetches_from_home:
+    if holdings.has_device and any(home is not Home.HERE for home in holdings.homes_of("weights")):
         coming = 2 * depths.kept + depths.ahead + 1  # of these, as many wait for computation to be done with them
     weights = of_bucket * (2 if holdings.narrow else 4) * coming
     if not holdings.has_device:

@@ -125,10 +125,30 @@ class Row:
     bucket: int
     owner: int  #: the host that adds up its gradient and, where it is shared out, updates it
     is_own: bool  #: whether this host updates it: the owner, or every host where nothing is shared out
-    dials: Dials
+    placement: Placement  #: what of it is shared out
     numel: int
     num_narrow: int  #: elements whose working weight is not the master
     parts: Mapping[str, Holding]  #: by region
+
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether one host alone updates it."""
+        return self.placement != "replicate"
+
+    @property
+    def weights_stay_with_owner(self) -> bool:
+        """Whether other hosts fetch its weights from the owner."""
+        return self.placement == "zero3"
+
+    @property
+    def keeps_sent_sums(self) -> bool:
+        """Whether its partial sums keep their memory when they have left for the owner."""
+        return self.placement not in ("zero2", "zero3")
+
+    @property
+    def home_of_weights(self) -> Home:
+        """Where its working weights are kept."""
+        return self.parts.get(WORKING, self.parts[MASTERS]).home
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +165,7 @@ class Holdings:
     depths: Depths = field(default_factory=Depths)
 
     def __post_init__(self) -> None:
-        if max(self.roster.sizes) > 1 and any(self.placement(dials) == "zero3" for dials in self._all_dials()):
+        if max(self.roster.sizes) > 1 and any(self._placement(dials) == "zero3" for dials in self._all_dials()):
             raise SpecError(
                 f"placement='zero3' shares weights out among workers with memories of their own, and here up to "
                 f"{max(self.roster.sizes)} workers of a machine share one. Choose transport='group', or "
@@ -196,32 +216,23 @@ class Holdings:
     @cached_property
     def shares_state(self) -> bool:
         """Whether any bucket is updated by one host alone."""
-        return any(self.placement(row.dials) != "replicate" for row in self.rows)
+        return any(row.is_shared_out for row in self.rows)
 
     @cached_property
     def shares_weights(self) -> bool:
         """Whether the weights of any bucket stay with its owner."""
-        return any(self.weights_stay_with_owner(row.bucket) for row in self.rows)
-
-    @cached_property
-    def fetches_from_home(self) -> bool:
-        """Whether weights come to a device just before they are read."""
-        return self.has_device and any(self._offload(dials, "weights") for dials in self._all_dials())
+        return any(row.weights_stay_with_owner for row in self.rows)
 
     @cached_property
     def weights_on_disk(self) -> bool:
         """Whether a file holds masters or working weights, of which forward and backward read some."""
         parts: set[Part] = {"weights", self.part_of_masters}
-        return any(self.home(dials, part) is Home.DISK for dials in self._all_dials() for part in parts)
+        return any(self._home(dials, part) is Home.DISK for dials in self._all_dials() for part in parts)
 
     @property
     def part_of_masters(self) -> Part:
         """What a plan calls the masters: where they are the working weights, these."""
         return "optimizer" if self.narrow else "weights"
-
-    def dtype_of(self, region: str) -> str:
-        """Return the type of the elements of the region of masters, or of that of working weights."""
-        return self.narrow or "float32" if region == WORKING else "float32"
 
     @property
     def updates_in_backward(self) -> bool:
@@ -230,43 +241,27 @@ class Holdings:
         is_alone = self.roster.world_size == 1 and self.spec.num_micro_batches == 1
         return is_alone and not needs_norm and self.layout.numel >= self.depths.early
 
-    def is_shared_out(self, bucket: int) -> bool:
-        """Return whether one host alone updates a bucket."""
-        return self.placement(self.rows[bucket].dials) != "replicate"
-
-    def weights_stay_with_owner(self, bucket: int) -> bool:
-        """Return whether other hosts fetch a bucket's weights from its owner."""
-        return self.placement(self.rows[bucket].dials) == "zero3"
-
-    def keeps_sent_sums(self, bucket: int) -> bool:
-        """Return whether a bucket's partial sums keep their memory when they have left for its owner."""
-        return self.placement(self.rows[bucket].dials) not in ("zero2", "zero3")
-
-    def home_of_weights(self, bucket: int) -> Home:
-        """Return where a bucket's working weights are kept."""
-        return self.rows[bucket].parts[WORKING if self.narrow else MASTERS].home
-
-    def weights_are_fetched(self, bucket: int) -> bool:
+    def weights_are_fetched(self, row: Row) -> bool:
         """Return whether a bucket's working weights are here only while they are read, from home or from the owner."""
-        home = self.home_of_weights(bucket)
+        home = row.home_of_weights
         return home is Home.OWNER or (self.has_device and home is not Home.HERE)
 
+    @property
     def masters_are_here(self) -> bool:
-        """Return whether this host has every master where computation sees it."""
-        return all(row.parts[MASTERS].home is Home.HERE or not self.has_device for row in self.rows) and not (
-            self.shares_state
-        )
+        """Whether this host has every master where computation sees it."""
+        at_home = all(row.parts[MASTERS].home is Home.HERE for row in self.rows)
+        return not self.shares_state and (at_home or not self.has_device)
 
     def _row(self, bucket: int) -> Row:
-        dials = self.dials_of.get(bucket, self.dials)
+        dials = self._dials(bucket)
         blocks = self.layout.blocks_of(bucket)
         numel = sum(block.end - block.start for block in blocks)
         narrow = sum(b.end - b.start for b in blocks if self.layout.parameters[b.parameter].dtype != "float32")
-        owner, placement = self.roster.owner(bucket), self.placement(dials)
+        owner, placement = self.roster.owner(bucket), self._placement(dials)
         is_own = placement == "replicate" or owner == self.host
         away = None if is_own else Home.OWNER
         weights_away = away if placement == "zero3" else None
-        of_state, of_weights = self.home(dials, "optimizer"), self.home(dials, "weights")
+        of_state, of_weights = self._home(dials, "optimizer"), self._home(dials, "weights")
         of_masters = (away or of_state) if self.narrow else (weights_away or of_weights)
         parts = {MASTERS: Holding(dtype="float32", num_bytes=numel * 4, home=of_masters)}
         if self.narrow:
@@ -277,34 +272,36 @@ class Holdings:
             kind = "uint8" if entry in self.state.in_8_bits else f"{itemsize} bytes"
             parts[state_region(entry)] = Holding(dtype=kind, num_bytes=numel * itemsize, home=away or of_state)
         wire = self.spec.wire
-        parts[SUMS] = Holding(dtype=wire, num_bytes=numel * ITEMSIZE[wire], home=self.home(dials, "gradients"))
+        parts[SUMS] = Holding(dtype=wire, num_bytes=numel * ITEMSIZE[wire], home=self._home(dials, "gradients"))
         return Row(
             bucket=bucket,
             owner=owner,
             is_own=is_own,
-            dials=dials,
+            placement=placement,
             numel=numel,
             num_narrow=narrow,
             parts=parts,
         )
 
-    def placement(self, dials: Dials) -> Placement:
-        """Return what is shared out of a bucket, if there is another host."""
+    def _placement(self, dials: Dials) -> Placement:
         return dials.placement if self.roster.num_hosts > 1 else "replicate"
-
-    def _offload(self, dials: Dials, part: Part) -> Place | None:
-        """Return where a part is offloaded to, if it is: a CPU's memory is the host's."""
-        place = dials.offload.get(part)
-        return place if self.has_device or place == "disk" else None
 
     def homes_of(self, part: Part) -> tuple[Home, ...]:
         """Return the home of a part of each bucket, whoever owns it; then that of what is in no bucket."""
-        return (*(self.home(row.dials, part) for row in self.rows), self.home(self.dials, part))
+        return (
+            *(self._home(self._dials(bucket), part) for bucket in range(len(self.rows))),
+            self._home(self.dials, part),
+        )
 
-    def home(self, dials: Dials, part: Part) -> Home:
-        """Return where a bucket with these dials has a part, on a host that has it."""
-        place = self._offload(dials, part)
-        return Home.HERE if place is None else Home.HOST if place == "host" else Home.DISK
+    def _home(self, dials: Dials, part: Part) -> Home:
+        """Return where a bucket with these dials has a part, on a host that has it: a CPU's memory is the host's."""
+        place = dials.offload.get(part)
+        if place == "disk":
+            return Home.DISK
+        return Home.HOST if place == "host" and self.has_device else Home.HERE
+
+    def _dials(self, bucket: int) -> Dials:
+        return self.dials_of.get(bucket, self.dials)
 
     def _all_dials(self) -> Iterator[Dials]:
         yield self.dials

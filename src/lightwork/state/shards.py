@@ -36,7 +36,7 @@ class Shards:
         self._layout = weights.layout
         self._moments = moments
         self._between = between
-        self._shared_out = frozenset(row.bucket for row in self._rows if holdings.is_shared_out(row.bucket))
+        self._shared_out = frozenset(row.bucket for row in self._rows if row.is_shared_out)
 
     @property
     def are_there(self) -> bool:

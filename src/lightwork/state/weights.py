@@ -195,7 +195,7 @@ class Weights:
         row = self._holdings.rows[bucket]
         for block in self.layout.blocks_of(bucket):
             span, home = span_of(self.layout, block), self._values[block.parameter].home
-            stay_away = self._holdings.weights_stay_with_owner(bucket)
+            stay_away = row.weights_stay_with_owner
             if row.parts[MASTERS].home is Home.OWNER and (stay_away or home is not self.masters):
                 self.masters.release(span.start, span.end)
             if stay_away and home is not self.masters:

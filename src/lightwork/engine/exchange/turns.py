@@ -245,7 +245,7 @@ class Turns:
         self._pool.give_back(turn.buffers)
         for bucket in turn.buckets.values():
             self.outbox.mark_taken(bucket)
-            if not self._holdings.keeps_sent_sums(bucket):  # [Note: lifetime of a partial sum]
+            if not self._holdings.rows[bucket].keeps_sent_sums:  # [Note: lifetime of a partial sum]
                 for rank, slot in held.places.values():
                     self._slots.release(rank, slot, bucket)
 
@@ -306,7 +306,7 @@ class Turns:
 
     def _stays(self, bucket: int) -> bool:
         """Return whether the sum of a bucket stays with its owner."""
-        return self._holdings.is_shared_out(bucket)
+        return self._holdings.rows[bucket].is_shared_out
 
     def _num_blocks(self, bucket: int) -> int:
         return len(self._layout.block_indices(bucket))

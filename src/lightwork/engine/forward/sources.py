@@ -98,8 +98,8 @@ class FetchedWeights(Way):
         at_home = HostMemory(weights, device)
         self._sources: dict[int, Source] = {}
         for row in holdings.rows:
-            if holdings.weights_are_fetched(row.bucket):
-                home = holdings.home_of_weights(row.bucket)
+            if holdings.weights_are_fetched(row):
+                home = row.home_of_weights
                 self._sources[row.bucket] = owners if owners and home is Home.OWNER else at_home
 
     @property
