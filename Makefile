@@ -10,7 +10,7 @@ BIN := .venv/bin
 .PHONY: demo check check-quick check-memory check-bits lint test bench clean
 
 demo: .venv/ready
-	$(BIN)/lightwork run -n auto examples/gpt_stdlib.py --digests build/demo/digests.json
+	$(BIN)/lightwork run -n auto --set device=cpu examples/gpt_stdlib.py --digests build/demo/digests.json
 	$(BIN)/python examples/gpt_stdlib.py --compare build/demo/digests.json
 
 check: .venv/ready

@@ -23,15 +23,12 @@ KNOWN: dict[str, dict[str, int]] = {
     "file": {
         "engine/engine.py": 479,
     },
-    "function": {
-        "run/distribute.py distribute": 99,
-    },
+    "function": {},
     "constructor": {
         "engine/backward/gradients.py Fold": 10,
         "engine/engine.py Parts": 16,
         "engine/forward/recompute.py _Call": 13,
-        "observer/summary.py Summary": 12,
-        "run/step.py Step": 11,
+        "observer/summary.py Summary": 11,
     },
     "class": {
         "device/base.py Device": 16,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
-from lightwork.data import aligned, count_tokens, tensors
+from lightwork.data.batch import aligned, count_tokens, tensors
 
 Pair = namedtuple("Pair", ["first", "second"])
 

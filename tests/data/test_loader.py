@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset, get_worker_info
 from torch.utils.data._utils import worker
 
-from lightwork.data import Loader, source_of, tensors
+from lightwork.data.batch import tensors
+from lightwork.data.loader import Loader
+from lightwork.data.source import source_of
 from lightwork.errors import DataError
 from lightwork.spec.roster import Roster
 

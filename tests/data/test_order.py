@@ -17,7 +17,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightwork.data import Order, source_for_evaluation, source_of
+from lightwork.data.order import Order
+from lightwork.data.source import source_for_evaluation, source_of
 from lightwork.errors import DataError, UsageError
 from lightwork.spec.roster import Roster
 

@@ -19,8 +19,8 @@ from torch.utils.data import (
     random_split,
 )
 
-from lightwork.data import Source, source_of, tensors
-from lightwork.data.source import stream_of
+from lightwork.data.batch import tensors
+from lightwork.data.source import Source, source_of, stream_of
 from lightwork.errors import DataError, UsageError
 
 

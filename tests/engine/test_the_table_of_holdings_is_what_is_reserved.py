@@ -78,7 +78,7 @@ def parts_of(description: Description, holdings: Holdings, device: Device, folde
     units = Units(holdings.layout) if device.has_own_memory else None
     memory = Regions(store.buffer, memory_map, device, disk=disk.fileno() if disk else None, units=units)
     board: Board = object()  # type: ignore[assignment]  # nothing is asked of it here
-    workplace = Workplace(local_rank=0, memory=memory, board=board, signal=object(), trace=Trace(None))  # type: ignore[arg-type]
+    workplace = Workplace(local_rank=0, memory=memory, board=board, signal=object(), trace=Trace(None, print))  # type: ignore[arg-type]
     parts = make_parts(description, holdings, workplace)
     attach(description, parts, write=True)
     return parts, memory

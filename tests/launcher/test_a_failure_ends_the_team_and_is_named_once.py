@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,58 @@ def test_a_value_that_the_spec_refuses_is_explained_by_the_script(tmp_path: Path
     assert result.status == 1, result.text
     assert "SpecError: precision='fp8' is not known. Choose one of fp32, bf16" in result.err
     assert result.err.count(MARK) == 1
+
+
+SECOND = """\
+class Leaves(torch.optim.SGD):
+    def step(self, closure=None):
+        if os.environ["RANK"] == "LEAVER":
+            sys.exit(0)
+        return super().step(closure)
+
+second = torch.nn.Linear(6, 3)
+BEFORE
+lightwork.distribute(second, Leaves(second.parameters()), global_batch=16)
+"""
+
+
+@pytest.mark.parametrize("leaver", ["0", "1"])
+@pytest.mark.parametrize(
+    ("before", "where"), [("", "in lightwork.distribute"), ("leave", "after a loop over run.steps")]
+)
+def test_an_end_with_0_in_a_further_distribute_or_before_it_is_a_failure(
+    tmp_path: Path, leaver: str, before: str, where: str
+) -> None:
+    text = SECOND.replace("LEAVER", leaver)
+    text = text.replace("BEFORE", f"if os.environ['RANK'] == '{leaver}': sys.exit(0)" if before else "")
+    start = time.monotonic()
+    result = lightwork_run(tmp_path, script(end=text))
+    assert time.monotonic() - start < 30
+    assert result.status == 1, result.text
+    assert f"rank {leaver} (pid {result.pids()[int(leaver)]}) exited with status 0 {where}, while others" in result.err
+
+
+def test_a_further_distribute_that_refuses_all_workers_alike_is_the_script_s_business(tmp_path: Path) -> None:
+    text = """\
+second = torch.nn.Linear(6, 3)
+try:
+    lightwork.distribute(second, torch.optim.SGD(second.parameters()), global_batch=16, memory="1KiB")
+except lightwork.MemoryFull:
+    print("it does not fit")
+"""
+    result = lightwork_run(tmp_path, script(end=text))
+    assert (result.status, result.out) == (0, "it does not fit\n"), result.text
+
+
+def test_a_run_that_goes_on_after_another_was_begun_is_still_in_training(tmp_path: Path) -> None:
+    text = """\
+if step.index == 2 and not os.path.exists(f"begun {run.rank}"):
+            open(f"begun {run.rank}", "w").close()
+            second = torch.nn.Linear(6, 3)
+            more = lightwork.distribute(second, torch.optim.SGD(second.parameters()), global_batch=16)
+        if run.rank == 1 and step.index >= 4:
+            os._exit(0)
+"""
+    result = lightwork_run(tmp_path, script(text, max_steps=50))
+    assert result.status == 1, result.text
+    assert "exited with status 0 in the middle of training" in result.err

@@ -6,6 +6,9 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
+from lightwork.cli.run import count_workers
 from tests.launcher.command import HEAD, finish, left_running, lightwork_run, script, start
 
 REPORT = """
@@ -130,3 +133,23 @@ def test_a_script_that_a_worker_starts_is_a_team_of_its_own(tmp_path: Path) -> N
     result = lightwork_run(tmp_path, script(max_steps=1, end=PROGRAM))
     assert result.status == 0, result.text
     assert result.out.strip() == str([(0, f"workers 1 {number}\n", "") for number in (2, 3)]), result.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_gpus", "expected"),
+    [
+        ({}, 3, 3),
+        ({"device": "cuda"}, 3, 3),
+        ({"device": "cpu"}, 3, None),
+        ({"device": "rehearsal"}, 3, None),
+        ({}, 0, None),
+        ({"device": "cuda"}, 0, 1),
+    ],
+    ids=str,
+)
+def test_auto_is_a_worker_for_each_gpu_wherever_there_are_some(
+    settings: dict[str, object], num_gpus: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(7)))
+    assert count_workers("auto", settings) == (7 if expected is None else expected)

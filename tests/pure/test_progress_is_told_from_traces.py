@@ -94,7 +94,7 @@ def test_a_summary_sorts_spans_into_activities_and_passes_over_what_it_does_not_
 def test_a_trace_is_read_by_the_progress_display(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     (tmp_path / "trace").mkdir()
     for rank in range(2):
-        trace = Trace(tmp_path / "trace" / f"rank{rank}.jsonl")
+        trace = Trace(tmp_path / "trace" / f"rank{rank}.jsonl", print)
         trace.event("start", rank=rank, world_size=2, pid=1)
         trace.event("steps", first=0, total=3)
         for index in range(3):
@@ -139,7 +139,7 @@ def test_in_a_terminal_the_display_stays_away_from_a_line_that_is_not_complete(
 
 def test_a_trace_names_spans_counters_and_events_as_documented(tmp_path: Path) -> None:
     path = tmp_path / "rank0.jsonl"
-    trace = Trace(path)
+    trace = Trace(path, print)
     trace.span("forward", 4, 2, 10.0, 10.5)
     trace.span("update", 4, -1, 10.5, 10.75)
     trace.counter("bytes", 4, 123.0)
@@ -160,8 +160,23 @@ def test_a_trace_names_spans_counters_and_events_as_documented(tmp_path: Path) -
 
 
 def test_a_trace_without_a_path_discards_everything() -> None:
-    trace = Trace(None)
+    trace = Trace(None, print)
     trace.span("forward", 0, 0, 0.0, 1.0)
     trace.event("start")
     trace.close()
     trace.close()
+
+
+def test_what_does_not_fit_the_queue_is_counted_also_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightwork.trace.MAX_PENDING", 3)
+    monkeypatch.setattr("lightwork.trace.WRITE_INTERVAL", 60.0)
+    path, told = tmp_path / "rank0.jsonl", list[str]()
+    trace = Trace(path, told.append)
+    for index in range(8):
+        trace.span("forward", index, 0, 0.0, 1.0)
+    trace.event("steps")
+    trace.close()
+    *spans, last = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [span["step"] for span in spans] == [0, 1, 2]
+    assert (last["name"], last["value"]) == ("dropped_records", 6)
+    assert told == []

@@ -263,6 +263,40 @@ def test_a_model_or_optimizer_that_can_not_be_shared_is_refused_by_name(build: C
     assert words in raised(lambda: lightwork.distribute(*build(), global_batch=4, run_dir=new_folder()))
 
 
+def clip_by_value(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Stands for a user's hook."""
+
+
+@pytest.mark.parametrize(("kind", "instead"), [("pre", "pass clip_grad_norm="), ("post", "weights are written in")])
+def test_a_hook_on_the_optimizer_s_step_is_refused_by_name(kind: str, instead: str) -> None:
+    def before() -> None:
+        model = nn.Linear(20, 5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        vars(torch.optim.Optimizer)[f"register_step_{kind}_hook"](optimizer, clip_by_value)
+        lightwork.distribute(model, optimizer, global_batch=4, run_dir=new_folder())
+
+    def after() -> None:
+        optimizer = setting()._engine.optimizer
+        (optimizer.register_step_pre_hook if kind == "pre" else optimizer.register_step_post_hook)(clip_by_value)
+
+    message = raised(before)
+    assert f"optimizer.register_step_{kind}_hook was called with clip_by_value" in message
+    assert instead in message
+    assert f"optimizer.register_step_{kind}_hook was called. The team" in raised(after)
+
+
+def test_hooks_that_were_removed_and_those_of_a_closed_run_are_the_script_s_business() -> None:
+    def job() -> int:
+        model = nn.Linear(20, 5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.register_step_pre_hook(clip_by_value).remove()
+        lightwork.distribute(model, optimizer, global_batch=4, run_dir=new_folder()).close()
+        optimizer.register_step_post_hook(clip_by_value)
+        return len(optimizer._optimizer_step_post_hooks)
+
+    assert run_team(1, job) == [1]
+
+
 def test_parameters_added_to_the_optimizer_later_are_refused() -> None:
     def job() -> None:
         run = setting(micro_batch=4)

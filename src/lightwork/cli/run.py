@@ -33,7 +33,7 @@ _TAIL_LINES = 5
 
 _EXAMPLES = """\
 examples:
-  lightwork run train.py                      as many workers as there are cores
+  lightwork run train.py                      a worker for each GPU, else for each core
   lightwork run -n 4 train.py --epochs 3      four workers; the rest is train.py's
   lightwork run -n 2 --set precision=bf16 train.py
   lightwork run -m package.train
@@ -55,7 +55,8 @@ def add_parser(verbs: Verbs) -> None:
         "--workers",
         default="auto",
         metavar="N",
-        help="workers: a number, or auto: cores / threads, or GPUs (default)",
+        help="workers: a number, or auto (default): one for each GPU; where there is none, or with --set device=cpu, "
+        "cores / threads",
     )
     parser.add_argument(
         "--set",
@@ -86,17 +87,17 @@ def carry_out(options: argparse.Namespace) -> int:
     settings = parse_settings(options.set)
     if options.transport is not None:
         settings["transport"] = options.transport
-    num_workers = count_workers(options.workers, settings)
     script = Script(target=options.script, arguments=tuple(options.arguments), is_module=options.is_module)
     _check_script(script)
-    run_dir = (Path(options.run_dir) if options.run_dir else create_run_dir(Path("runs"))).absolute()
-    prepare_run_dir(run_dir)
-    logged = {rank: _size(log_of(run_dir, rank)) for rank in range(num_workers)}
     try:
+        num_workers = count_workers(options.workers, settings)
         preload()
     except KeyboardInterrupt:
         _say("interrupted by SIGINT before the workers were started.")
         return 128 + signal.SIGINT
+    run_dir = (Path(options.run_dir) if options.run_dir else create_run_dir(Path("runs"))).absolute()
+    prepare_run_dir(run_dir)
+    logged = {rank: _size(log_of(run_dir, rank)) for rank in range(num_workers)}
     display = RunProgress(run_dir, num_workers, quiet=options.quiet, live=_is_drawable(), skip_existing=True)
     finished = False
     try:
@@ -131,16 +132,26 @@ def parse_settings(assignments: list[str]) -> dict[str, object]:
 def count_workers(workers: str, settings: dict[str, object]) -> int:
     """Return the number of workers that -n asks for."""
     if workers == "auto":
-        if settings.get("device") == "cuda":
-            import torch  # the launcher does later, too
-
-            return max(1, int(torch.cuda.device_count()))
+        # Where the script will put its model is not known yet. Several workers on one GPU do no more than one, and
+        # need its memory several times.
+        is_asked = "device" in settings
+        if settings.get("device", "cuda") == "cuda" and (num_gpus := max(count_gpus(), int(is_asked))):
+            if not is_asked:
+                _say(f"-n auto is {num_gpus}, as there are GPUs. For a script that uses none: -n N, --set device=cpu.")
+            return num_gpus
         threads = settings.get("threads", 1)
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         return max(1, cores // threads) if isinstance(threads, int) and threads > 0 else cores
     if not workers.isdecimal() or not 1 <= int(workers) <= 1024:
         raise UsageError(f"-n {workers} is not a number of workers from 1 to 1024. Write a number, or auto.")
     return int(workers)
+
+
+def count_gpus() -> int:
+    """Return the number of this host's GPUs, without waking them: workers are forked from this process."""
+    import torch  # the launcher does later, too
+
+    return int(torch.cuda.device_count())
 
 
 def _check_script(script: Script) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -55,6 +55,21 @@ class Batches(Protocol):
         """Let go of what was loaded, and end the loading workers."""
 
 
+def walk(order: Schedule, epoch: int, step_in_epoch: int) -> Iterator[tuple[int, int]]:
+    """Yield the steps of all epochs, as far as is known, from a place on that may lie behind its epoch's end."""
+    while True:
+        while not order.has_step(epoch, step_in_epoch):
+            epoch, step_in_epoch = epoch + 1, 0
+        yield epoch, step_in_epoch
+        step_in_epoch += 1
+
+
+def total_steps(order: Schedule, epochs: int | None, max_steps: int | None) -> int | None:
+    """Return how many steps a loop makes in all; None while epochs of unknown lengths lie ahead."""
+    of_epochs = order.total_steps(epochs) if epochs is not None else None
+    return min((limit for limit in (max_steps, of_epochs) if limit is not None), default=None)
+
+
 @dataclass(frozen=True)
 class Feed:
     """An order of micro-batches, and how to load them."""
@@ -87,8 +102,10 @@ def feed_of(
     return Feed(ids, partial(Loader, source, ids))
 
 
-def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int) -> Feed:
-    """Return the feed of an evaluation: each sample once, in steps of one micro-batch.
+def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int, world_size: int) -> Feed:
+    """Return the feed of an evaluation: each sample once, in steps of one micro-batch, to be shared by `world_size`.
+
+    What loading workers load ahead is claimed, so they load ahead at most half of a fair share.
 
     Raises: as `feed_of`.
     """
@@ -98,4 +115,7 @@ def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int) -> Feed:
         return Feed(steps, partial(StreamLoader, steps))
     source = source_for_evaluation(data, seed=seed)
     ids = source.order(global_batch=micro_batch, micro_batch=micro_batch, drop_last=False)
+    if source.loading_workers.num_workers:
+        share = -(-ids.num_steps(0) // world_size)
+        source = replace(source, loading_workers=source.loading_workers.at_most(-(-share // 2)))
     return Feed(ids, partial(Loader, source, ids))

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from lightwork.data.batch import Batch
-from lightwork.data.order import Ids
+from lightwork.data.order import Ids, some_of
 from lightwork.errors import DataError
 from lightwork.random import derive, seed_all
 
@@ -137,7 +137,7 @@ def collated(collate: Collate, name: str, epoch: int, ids: Ids, samples: list[An
         return collate(samples)
     except Exception as error:
         raise DataError(
-            f"the collate function failed on samples {_some(ids)} of {name}, epoch {epoch}: "
+            f"the collate function failed on samples {some_of(ids)} of {name}, epoch {epoch}: "
             f"{described(error)}. Samples of different shapes need a collate function: pass a "
             "DataLoader with collate_fn= in place of the data set."
         ) from error
@@ -164,8 +164,3 @@ def as_in_a_loading_worker() -> Iterator[None]:
 def described(error: Exception) -> str:
     """Return an error's type and text."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _some(ids: Ids) -> str:
-    shown = ", ".join(str(i) for i in ids[:8])
-    return shown if len(ids) <= 8 else f"{shown}, ... ({len(ids)} in all)"

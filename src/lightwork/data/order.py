@@ -150,6 +150,12 @@ class Order:
         return ids
 
 
+def some_of(ids: Ids) -> str:
+    """Return the first ids, and how many there are, for a message."""
+    shown = ", ".join(map(str, ids[:16].tolist()))
+    return shown if len(ids) <= 16 else f"{shown}, ... ({len(ids)} in all)"
+
+
 def shuffled(seed: int, epoch: int, num_samples: int) -> Ids:
     """Arrangement: a new permutation each epoch."""
     generator = torch.Generator().manual_seed(derive(seed, "order", epoch))

@@ -39,6 +39,12 @@ class LoadingWorkers:
     worker_init_fn: Callable[[int], None] | None = None
     multiprocessing_context: Any = None  #: None: torch's choice; or "fork", "spawn", "forkserver", a context
 
+    def at_most(self, num_batches: int) -> LoadingWorkers:
+        """Return as many of these as load `num_batches` ahead, at least 1."""
+        num_workers = min(self.num_workers, num_batches)
+        prefetch_factor = min(self.prefetch_factor, num_batches // num_workers)
+        return replace(self, num_workers=num_workers, prefetch_factor=prefetch_factor)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:

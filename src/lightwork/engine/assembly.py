@@ -180,11 +180,11 @@ def _fetching(weights: Weights, holdings: Holdings, workplace: Workplace) -> Fet
     device, depths = workplace.memory.device, holdings.depths
     fetching = Fetching(weights)
     way = FetchedWeights(weights, holdings, device, workplace.weights_carrier)
-    if way.buckets:
+    if way.is_used:
         visits = Visits(way, way.buckets, device, limit=depths.kept)
         fetching = WeightsOnTheirWay(weights, visits, depths, way.close)
     if workplace.weights_carrier is not None:
-        answer_requests(weights, workplace.weights_carrier, device)
+        answer_requests(weights, workplace.weights_carrier, device, way.closed)
     if not holdings.has_device and holdings.weights_on_disk:
         regions = [weights.masters]
         if holdings.narrow:

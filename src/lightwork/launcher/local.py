@@ -75,14 +75,14 @@ def launch(
         )
         log = log_of(run_dir, rank)
         if rank == FIRST_RANK:
-            stdout, stderr = supervisor.forward(log, error=False), supervisor.forward(log, error=True)
+            stdout, stderr = supervisor.forward(log, display.write_out), supervisor.forward(log, display.write_error)
         else:
-            stdout = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            stdout = supervisor.forward(log)
             stderr = os.dup(stdout)
         try:
             return start_worker(environment, script.run, stdout=stdout, stderr=stderr)
         finally:
-            # Of the pipes the main worker alone keeps this end: they end with it.
+            # Of the pipes the worker alone keeps this end: they end with it.
             os.close(stdout)
             os.close(stderr)
 

@@ -1,7 +1,7 @@
 """Supervision: waits for the workers of a team, passes on the main one's output, and ends all when one fails.
 
-What counts as a failure: a status other than 0, a signal, and an end with status 0 in the middle of training, or
-before the end of `distribute` while others are in it or past it. The first failure decides; a worker that says that it
+What counts as a failure: a status other than 0, a signal, and an end with status 0 in the middle of training, in
+`distribute`, or before a call of it that others have made. The first failure decides; a worker that says that it
 ended only because of another (EXIT_BECAUSE_OF_PEER) is believed for a moment, in which the other is looked for.
 """
 
@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import FileIO
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
@@ -109,6 +108,27 @@ def _where(progress: Progress) -> str:
     }[progress]
 
 
+class _Log:
+    """The file that keeps what a worker prints, as far as there is room for it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lost_bytes = 0
+        self.problem = ""  # why
+        self.write(b"")
+
+    def write(self, data: bytes) -> None:
+        """Append; what does not fit is counted. (Opened each time: a team may be larger than what may be open.)"""
+        written = 0
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                while written < len(data):
+                    written += file.write(data[written:])
+        except OSError as error:
+            self.lost_bytes += len(data) - written
+            self.problem = self.problem or str(error.strerror)
+
+
 class Supervisor:
     """The workers of one team, from the fork to the end of the last."""
 
@@ -123,22 +143,25 @@ class Supervisor:
         self._interrupted: int | None = None
         self._kill_at: float | None = None
         self._judge_at: float | None = None
-        self._logs: list[FileIO] = []
+        self._logs: dict[Path, _Log] = {}
+        self._told: set[Path] = set()  # logs that can not be written
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, "wake")
 
-    def forward(self, log: Path, *, error: bool) -> int:
-        """Return a descriptor, the caller's, from which all that is written goes to the display and the file `log`."""
-        sink = log.open("ab", buffering=0)
-        show = self._display.write_error if error else self._display.write_out
+    def forward(self, log: Path, show: Callable[[bytes], None] | None = None) -> int:
+        """Return a descriptor, the caller's, from which all that is written goes to the file `log`, and to `show`."""
+        sink = self._logs.setdefault(log, _Log(log))
 
         def pass_on(data: bytes) -> None:
             sink.write(data)
-            show(data)
+            if show is not None:
+                show(data)
+            if sink.problem and log not in self._told:
+                self._told.add(log)
+                self._tell(f"the log {log} can not be written ({sink.problem}). Training goes on.")
 
-        self._logs.append(sink)
         fd, write_end = os.pipe()
         self._selector.register(fd, selectors.EVENT_READ, pass_on)
         return write_end
@@ -168,6 +191,9 @@ class Supervisor:
                 self._display.tick()
             self._judge()
             self._drain()
+            for log in self._logs.values():
+                if log.lost_bytes:
+                    self._tell(f"{log.lost_bytes} bytes of output are not in the log {log.path} ({log.problem}).")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -181,6 +207,9 @@ class Supervisor:
             self._close()
         by_rank = tuple(sorted(self._ended, key=lambda ended: ended.rank))
         return Outcome(ended=by_rank, culprit=self._culprit, interrupted=self._interrupted)
+
+    def _tell(self, text: str) -> None:
+        self._display.write_error(f"lightwork: {text}\n".encode())
 
     def _start(self, starts: Sequence[Callable[[], BaseProcess]]) -> None:
         for rank, start in enumerate(starts):
@@ -221,7 +250,7 @@ class Supervisor:
             self._leftovers.append((worker, time.monotonic() + GRACE_AFTER_END))
             ended = Ended(rank=rank, pid=worker.pid or 0, status=status, progress=self._rendezvous.progress(rank))
             self._ended.append(ended)
-        # One that ended early may become a failure later: when another one reaches `distribute`.
+        # One that ended may become a failure later: when another one reaches a `distribute` that it did not.
         failures = [ended for ended in self._ended if self._is_failure(ended)]
         if any(ended.status != EXIT_BECAUSE_OF_PEER for ended in failures):
             self._judge_at = 0.0
@@ -231,9 +260,8 @@ class Supervisor:
     def _is_failure(self, ended: Ended) -> bool:
         if ended.status != 0 or ended.progress in (Progress.JOINING, Progress.TRAINING):
             return True
-        ranks = range(self._num_workers)
-        others_joined = any(self._rendezvous.progress(rank) > Progress.STARTED for rank in ranks)
-        return ended.progress is Progress.STARTED and others_joined
+        num_runs = self._rendezvous.num_runs(ended.rank)
+        return any(self._rendezvous.num_runs(rank) > num_runs for rank in range(self._num_workers))
 
     def _judge(self) -> None:
         """Name the first failure, if there is one, and end the others."""
@@ -279,5 +307,3 @@ class Supervisor:
             os.close(key.fd)
         self._selector.close()
         os.close(self._wake_write)
-        for log in self._logs:
-            log.close()

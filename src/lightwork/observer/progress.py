@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -106,7 +109,7 @@ class RunProgress:
         if self._live is not None:
             self._live.update(self._render(), refresh=True)
         elif self._summary.step >= 0:
-            self._console.print(self.line(), highlight=False, soft_wrap=True)
+            self._print(self.line())
 
     def update(self) -> None:
         """Read what the workers have written since."""
@@ -122,7 +125,7 @@ class RunProgress:
             self._live.stop()
             self._live = None
         if finished and not self._quiet and self._summary.done:
-            self._console.print(self.final_line(), highlight=False, soft_wrap=True)
+            self._print(self.final_line())
 
     def line(self) -> str:
         """Return where the run stands, on one line."""
@@ -174,6 +177,27 @@ class RunProgress:
         if self._live is None or time.monotonic() - self._wrote_at >= REFRESH_SECONDS / _WRITES_PER_REFRESH:
             self._flush()
 
+    def _print(self, line: str) -> None:
+        with self._unless_full(sys.stderr):
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _unless_full(self, stream: TextIO) -> Iterator[None]:
+        """Write to `stream` inside. One that leads to a full disk leads nowhere from then on: training goes on.
+
+        Raises: BrokenPipeError when nobody reads it any more.
+        """
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())  # also what is still in its buffer
+            os.close(nowhere)
+            if stream is not sys.stderr:
+                self._print(f"lightwork: output can not be written ({error.strerror}); the rest is in the logs alone.")
+
     def _flush(self) -> None:
         if not self._pending:
             return
@@ -184,8 +208,9 @@ class RunProgress:
             self._live.stop()
         data = b""
         for stream, data in pending:
-            stream.buffer.write(data)
-            stream.buffer.flush()
+            with self._unless_full(stream):
+                stream.buffer.write(data)
+                stream.buffer.flush()
         self._wrote_at = time.monotonic()
         # After a line that is not complete they stay away: they would take it with them when they go.
         if self._live is not None and data.endswith(b"\n"):

@@ -47,7 +47,6 @@ class Summary:
     loss: float | None = None
     grad_norm: float | None = None
     workers: dict[int, WorkerSummary] = field(default_factory=dict)
-    started: float | None = None
     _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _amounts: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # step -> samples, tokens, workers
     _newest: int = -1

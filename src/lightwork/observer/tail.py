@@ -37,7 +37,7 @@ class Tail:
                 kept = self._pass_over(file, start)
                 file.seek(start)
                 data = file.read(size - start)
-        except FileNotFoundError:
+        except OSError:
             return []
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
         if start > self._at and lines:

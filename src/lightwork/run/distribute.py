@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import socket
 import sys
 import weakref
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
 from torch import nn
 
 from lightwork.device.cuda import open_device
 from lightwork.engine.assembly import Workplace, attach, make_engine, make_parts
+from lightwork.engine.engine import Engine
 from lightwork.engine.parts import take_from_first_host
-from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, SpecError, UsageError
+from lightwork.errors import LightworkError
 from lightwork.planner.fit import fit
-from lightwork.run.folder import agree_on_folder
+from lightwork.run.exit import EXITS
+from lightwork.run.folder import agree_on_folder, write_records
 from lightwork.run.guard import Guard
 from lightwork.run.run import Run
+from lightwork.run.settle import check_arguments, settle
 from lightwork.spec.holdings import Dials, Holdings, Tuning
-from lightwork.spec.plan import SETTABLE, Carriage, Place, Placement, Plan
-from lightwork.spec.spec import (
-    Activation,
-    BufferRule,
-    DeviceKind,
-    Precision,
-    Spec,
-    StateFormat,
-    Wire,
-    choose_micro_batch,
-)
-from lightwork.state.description import describe
-from lightwork.state.layers import resolve
-from lightwork.state.probe import describe_optimizer
+from lightwork.spec.plan import Carriage, Place, Placement, Plan
+from lightwork.spec.spec import Activation, BufferRule, DeviceKind, Precision, Spec, StateFormat, Wire
+from lightwork.state.description import Description, describe
 from lightwork.store import heap
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
 from lightwork.team.environment import Environment, Launcher
-from lightwork.team.join import Needs, find_roster, join
-from lightwork.team.presence import Activity
+from lightwork.team.join import Joined, Needs, find_roster, join
 from lightwork.team.rendezvous import Progress
 from lightwork.team.team import Team, notice
 from lightwork.trace import Trace
@@ -131,14 +120,14 @@ def distribute(
     Blocks: until every worker of the team has called.
     Raises: SpecError for settings that are impossible; Disagreement when the workers' scripts differ; MemoryFull.
     """
-    _check_arguments(model, optimizer)
+    check_arguments(model, optimizer)
     environment = environments.read()
     _end_previous_run(model)
-    asked: dict[str, Any] = {
+    arguments = {
         "global_batch": global_batch,
         "micro_batch": micro_batch,
         "seed": seed,
-        "device": device or _device_of(model),
+        "device": device,
         "precision": precision,
         "wire": wire,
         "optimizer_state": optimizer_state,
@@ -152,43 +141,78 @@ def distribute(
         "memory": memory,
         "activations": activations,
     }
-    asked.update(_settings(environment))
-    modes = resolve(
-        model,
-        (plan or Plan()).activations if asked["activations"] is None else asked["activations"],
-        has_device=asked["device"] != "cpu",
-    )
-    spec = _spec(asked, optimizer, modes)
-    plan = _plan(plan or Plan(), environment, asked, modes)
+    spec, plan = settle(model, optimizer, arguments, plan or Plan(), environment)
     torch.set_num_threads(spec.threads)
     if spec.device == "cuda":
         environments.make_cublas_deterministic()
-    worker_device = open_device(spec.device, environment.local_rank)
-    rendezvous = rendezvouses.find(environment)
-    run_number = rendezvous.next_run()
-    roster = find_roster(environment, plan, rendezvous, run_number, has_own_memory=worker_device.has_own_memory)
     values = Path(weights) if weights is not None else None
-    description = describe(model, optimizer, spec, worker_device, TUNING.cut_for(spec.device), values)
-    holdings = Holdings(
-        layout=description.layout,
-        spec=spec,
-        roster=roster,
-        host=roster.host_of(environment.rank),
-        state=description.state_shape,
-        dials=Dials(placement=plan.placement, offload=plan.offload),
-        depths=TUNING.depths,
-    )
-    if plan.memory is not None:
-        plan = replace(plan, offload=fit(holdings, str(plan.memory), plan.offload))
-        holdings = holdings.with_offload(plan.offload)
-        worker_device.limit(parse_bytes(str(plan.memory)))
-    needs = Needs(
-        holdings=holdings, device=worker_device, flags=description.flag_bytes, buffers=description.buffer_bytes
-    )
-    joined = join(needs, plan, environment, rendezvous, run_number)
+    description, holdings, plan, joined = _join_team(model, optimizer, spec, plan, values, environment)
     team = joined.team
     folder, checkpoint = agree_on_folder(team, run_dir if run_dir is not None else environment.run_dir, resume)
-    trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None)
+    trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None, notice)
+    engine = _assemble(description, holdings, plan, joined, trace)
+    run = Run(
+        model=model,
+        spec=spec,
+        plan=plan,
+        run_dir=folder,
+        team=team,
+        engine=engine,
+        guard=Guard(optimizer),
+        trace=trace,
+    )
+    object.__setattr__(model, _RUN, weakref.ref(run))
+    trace.event("start", rank=team.rank, world_size=team.world_size, pid=os.getpid())
+    _write_roster(team, folder, spec, plan)
+    EXITS.add(run, team)
+    _say_hello(team, environment, spec)
+    team.report(Progress.JOINED)
+    if checkpoint is not None:
+        run.load(checkpoint)
+        if team.is_main:
+            notice(f"resumed after {run.step_index} steps, from {checkpoint}.")
+    heap.keep_pages()
+    return run
+
+
+def _join_team(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    spec: Spec,
+    plan: Plan,
+    weights: Path | None,
+    environment: Environment,
+) -> tuple[Description, Holdings, Plan, Joined]:
+    """Return what is trained, where it lies in the team's memory, the plan with what is offloaded, and the team."""
+    device = open_device(spec.device, environment.local_rank)
+    rendezvous = rendezvouses.find(environment)
+    run_number = rendezvous.next_run()
+    roster = find_roster(environment, plan, rendezvous, run_number, has_own_memory=device.has_own_memory)
+    try:
+        description = describe(model, optimizer, spec, device, TUNING.cut_for(spec.device), weights)
+        holdings = Holdings(
+            layout=description.layout,
+            spec=spec,
+            roster=roster,
+            host=roster.host_of(environment.rank),
+            state=description.state_shape,
+            dials=Dials(placement=plan.placement, offload=plan.offload),
+            depths=TUNING.depths,
+        )
+        if plan.memory is not None:
+            plan = replace(plan, offload=fit(holdings, str(plan.memory), plan.offload))
+            holdings = holdings.with_offload(plan.offload)
+            device.limit(parse_bytes(str(plan.memory)))
+    except LightworkError:
+        rendezvous.report(Progress.JOINED)  # all workers are told the same, and nobody waits for this one
+        raise
+    needs = Needs(holdings=holdings, device=device, flags=description.flag_bytes, buffers=description.buffer_bytes)
+    return description, holdings, plan, join(needs, plan, environment, rendezvous, run_number)
+
+
+def _assemble(description: Description, holdings: Holdings, plan: Plan, joined: Joined, trace: Trace) -> Engine:
+    """Return the engine, with the model in the team's memory as rank 0 has it."""
+    team = joined.team
     workplace = Workplace(
         local_rank=team.local_rank,
         memory=joined.memory,
@@ -208,79 +232,7 @@ def distribute(
     engine = make_engine(parts, joined.memory, plan.activations)
     if team.is_leader:
         engine.trained.release()
-    run = Run(
-        model=model,
-        spec=spec,
-        plan=plan,
-        run_dir=folder,
-        team=team,
-        engine=engine,
-        guard=Guard(optimizer),
-        trace=trace,
-    )
-    object.__setattr__(model, _RUN, weakref.ref(run))
-    trace.event("start", rank=team.rank, world_size=team.world_size, pid=os.getpid())
-    _write_roster(team, folder, spec, plan)
-    _register_exit(run, team)
-    _say_hello(team, environment, spec)
-    team.report(Progress.JOINED)
-    if checkpoint is not None:
-        run.load(checkpoint)
-        if team.is_main:
-            notice(f"resumed after {run.step_index} steps, from {checkpoint}.")
-    heap.keep_pages()
-    return run
-
-
-def _check_arguments(model: object, optimizer: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"distribute takes the model first, a torch.nn.Module, not {type(model).__name__}.")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise UsageError(
-            "the model is wrapped in DistributedDataParallel. Pass the plain module: lightwork takes DDP's place."
-        )
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UsageError(
-            f"distribute takes the optimizer second, a torch.optim.Optimizer, not {type(optimizer).__name__}."
-        )
-
-
-def _settings(environment: Environment) -> Mapping[str, object]:
-    """Return what the command line sets in place of the script.
-
-    Raises: SpecError for a name that can not be set.
-    """
-    for name in environment.settings:
-        if name not in SETTABLE:
-            raise SpecError(f"--set {name}=... names no field of the spec or the plan. They are {', '.join(SETTABLE)}.")
-    return environment.settings
-
-
-def _spec(asked: Mapping[str, Any], optimizer: torch.optim.Optimizer, modes: Mapping[str, str]) -> Spec:
-    values = {f.name: asked[f.name] for f in fields(Spec) if f.name in asked}
-    values["micro_batch"] = choose_micro_batch(values["global_batch"], values["micro_batch"])
-    if isinstance(values["fp32_modules"], list):
-        values["fp32_modules"] = tuple(values["fp32_modules"])
-    values["int8_activations"] = tuple(name for name, mode in modes.items() if mode == "int8")
-    return Spec(**values, optimizer=describe_optimizer(optimizer, on_gpu=asked["device"] == "cuda"))
-
-
-def _plan(plan: Plan, environment: Environment, asked: Mapping[str, Any], modes: Mapping[str, str]) -> Plan:
-    """Return the plan as it is carried out: `plan` with what the call and the command line say in its place."""
-    values = {f.name: asked[f.name] for f in fields(Plan) if asked.get(f.name) is not None}
-    values["activations"] = {name: mode for name, mode in modes.items() if mode != "int8"}
-    return replace(plan, **{**values, "world_size": environment.world_size})
-
-
-def _device_of(model: nn.Module) -> str:
-    """Return the kind of device that a model is on."""
-    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
-    if len(kinds) > 1:
-        raise SpecError(
-            f"the model's parameters are on {' and '.join(sorted(kinds))}. Move the model to one device, or say "
-            "device='cuda' for lightwork to do it."
-        )
-    return next(iter(kinds), "cpu")
+    return engine
 
 
 def _end_previous_run(model: nn.Module) -> None:
@@ -294,9 +246,8 @@ def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:
     own = json.dumps([socket.gethostname(), os.getpid()]).encode()
     names, pids = zip(*map(json.loads, team.meet("distribute (roster)", own)), strict=True)
     if team.is_main:
-        (folder / "spec.json").write_text(spec.to_json() + "\n", encoding="utf-8")
-        (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
-        (folder / "roster.json").write_text(team.roster.to_json(names, pids) + "\n", encoding="utf-8")
+        roster = team.roster.to_json(names, pids)
+        write_records(folder, {"spec": spec.to_json(), "plan": plan.to_json(), "roster": roster})
 
 
 def _say_hello(team: Team, environment: Environment, spec: Spec) -> None:
@@ -314,56 +265,8 @@ def _say_hello(team: Team, environment: Environment, spec: Spec) -> None:
             f"{surplus} idle (they help with the "
             f"update, and take over from late workers). {names}. A smaller micro_batch employs them."
         )
-    if not team.is_main and environment.launcher not in (Launcher.PYTHON, Launcher.LIGHTWORK):
+    is_shown = team.is_main or environment.launcher in (Launcher.PYTHON, Launcher.LIGHTWORK)
+    if not is_shown and not (isinstance(sys.stdout, TextIOWrapper) and sys.stdout.name == os.devnull):
         # Only the main worker's output is shown; `lightwork run` sees to it by itself.
         sys.stdout.flush()
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-
-def _register_exit(run: Run, team: Team) -> None:
-    """See that the others learn of this worker's end, whichever way it comes."""
-    reference = weakref.ref(run)
-
-    has_failed = False
-
-    def at_exit() -> None:
-        run = reference()
-        if run is not None:
-            if not has_failed:
-                run.stay_while_needed()
-            run.close()
-            team.presence.announce(Activity.ENDED)
-
-    previous = sys.excepthook
-
-    def on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        nonlocal has_failed
-        has_failed = True
-        if isinstance(error, RankFailed):
-            # The cause is shown where it happened; a second traceback would hide it.
-            notice(str(error))
-            _close_quietly(reference)
-            sys.stdout.flush()
-            os._exit(EXIT_BECAUSE_OF_PEER)
-        previous(kind, error, trace)
-        if isinstance(error, torch.OutOfMemoryError):
-            notice(
-                "the GPU has no more room. What takes it: activations (activations='recompute' or 'offload', or a "
-                "smaller micro_batch), the optimizer's state and masters (offload={'optimizer': 'host'}), weights "
-                "(offload={'weights': 'host'}); or memory=, which chooses what to offload."
-            )
-        team.presence.fail()
-        if isinstance(error, RankLost):  # the launcher looks for the cause elsewhere
-            _close_quietly(reference)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(EXIT_BECAUSE_OF_PEER)
-
-    atexit.register(at_exit)
-    sys.excepthook = on_error
-
-
-def _close_quietly(reference: weakref.ref[Run]) -> None:
-    run = reference()
-    if run is not None:
-        run.close()

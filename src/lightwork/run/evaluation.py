@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, final
 
 import torch
 
-from lightwork.data.feed import Feed
+from lightwork.data.feed import Batches, Feed
 from lightwork.engine.engine import Engine
 from lightwork.errors import UsageError
 from lightwork.random import RandomState
@@ -23,15 +24,18 @@ from lightwork.team.team import Team
 class Evaluation:
     """A pass over a data set. Iterate over it inside its `with`, `add` values, and read them after the `with`.
 
-    The batches are claimed one by one, so a slow worker takes fewer; the results are combined in the fixed tree over
-    the batches, so they do not depend on who took which.
+    The batches are claimed one by one, so a slow worker takes fewer, or where there are loading workers as far ahead
+    as those load; the results are combined in the fixed tree over the batches, so they do not depend on who took which.
+
+    Owns: the loading workers, inside its `with`.
     """
 
     def __init__(self, team: Team, engine: Engine, feed: Feed, number: int) -> None:
         self._team = team
         self._engine = engine
-        self._loader = feed.load(())
-        self._order = feed.order
+        self._feed = feed
+        self._loader: Batches | None = None  # inside the `with`
+        self._claimed: deque[int] = deque()  # ahead, for the loading workers
         self._number = number
         self._added: dict[int, dict[str, tuple[float, float]]] = {}
         self._index = -1
@@ -70,21 +74,25 @@ class Evaluation:
         return self._metrics
 
     def __enter__(self) -> Evaluation:
-        self._team.meet_equal("evaluate", {**self._order.describe(0), "evaluation": self._number})
+        self._team.meet_equal("evaluate", {**self._feed.order.describe(0), "evaluation": self._number})
         self._random_state = RandomState.capture(self._engine.device)
         self._modes = [(module, module.training) for module in self._engine.model.modules()]
         self._engine.model.eval()
         self._engine.state.buffers.restore()
         self._no_grad.__enter__()
         self._phase.__enter__()
+        self._loader = self._feed.load(self._claims_ahead())
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        while self._order.has_step(0, index := self._team.board.take_evaluation(self._number)):
-            self._index, self._size = index, len(self._loader.ids(0, index, 0))
+        loader = self._loader
+        if loader is None:
+            raise UsageError("an evaluation was iterated outside its `with`. Write `with run.evaluate(...) as ev:`.")
+        while (index := self._claimed.popleft() if self._claimed else self._claim()) is not None:
+            self._index, self._size = index, len(loader.ids(0, index, 0))
             if not self._size:  # the end of a stream
                 break
-            batch = self._loader.get(0, index, 0)
+            batch = loader.get(0, index, 0)
             self._added.setdefault(index, {})
             batch = brought(batch, self._engine.device)
             self._engine.seed("evaluate", index)
@@ -93,9 +101,23 @@ class Evaluation:
         self._index = -1
         self._exhausted = True
 
+    def _claim(self) -> int | None:
+        """Return the next batch that nobody has claimed; None when there is no more."""
+        index = self._team.board.take_evaluation(self._number)
+        return index if self._feed.order.has_step(0, index) else None
+
+    def _claims_ahead(self) -> Iterator[tuple[int, int, int]]:
+        """Claim batches one by one as loading workers ask for them."""
+        while (index := self._claim()) is not None:
+            self._claimed.append(index)
+            yield 0, index, 0
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
         self._no_grad.__exit__(kind, error, trace)
         self._phase.__exit__(kind, error, trace)
         for module, training in self._modes:

@@ -10,15 +10,17 @@ checkpoint/            what `run.save()` wrote, unless it was given another path
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightwork.checkpoint import folder as checkpoints
 from lightwork.errors import CheckpointError, UsageError
-from lightwork.team.team import Team
+from lightwork.team.team import Team, notice
 
 
 def create_run_dir(parent: Path) -> Path:
@@ -88,3 +90,15 @@ def agree_on_folder(
             f"{team.roster.main} goes on. Every worker reads it: copy it there, or save it where all machines see it."
         )
     return folder, checkpoint
+
+
+def write_records(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write JSON files, by their names. One for which there is no room is left out, and that is said."""
+    for name, text in texts.items():
+        path = folder / f"{name}.json"
+        try:
+            path.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            notice(f"{path} can not be written ({error.strerror}). Training goes on without it.")
+            with contextlib.suppress(OSError):
+                path.unlink()  # what there was room for

@@ -8,15 +8,33 @@ import torch
 
 from lightwork.errors import UsageError
 
+
+def refused_hook(kind: str, name: str = "") -> str:
+    """Say why a hook on an optimizer's step can not be, and what replaces it."""
+    instead = {
+        "pre": "To clip the gradient, pass clip_grad_norm= to distribute; change settings such as learning rates "
+        "before the loop over the micro-batches of a step.",
+        "post": "Do it after the loop over the micro-batches of a step, when the update is done; weights are written "
+        "in run.edit().",
+    }
+    return (
+        f"optimizer.register_step_{kind}_hook was called{f' with {name}' if name else ''}. The team takes the "
+        f"optimizer's step piece by piece, so nothing calls the hook, and no worker has the whole gradient. Leave it "
+        f"out. {instead[kind]}"
+    )
+
+
 _REPLACED = {
     "step": "optimizer.step() was called on a distributed run. Leave it out: the update happens when the loop over the "
     "micro-batches of a step ends.",
     "zero_grad": "optimizer.zero_grad() was called on a distributed run. Leave it out: gradients never outlive a step.",
+    "register_step_pre_hook": refused_hook("pre"),
+    "register_step_post_hook": refused_hook("post"),
 }
 
 
 class Guard:
-    """Puts an explanation in place of the optimizer's `step` and `zero_grad`, until `close`."""
+    """Puts explanations in place of an optimizer's methods that can not be called, until `close`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer

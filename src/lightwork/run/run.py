@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,14 +18,14 @@ from torch import nn
 
 from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint.checkpoint import Bookmark, Checkpoint, Description
-from lightwork.data.batch import count_tokens
-from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of
+from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of, total_steps, walk
 from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
 from lightwork.errors import CheckpointError, TeamError, UsageError
 from lightwork.run.evaluation import Evaluation
+from lightwork.run.exit import EXITS
 from lightwork.run.guard import Guard
-from lightwork.run.step import Step
+from lightwork.run.step import Loop, Step, StepPlace
 from lightwork.spec.plan import Plan
 from lightwork.spec.spec import Spec
 from lightwork.team.presence import Activity
@@ -75,7 +77,7 @@ class Run:
         self._kept_before: dict[str, Any] = {}  # of a run that was resumed, for objects that are still to come
         self._calls = 0
         self._evaluations = 0
-        self._looping = False
+        self._loop: weakref.ref[Loop] | None = None  # while in it
         self._step: Step | None = None
         self._kept: dict[str, Stateful] = {}
         self._closed = False
@@ -134,10 +136,7 @@ class Run:
         for name, count in (("epochs", epochs), ("max_steps", max_steps)):
             if count is not None and (not isinstance(count, int) or count < 0):
                 raise UsageError(f"{name}={count!r} is not a whole number from 0 upwards.")
-        if self._looping:
-            raise UsageError(
-                "run.steps was called inside a loop over run.steps. End the one before beginning the next."
-            )
+        self._end_former_loop()
         feed = feed_of(
             dataset,
             seed=self.spec.seed,
@@ -147,27 +146,28 @@ class Run:
             order=order,
             drop_last=drop_last,
         )
-        return self._steps(feed, 1 if epochs is None and max_steps is None else epochs, max_steps)
+        return Loop(partial(self._steps, feed, 1 if epochs is None and max_steps is None else epochs, max_steps))
 
-    def _steps(self, feed: Feed, epochs: int | None, max_steps: int | None) -> Iterator[Step]:
+    def _steps(
+        self, feed: Feed, epochs: int | None, max_steps: int | None, loop: weakref.ref[Loop]
+    ) -> Generator[Step, None, None]:
         order = feed.order
+        self._end_former_loop()
         if not self._begin_loop(order):
             return
+        self._loop = loop
         loader: Batches | None = None
         try:
             start = self._position
-            total = self._total_steps(order, epochs, max_steps)
+            total = total_steps(order, epochs, max_steps)
             self._trace.event(
                 "steps",
                 first=start.step,
                 total=None if total is None else start.step - start.steps_in_call + total,
             )
-            upcoming = self._upcoming(order, start, total)
-            loader = feed.load(upcoming)
-            epoch, step_in_epoch = start.epoch, start.step_in_epoch
+            loader = feed.load(self._upcoming(order, start, total))
             while total is None or self._position.steps_in_call < total:
-                while not order.has_step(epoch, step_in_epoch):
-                    epoch, step_in_epoch = epoch + 1, 0
+                epoch, step_in_epoch = next(walk(order, self._position.epoch, self._position.step_in_epoch))
                 if epochs is not None and epoch >= epochs:
                     break
                 if self._team.presence.anyone_left():
@@ -175,7 +175,6 @@ class Run:
                 self._engine.check_parameters()
                 step = self._make_step(order, loader, epoch, step_in_epoch)
                 self._step = step
-                step_in_epoch += 1
                 yield step
                 self._check_finished(step)
         finally:
@@ -193,9 +192,22 @@ class Run:
             self._position = Bookmark(step=self._position.step, call=call)
         self._team.presence.leave(left=False)
         self._team.meet_equal("run.steps", order.describe(self._position.epoch))
-        self._looping = True
         self._team.report(Progress.TRAINING)
         return True
+
+    def _end_former_loop(self) -> None:
+        """End a loop that was left without its iterator being let go of.
+
+        Raises: UsageError inside a step of it.
+        """
+        if self._loop is None:
+            return
+        loop = self._loop()
+        if loop is None or (self._step is not None and self._step.begun and not self._step.finished):
+            raise UsageError(
+                "run.steps was called inside a loop over run.steps. End the one before beginning the next."
+            )
+        loop.close()
 
     def _check_finished(self, step: Step) -> None:
         if not step.finished:
@@ -206,7 +218,7 @@ class Run:
             )
 
     def _end_loop(self) -> None:
-        self._looping = False
+        self._loop = None
         step = self._step
         # A step that was left in its middle (an error) is not left as a loop is: the others may still need this worker.
         if step is None or step.finished or not step.begun:
@@ -214,38 +226,23 @@ class Run:
             self._team.presence.show(Activity.OUTSIDE)
             self._team.report(Progress.BETWEEN)
 
-    def _total_steps(self, order: Schedule, epochs: int | None, max_steps: int | None) -> int | None:
-        """Return how many steps this loop makes in all; None while epochs of unknown lengths lie ahead."""
-        limits = [] if max_steps is None else [max_steps]
-        if epochs is not None:
-            total = order.total_steps(epochs)
-            limits += [total] if total is not None else []
-        return min(limits) if limits else None
-
     def _upcoming(self, order: Schedule, start: Bookmark, total: int | None) -> Iterator[tuple[int, int, int]]:
         """Yield the micro-batches that fall to this worker if nobody is late, in order."""
-        epoch, step_in_epoch, done = start.epoch, start.step_in_epoch, start.steps_in_call
-        while total is None or done < total:
-            while not order.has_step(epoch, step_in_epoch):
-                epoch, step_in_epoch = epoch + 1, 0
+        steps = walk(order, start.epoch, start.step_in_epoch)
+        left = None if total is None else max(0, total - start.steps_in_call)
+        for epoch, step_in_epoch in itertools.islice(steps, left):
             for index in self._team.roster.share(self.rank, order.micro_batches(epoch, step_in_epoch)):
                 yield (epoch, step_in_epoch, index)
-            step_in_epoch, done = step_in_epoch + 1, done + 1
 
     def _make_step(self, order: Schedule, loader: Batches, epoch: int, step_in_epoch: int) -> Step:
-        return Step(
-            rank=self.rank,
+        place = StepPlace(
             index=self._position.step,
             epoch=epoch,
             step_in_epoch=step_in_epoch,
             num_micro_batches=order.micro_batches(epoch, step_in_epoch),
-            engine=self._engine,
-            loader=loader,
-            trace=self._trace,
-            watch=self._team.watch_step,
-            count_tokens=count_tokens,
-            updated=partial(self._advance, order, epoch, step_in_epoch),
         )
+        updated = partial(self._advance, order, epoch, step_in_epoch)
+        return Step(place, self._team, self._engine, loader, self._trace, updated)
 
     def _meet_where(self, what: str) -> None:
         """Meet, and take over the place of the worker that is farthest.
@@ -275,7 +272,9 @@ class Run:
         Each sample comes once, on one of the workers, in micro-batches; random state and buffers are left alone.
         """
         self._refuse_in_step("evaluate")
-        feed = feed_for_evaluation(dataset, seed=self.spec.seed, micro_batch=self.spec.micro_batch)
+        feed = feed_for_evaluation(
+            dataset, seed=self.spec.seed, micro_batch=self.spec.micro_batch, world_size=self.world_size
+        )
         self._evaluations += 1
         return Evaluation(self._team, self._engine, feed, self._evaluations)
 
@@ -347,7 +346,7 @@ class Run:
         Raises: CheckpointError when it is of another model, optimizer or spec.
         """
         self._refuse_in_step("load")
-        if self._looping:
+        if self._loop is not None:
             raise UsageError("run.load was called inside the loop over run.steps. Call it before the loop.")
         checkpoint = path if isinstance(path, Checkpoint) else checkpoints.load(path)
         state, team = self._engine.trained, self._team
@@ -375,11 +374,13 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        EXITS.remove(self)
         self._guard.close()
         self._engine.close()
         self._trace.event("end", step=self._position.step)
         self._trace.close()
         self._team.close()
+        self._team.presence.announce(Activity.ENDED)
 
     def _refuse_in_step(self, call: str) -> None:
         if self._step is not None and self._step.begun and not self._step.finished:

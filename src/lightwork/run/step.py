@@ -10,23 +10,34 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from lightwork.data.batch import map_tensors
+from lightwork.data.batch import count_tokens, map_tensors
 from lightwork.data.feed import Batches
+from lightwork.data.order import Ids, some_of
 from lightwork.device.base import Device
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, UsageError
 from lightwork.team.ledger import Outcome
+from lightwork.team.team import Team
 from lightwork.team.words import Kind
 from lightwork.trace import Trace
 from lightwork.transport.base import Watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlace:
+    """Which step it is."""
+
+    index: int  #: of the run
+    epoch: int
+    step_in_epoch: int
+    num_micro_batches: int
 
 
 @dataclass
@@ -34,7 +45,7 @@ class _MicroBatch:
     """The micro-batch that the user's loop body has in hand."""
 
     index: int
-    ids: npt.NDArray[np.int64]
+    ids: Ids
     start: float  #: of forward, on the trace's clock
     loss: float = 0.0
     weight: float = 0.0
@@ -51,29 +62,22 @@ class Step:
 
     def __init__(
         self,
-        *,
-        rank: int,
-        index: int,
-        epoch: int,
-        step_in_epoch: int,
-        num_micro_batches: int,
+        place: StepPlace,
+        team: Team,
         engine: Engine,
         loader: Batches,
         trace: Trace,
-        watch: Callable[[int], Watch],
-        count_tokens: Callable[[Any], int],
         updated: Callable[[bool | None], None],
     ) -> None:
-        self.index = index  #: 0 for the first update of the run
-        self.epoch = epoch  #: 0 for the first pass over the data
-        self._rank = rank
-        self.step_in_epoch = step_in_epoch
-        self._num_micro_batches = num_micro_batches
+        """`updated` is called when the update is done, with whether samples follow, where that is told."""
+        self.index = place.index  #: 0 for the first update of the run
+        self.epoch = place.epoch  #: 0 for the first pass over the data
+        self.step_in_epoch = place.step_in_epoch
+        self._num_micro_batches = place.num_micro_batches
+        self._team = team
         self._engine = engine
         self._loader = loader
         self._trace = trace
-        self._watch = watch
-        self._count_tokens = count_tokens
         self._updated = updated
         self._current: _MicroBatch | None = None
         self._result: StepResult | None = None
@@ -175,7 +179,7 @@ class Step:
         action = engine.enter(self.index, self._num_micro_batches)
         while action.kind is not Kind.COMMITTED:
             if action.kind is Kind.WAIT:
-                watch = watch or self._watch(self.index)
+                watch = watch or self._team.watch_step(self.index)
                 action = engine.wait_for_team(self.index, action.item, self._loader.idle, watch)
                 continue
             watch = None  # the next wait is another one
@@ -192,7 +196,7 @@ class Step:
                 if not engine.is_folded:
                     raise UsageError(
                         f"step.backward was not called for micro-batch {micro.index} of step "
-                        f"{self.index} (rank {self._rank}). "
+                        f"{self.index} (rank {self._team.rank}). "
                         "Call it once in the loop body; for nothing to learn from, with weight=0."
                     )
                 outcome = Outcome(
@@ -225,7 +229,7 @@ class Step:
         batch = self._loader.get(self.epoch, self.step_in_epoch, index) if len(ids) else None
         self._own.append(index)
         self._num_samples += len(ids)
-        self._num_tokens += self._count_tokens(batch)
+        self._num_tokens += count_tokens(batch)
         batch = brought(batch, self._engine.device)
         self._engine.begin_micro_batch(self.index, index)
         now = time.perf_counter()
@@ -260,9 +264,9 @@ class Step:
         micro.loss = float(loss)
         if micro.weight and not math.isfinite(micro.loss):
             raise NonFiniteLoss(
-                f"the loss is {micro.loss} on rank {self._rank} in micro-batch {micro.index} of step "
+                f"the loss is {micro.loss} on rank {self._team.rank} in micro-batch {micro.index} of step "
                 f"{self.index}, samples "
-                f"{_some(micro.ids)}. No weight was changed by this step. Look at these samples, "
+                f"{some_of(micro.ids)}. No weight was changed by this step. Look at these samples, "
                 "lower the learning rate, or "
                 "set clip_grad_norm."
             )
@@ -275,6 +279,31 @@ class Step:
                 "`for ... in step:`."
             )
         return self._result
+
+
+@final
+class Loop(Iterator[Step]):
+    """A loop over steps, as the user's script holds it.
+
+    It ends when it is let go of, or when the script begins another; going on with it then is a mistake.
+    """
+
+    def __init__(self, steps: Callable[[weakref.ref[Loop]], Generator[Step, None, None]]) -> None:
+        self._steps = steps(weakref.ref(self))
+        self._was_closed = False
+
+    def __next__(self) -> Step:
+        if self._was_closed:
+            raise UsageError(
+                "a loop over run.steps goes on after another call of run.steps has ended it. One loop at a time: "
+                "end it, or break out of it, before the next."
+            )
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End the loop, as leaving it does."""
+        self._was_closed = True
+        self._steps.close()
 
 
 def brought(batch: Any, device: Device) -> Any:
@@ -293,8 +322,3 @@ def as_metric(name: str, value: float | torch.Tensor, weight: float) -> tuple[fl
         raise UsageError(
             f"metric {name!r} is not a single number ({error}). Add one number a micro-batch, such as a mean."
         ) from error
-
-
-def _some(ids: npt.NDArray[np.int64]) -> str:
-    shown = ", ".join(str(i) for i in ids[:16].tolist())
-    return f"{shown}, ... ({len(ids)} in all)" if len(ids) > 16 else shown

@@ -44,11 +44,11 @@ _PAGE_BYTES = _LINES_AT + _JOURNAL_BYTES
 
 
 class Progress(IntEnum):
-    """How far a worker got. It moves forward, but for further runs and loops: these begin at JOINED and TRAINING."""
+    """How far a worker got. It moves forward, but for further runs and loops: these begin at JOINING and TRAINING."""
 
     STARTED = 0  #: the process runs
-    JOINING = 1  #: it is inside the first `distribute`, which needs all others
-    JOINED = 2  #: `distribute` has returned
+    JOINING = 1  #: it is inside `distribute`, which needs all others
+    JOINED = 2  #: the first `distribute` has returned
     TRAINING = 3  #: it is inside `run.steps`
     BETWEEN = 4  #: it has left `run.steps`, or has not entered it again
 
@@ -109,6 +109,7 @@ class FileRendezvous(Rendezvous):
         self._times_begun = 0
         self._length_read = 0
         self._messages: dict[str, str] = {}  # that were read and not asked for yet
+        self._before = Progress.STARTED  # this run
 
     @classmethod
     def create(cls) -> int:
@@ -129,15 +130,20 @@ class FileRendezvous(Rendezvous):
 
         By then everyone has read those of the runs before.
         """
-        if self.progress(self._rank) is Progress.STARTED:
-            self.report(Progress.JOINING)
+        self._before = self.progress(self._rank)
         times_begun, length = self._journal()
         if self._rank == FIRST_RANK and length > _JOURNAL_BYTES // 2:
             self._write_journal(times_begun + 1, 0)
+        number = self.num_runs(self._rank) + 1
         at = _RUNS_AT + 8 * self._rank
-        number = int.from_bytes(self._page[at : at + 8], "little") + 1
         self._page[at : at + 8] = number.to_bytes(8, "little")
+        self.report(Progress.JOINING)
         return number
+
+    def num_runs(self, rank: int) -> int:
+        """Return how many runs `rank` has begun to join."""
+        at = _RUNS_AT + 8 * rank
+        return int.from_bytes(self._page[at : at + 8], "little")
 
     def publish(self, key: str, message: str) -> None:
         """Append to the journal; only the first rank does, so nothing can collide.
@@ -184,8 +190,8 @@ class FileRendezvous(Rendezvous):
         return _LOOPBACK
 
     def report(self, progress: Progress) -> None:
-        """Write this rank's byte."""
-        self._page[_PROGRESS_AT + self._rank] = int(progress)
+        """Write this rank's byte. After a further `distribute` it is as it was before: another run may go on."""
+        self._page[_PROGRESS_AT + self._rank] = max(progress, self._before) if progress is Progress.JOINED else progress
 
     def progress(self, rank: int) -> Progress:
         """Return how far `rank` got."""

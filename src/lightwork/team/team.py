@@ -6,6 +6,7 @@ A `RankLost` among them is a death, and says whose.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -199,8 +200,9 @@ class Team:
 
 
 def notice(text: str) -> None:
-    """Tell the user something that is not an error."""
-    print(f"lightwork: {text}", file=sys.stderr, flush=True)
+    """Tell the user something that is not an error. Nothing happens where standard error can not be written."""
+    with contextlib.suppress(OSError):
+        print(f"lightwork: {text}", file=sys.stderr, flush=True)
 
 
 def compare(what: str, ours: dict[str, object], theirs: dict[str, object], rank: int, main: int) -> None:

@@ -35,9 +35,6 @@ class Source(Protocol):
     def request(self, bucket: int, tensors: Sequence[torch.Tensor], left: Mark) -> list[Arrival]:
         """Begin to bring a bucket into `tensors`, as computation sees it; it is at home when `left` is reached."""
 
-    def close(self) -> None:
-        """Say that nothing will be asked for any more."""
-
 
 @final
 class Owners:
@@ -78,9 +75,6 @@ class HostMemory:
                 here.copy_(home, non_blocking=True)
             return [copied(self._device)]
 
-    def close(self) -> None:
-        """Do nothing."""
-
 
 @final
 class FetchedWeights(Way):
@@ -94,13 +88,19 @@ class FetchedWeights(Way):
         """`carrier` is for requests alone; None where no weights are shared out."""
         self._weights = weights
         self._device = device
-        owners = Owners(holdings, carrier) if carrier is not None else None
+        self.closed = threading.Event()  #: nothing will be asked for any more
+        self._owners = [Owners(holdings, carrier)] if carrier is not None else []
         at_home = HostMemory(weights, device)
+        owner: Source = self._owners[0] if self._owners else at_home
         self._sources: dict[int, Source] = {}
         for row in holdings.rows:
             if holdings.weights_are_fetched(row):
-                home = row.home_of_weights
-                self._sources[row.bucket] = owners if owners and home is Home.OWNER else at_home
+                self._sources[row.bucket] = owner if row.home_of_weights is Home.OWNER else at_home
+
+    @property
+    def is_used(self) -> bool:
+        """Whether buckets are fetched from here or, as this host owns all that are, by others alone."""
+        return len(self._sources) + len(self._owners) > 0
 
     @property
     def buckets(self) -> list[int]:
@@ -135,21 +135,22 @@ class FetchedWeights(Way):
             return self._device.mark()
 
     def close(self) -> None:
-        """Say to the sources that nothing will be asked for any more."""
-        for source in dict.fromkeys(self._sources.values()):
-            source.close()
+        """Say to the other hosts that nothing will be asked for any more."""
+        for owners in self._owners:
+            owners.close()
+        self.closed.set()
 
 
-def answer_requests(weights: Weights, carrier: Carrier, device: Device) -> None:
+def answer_requests(weights: Weights, carrier: Carrier, device: Device, closed: threading.Event) -> None:
     """Start the thread that answers the other hosts' requests for buckets, until all have said goodbye or are gone.
 
-    See [Note: who answers].
+    Then, when this host has `closed` too and asks for nothing any more, it closes the carrier. See [Note: who answers].
     """
-    arguments = (weights, carrier, device)
+    arguments = (weights, carrier, device, closed)
     threading.Thread(target=_answer_requests, args=arguments, name="lightwork weights", daemon=True).start()
 
 
-def _answer_requests(weights: Weights, carrier: Carrier, device: Device) -> None:
+def _answer_requests(weights: Weights, carrier: Carrier, device: Device, closed: threading.Event) -> None:
     request = torch.empty(1, dtype=torch.int64)
     open_hosts = carrier.num_hosts - 1
     with contextlib.suppress(RankLost), device.queue("out"):  # the exchange of gradients names it
@@ -162,3 +163,5 @@ def _answer_requests(weights: Weights, carrier: Carrier, device: Device) -> None
             device.wait(weights.accepted)
             for pending in [carrier.send(host, tensor, _ANSWER) for tensor in weights.of_bucket(bucket)]:
                 pending.wait()
+    closed.wait()
+    carrier.close()

@@ -1,0 +1,132 @@
+"""The end of a worker's process, whichever way it comes: its runs are closed, and the others learn of it.
+
+One exit handler and one hook for exceptions serve all runs of a process. They hold the runs weakly, and are taken away
+with the last one that is closed. What happens:
+
+    the script ends     each run waits while others may read weights that are here, and is closed
+    an exception        its traceback is shown, every run tells its team that this worker can not go on; then as above,
+                        without waiting
+    ... of a peer       RankFailed: only a sentence is shown, for the traceback is where it happened. RankFailed and
+                        RankLost: the runs are closed and the process ends at once, with EXIT_BECAUSE_OF_PEER
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost
+from lightwork.team.team import Team, notice
+
+Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+
+
+class Closable(Protocol):
+    """What the end of a process needs of a run."""
+
+    def stay_while_needed(self) -> None:
+        """Wait for the others, if they may still need what is here."""
+
+    def close(self) -> None:
+        """Let go of everything, and of its place in `EXITS`."""
+
+
+@dataclass
+class _Living:
+    """A run that is not closed."""
+
+    run: weakref.ref[Closable]
+    team: weakref.ref[Team]
+    pid: int  #: a process that is forked from a worker later is not that worker
+    has_failed: bool = False
+
+
+class Exits:
+    """The runs of a process that are not closed, and its hooks."""
+
+    def __init__(self) -> None:
+        self._living: list[_Living] = []
+        self._hook: Hook | None = None
+        self._previous: Hook = sys.__excepthook__
+        self._registered_in = 0  # the process
+
+    def add(self, run: Closable, team: Team) -> None:
+        """See to a run's end."""
+        self._living.append(_Living(weakref.ref(run), weakref.ref(team), os.getpid()))
+        if self._registered_in != os.getpid():
+            self._registered_in = os.getpid()
+            atexit.register(self._at_exit)
+        if self._hook is None or sys.excepthook is not self._hook:
+            self._previous = sys.excepthook
+            self._hook = self._hook_before(self._previous)
+            sys.excepthook = self._hook
+
+    def remove(self, run: Closable) -> None:
+        """Let go of a run that is closed, and with the last one of the hooks."""
+        self._living = [living for living in self._living if living.run() not in (None, run)]
+        if not self._living:
+            atexit.unregister(self._at_exit)
+            self._registered_in = 0
+            if sys.excepthook is self._hook:  # else somebody else's leads to it, and it leads on
+                sys.excepthook = self._previous
+            self._hook = None
+
+    def _here(self) -> list[_Living]:
+        return [living for living in self._living if living.pid == os.getpid()]
+
+    def _at_exit(self) -> None:
+        for living in self._here():
+            run = living.run()
+            if run is not None:
+                if not living.has_failed:
+                    run.stay_while_needed()
+                run.close()
+
+    def _hook_before(self, previous: Hook) -> Hook:
+        def on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            # Hooks may lie in one chain: the first that comes to a run's failure sees to it.
+            failing = [living for living in self._here() if not living.has_failed]
+            for living in failing:
+                living.has_failed = True
+            if failing and isinstance(error, RankFailed):
+                notice(str(error))
+            else:
+                previous(kind, error, trace)
+            if failing:
+                _tell(error, failing)
+
+        return on_error
+
+
+def _tell(error: BaseException, failing: list[_Living]) -> None:
+    """Tell the teams of an error, and end the process where it is another worker's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        notice(
+            "the GPU has no more room. What takes it: activations (activations='recompute' or 'offload', or a "
+            "smaller micro_batch), the optimizer's state and masters (offload={'optimizer': 'host'}), weights "
+            "(offload={'weights': 'host'}); or memory=, which chooses what to offload."
+        )
+    for living in failing:
+        team = living.team()
+        if team is not None:
+            team.presence.fail()
+    if isinstance(error, (RankFailed, RankLost)):  # the launcher looks for the cause elsewhere
+        for living in failing:
+            run = living.run()
+            if run is not None:
+                run.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_BECAUSE_OF_PEER)
+
+
+#: Those of this process.
+EXITS = Exits()

@@ -1,0 +1,96 @@
+"""From the arguments of `distribute` and the command line to a spec and a plan. Pure: nothing is made or moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightwork.errors import SpecError, UsageError
+from lightwork.run.guard import refused_hook
+from lightwork.spec.plan import SETTABLE, Plan
+from lightwork.spec.spec import Spec, choose_micro_batch
+from lightwork.state.layers import resolve
+from lightwork.state.probe import describe_optimizer
+from lightwork.team.environment import Environment
+
+
+def check_arguments(model: object, optimizer: object) -> None:
+    """Raise UsageError when `model` and `optimizer` are not what `distribute` takes."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"distribute takes the model first, a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            "the model is wrapped in DistributedDataParallel. Pass the plain module: lightwork takes DDP's place."
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"distribute takes the optimizer second, a torch.optim.Optimizer, not {type(optimizer).__name__}."
+        )
+    for kind in ("pre", "post"):
+        hooks = vars(optimizer).get(f"_optimizer_step_{kind}_hooks")
+        if hooks:
+            raise UsageError(refused_hook(kind, ", ".join(_name_of(hook) for hook in hooks.values())))
+
+
+def settle(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    arguments: Mapping[str, Any],
+    plan: Plan,
+    environment: Environment,
+) -> tuple[Spec, Plan]:
+    """Return the spec, and the plan as it is carried out: `plan` with what the call and the command line say.
+
+    `arguments` are those of `distribute`, by name; the command line's settings take their place.
+
+    Raises: SpecError when they are impossible.
+    """
+    asked = {**arguments, "device": arguments["device"] or _device_of(model), **_settings(environment)}
+    modes = resolve(
+        model,
+        plan.activations if asked["activations"] is None else asked["activations"],
+        has_device=asked["device"] != "cpu",
+    )
+    return _spec(asked, optimizer, modes), _plan(plan, environment, asked, modes)
+
+
+def _settings(environment: Environment) -> Mapping[str, object]:
+    for name in environment.settings:
+        if name not in SETTABLE:
+            raise SpecError(f"--set {name}=... names no field of the spec or the plan. They are {', '.join(SETTABLE)}.")
+    return environment.settings
+
+
+def _spec(asked: Mapping[str, Any], optimizer: torch.optim.Optimizer, modes: Mapping[str, str]) -> Spec:
+    values = {f.name: asked[f.name] for f in fields(Spec) if f.name in asked}
+    values["micro_batch"] = choose_micro_batch(values["global_batch"], values["micro_batch"])
+    if isinstance(values["fp32_modules"], list):
+        values["fp32_modules"] = tuple(values["fp32_modules"])
+    values["int8_activations"] = tuple(name for name, mode in modes.items() if mode == "int8")
+    return Spec(**values, optimizer=describe_optimizer(optimizer, on_gpu=asked["device"] == "cuda"))
+
+
+def _plan(plan: Plan, environment: Environment, asked: Mapping[str, Any], modes: Mapping[str, str]) -> Plan:
+    values = {f.name: asked[f.name] for f in fields(Plan) if asked.get(f.name) is not None}
+    values["activations"] = {name: mode for name, mode in modes.items() if mode != "int8"}
+    return replace(plan, **{**values, "world_size": environment.world_size})
+
+
+def _device_of(model: nn.Module) -> str:
+    """Return the kind of device that a model is on."""
+    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
+    if len(kinds) > 1:
+        raise SpecError(
+            f"the model's parameters are on {' and '.join(sorted(kinds))}. Move the model to one device, or say "
+            "device='cuda' for lightwork to do it."
+        )
+    return next(iter(kinds), "cpu")
+
+
+def _name_of(hook: object) -> str:
+    return hook.__qualname__ if isinstance(hook, FunctionType | MethodType) else type(hook).__name__
