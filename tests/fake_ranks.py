@@ -26,6 +26,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from lightwork.run.exit import EXITS, Exits
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
 from lightwork.team.environment import Environment, Launcher
@@ -65,10 +66,12 @@ class Process:
         self._numpy = np.random.MT19937()  # put in place of the global one: far faster than to copy its state
         self._numpy.state = np.random.get_state(legacy=False)
         self.put_aside()
+        self._exits = dict(vars(Exits())) if environment is not None else dict(vars(EXITS))
 
     def put_aside(self) -> None:
         self._random = torch.default_generator.get_state(), random.getstate()
         self._streams = sys.stdout, sys.excepthook
+        self._exits = dict(vars(EXITS))
         self._mkldnn = torch._C._get_mkldnn_enabled()
 
     def take_up(self) -> None:
@@ -76,6 +79,7 @@ class Process:
         random.setstate(self._random[1])
         np.random.set_bit_generator(self._numpy)
         sys.stdout, sys.excepthook = self._streams
+        vars(EXITS).update(self._exits)
         torch._C._set_mkldnn_enabled(self._mkldnn)
 
 

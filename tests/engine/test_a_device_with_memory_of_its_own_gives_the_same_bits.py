@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 import lightwork
 from lightwork.device.cpu import Rehearsal
+from lightwork.engine.parts import settle
 from lightwork.errors import MemoryFull
 from lightwork.store.elements import UnitElements
 from tests.cases import CASES, Case
@@ -118,7 +119,7 @@ def test_a_limit_on_memory_chooses_what_goes_to_the_host() -> None:
         for step in run.steps(TensorDataset(torch.ones(8, 512)), epochs=1):
             for (x,) in step:
                 step.backward(model(x).square().mean())
-        run._engine.settle()
+        settle(run._engine._parts)
         homes, here = (
             run._engine.state.buffers._memory._homes.values(),
             run._engine.state.buffers._memory._here.values(),

@@ -13,8 +13,8 @@ from torch import nn
 
 from lightwork.device.base import Device
 from lightwork.device.cpu import Cpu, Rehearsal
-from lightwork.engine.assembly import Workplace, attach, make_parts
-from lightwork.engine.engine import Parts
+from lightwork.engine.assembly import attach, make_parts
+from lightwork.engine.parts import Parts, Workplace
 from lightwork.errors import SpecError
 from lightwork.spec.footprint import regions_of
 from lightwork.spec.holdings import MASTERS, SUMS, WORKING, Depths, Dials, Holdings, Home, Tuning, state_region
@@ -142,7 +142,7 @@ def test_every_byte_that_is_predicted_is_reserved_and_no_other(
             assert row.num_narrow == exact
             assert 0 <= sum(view.nbytes for view in working) - 2 * exact <= 2 * ALIGNMENT * len(spans)
         # Slots: the last element of the last slot of the last worker is the last of the region.
-        slots, last = parts.slots, holdings.num_places - 1
+        slots, last = parts.moving.slots, holdings.num_places - 1
         for node in (Node(0, 1), Node(0, 2)):
             slots.take_room(last, node)
         sums = [

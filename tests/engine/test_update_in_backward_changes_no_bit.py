@@ -89,6 +89,6 @@ def test_gradients_are_never_there_as_a_whole() -> None:
         memory = run._engine.state.buffers._memory
         assert bool((memory.tensor("partial sums") == 0).all())
         assert expected_bytes(run._engine._parts.holdings)["gradients"] == 0
-        return len(run._engine._parts.early._gradients.pool._free)
+        return len(run._engine._parts.backward.early._gradients.pool._free)
 
     assert run_ranks(1, taken) == [1]  # the buffer of one bucket, used in turn

@@ -45,7 +45,7 @@ def test_little_of_what_is_offloaded_is_ever_on_the_device(placement: str, preci
         for step in run.steps(TensorDataset(torch.ones(16, 32)), epochs=1):
             for (x,) in step:
                 step.backward(model(x).float().square().mean())
-        slots = run._engine._parts.slots._slots
+        slots = run._engine._parts.moving.slots._slots
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert all(sums.num_bytes <= 4.1 * trained for _, sums in slots), "frozen parameters have no partial sums"
         return highest, len(run._engine.state.weights.layout.buckets)

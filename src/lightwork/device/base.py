@@ -100,11 +100,6 @@ class Device(ABC):
         """Return a copy of a tensor of the host, made in the current queue."""
         return tensor
 
-    def foreach_copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-        """Copy each source into its target, in one call where that is one kernel."""
-        if targets:
-            torch._foreach_copy_(targets, sources)
-
 
 class Backlog:
     """What a device has not done yet: bounds how far the host runs ahead of it."""

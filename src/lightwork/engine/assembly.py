@@ -10,7 +10,6 @@ In three steps, because the leaders of the hosts put the values into memory befo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +23,7 @@ from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.fetching import Fetching, WeightsOnDisk, WeightsOnTheirWay
 from lightwork.engine.forward.precision import Compute
 from lightwork.engine.forward.sources import FetchedWeights, answer_requests
-from lightwork.engine.parts import Parts, State, Waiter
+from lightwork.engine.parts import Backward, Moving, Parts, State, Workplace
 from lightwork.engine.update import Updater
 from lightwork.spec.holdings import MASTERS, SUMS, WORKING, Holdings, Home
 from lightwork.state.buffers import Buffers
@@ -38,22 +37,6 @@ from lightwork.state.state import take_optimizer_state
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
-from lightwork.team.board import Board
-from lightwork.trace import Trace
-from lightwork.transport.base import Carrier
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workplace:
-    """What a worker has of its team and its host."""
-
-    local_rank: int
-    memory: Regions
-    board: Board
-    signal: Waiter
-    trace: Trace
-    carrier: Carrier | None = None  #: the leader's, where there are several hosts
-    weights_carrier: Carrier | None = None  #: ... and weights are shared out
 
 
 def make_parts(description: Description, holdings: Holdings, workplace: Workplace) -> Parts:
@@ -82,28 +65,23 @@ def make_parts(description: Description, holdings: Holdings, workplace: Workplac
     if workplace.carrier is not None:
         exchange = BetweenHosts(holdings, workplace.carrier, workplace.board.ledger, slots, state.buffers)
     return Parts(
-        model=description.model,
-        optimizer=description.optimizer,
+        description=description,
         holdings=holdings,
-        device=device,
-        board=workplace.board,
-        signal=workplace.signal,
-        trace=workplace.trace,
+        workplace=workplace,
         state=state,
-        gradients=Gradients(workplace.local_rank, weights, slots, holdings.num_slots, fetching),
-        fetching=fetching,
-        early=_early(weights, holdings, slots, updater, fetching),
+        backward=Backward(
+            gradients=Gradients(workplace.local_rank, weights, slots, holdings.num_slots, fetching),
+            early=_early(weights, holdings, slots, updater, fetching),
+        ),
+        moving=Moving(fetching=fetching, update_parts=update_parts, slots=slots, on_disk=home_and_here.mapped),
         exchange=exchange,
         updater=updater,
-        update_parts=update_parts,
-        slots=slots,
-        on_disk=home_and_here.mapped,
     )
 
 
 def attach(description: Description, parts: Parts, *, write: bool) -> None:
     """Move the model into the memory of the team; with `write`, as its contents."""
-    state, done = parts.state, parts.fetching.leave_written
+    state, done = parts.state, parts.moving.fetching.leave_written
     were_meta = state.weights.attach(write=write, done=done)
     if write:
         if description.weights_file is not None:
@@ -123,19 +101,19 @@ def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -
     """
     holdings, weights = parts.holdings, parts.state.weights
     _take_room_at_home(holdings, memory, parts.state.optimizer)
-    parts.fetching.watch_modules(parts.model)
+    parts.moving.fetching.watch_modules(parts.description.model)
     chosen = dict(activations) | dict.fromkeys(holdings.spec.int8_activations, "int8")
-    saved = parts.early if isinstance(parts.early, UpdateInBackward) else parts.fetching
+    saved = parts.backward.early if isinstance(parts.backward.early, UpdateInBackward) else parts.moving.fetching
     compute = Compute(
         holdings.spec.precision,
         weights,
-        parts.model,
+        parts.description.model,
         has_masters=holdings.masters_are_here,
-        device=parts.device,
-        fetching=parts.fetching,
-        early=parts.early,
+        device=parts.workplace.memory.device,
+        fetching=parts.moving.fetching,
+        early=parts.backward.early,
     )
-    return Engine(parts, compute, Activations(parts.model, chosen, saved, parts.device))
+    return Engine(parts, compute, Activations(parts.description.model, chosen, saved, parts.workplace.memory.device))
 
 
 class _UpdateRegions:

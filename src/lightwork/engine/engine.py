@@ -30,7 +30,6 @@ from lightwork.engine.forward.precision import Compute
 from lightwork.engine.norms import Norms
 from lightwork.engine.parts import Parts, settle, trained_state
 from lightwork.engine.update import StepMap
-from lightwork.errors import SpecError
 from lightwork.random import derive, seed_all
 from lightwork.spec.means import combine_metrics, weighted_mean
 from lightwork.spec.tree import Node, combine
@@ -62,22 +61,21 @@ class Engine:
 
     def __init__(self, parts: Parts, compute: Compute, activations: Activations) -> None:
         self.state = parts.state
-        self.model = parts.model
-        self.optimizer = parts.optimizer
-        self.device = parts.device
+        self.model = parts.description.model
+        self.optimizer = parts.description.optimizer
+        self.device = parts.workplace.memory.device
         self._parts = parts
         self._compute = compute
         self._activations = activations
         self._spec = parts.holdings.spec
-        self._board = parts.board
+        self._board = parts.workplace.board
         self._norms = Norms(
-            parts.board.ledger,
-            parts.device,
+            parts.workplace.board.ledger,
+            parts.workplace.memory.device,
             len(parts.holdings.own_buckets),
             self._spec.clip_grad_norm,
             may_overflow=parts.state.loss_scale.enabled,
         )
-        self._num_optimized = sum(len(group["params"]) for group in parts.optimizer.param_groups)
         self._num_micro_batches = 0
         self._num_computed = 0  # by this worker, in this step
         self._map: StepMap | None = None
@@ -94,7 +92,7 @@ class Engine:
     def enter(self, step: int, num_micro_batches: int) -> Action:
         """Begin `step` and return the first thing to do."""
         self.state.weights.check_unwritten("outside the loop or between two steps")
-        self._parts.gradients.begin_step()
+        self._parts.backward.gradients.begin_step()
         self._in_step = True
         self._num_micro_batches = num_micro_batches
         self._num_computed = 0
@@ -125,12 +123,12 @@ class Engine:
 
         (Not where backward updates weights: a loss that is not finite must be seen before.)
         """
-        return self.device.is_late and not self._parts.early.updates_in_backward
+        return self.device.is_late and not self._parts.backward.early.updates_in_backward
 
     @property
     def is_folded(self) -> bool:
         """Whether the micro-batch in hand has been folded, with or without gradients."""
-        return self._parts.gradients.is_folded
+        return self._parts.backward.gradients.is_folded
 
     def backward(self, step: int, index: int, loss: torch.Tensor, weight: float) -> None:
         """Run backward of a micro-batch's mean loss and fold its gradients; a weight of 0 makes none.
@@ -143,13 +141,13 @@ class Engine:
             return
         share = self._begin_fold(step, index, weight)
         scaled = loss if share == 1.0 else loss * share
-        self._parts.gradients.run_fold(lambda: self._compute.run_backward(scaled))
+        self._parts.backward.gradients.run_fold(lambda: self._compute.run_backward(scaled))
         self.state.buffers.restore()
 
     def skip(self, step: int, index: int) -> None:
         """Fold a micro-batch without gradients."""
         self._begin_fold(step, index, 0.0)
-        self._parts.gradients.run_fold(None)
+        self._parts.backward.gradients.run_fold(None)
 
     def _begin_fold(self, step: int, index: int, weight: float) -> float:
         """Begin to fold a micro-batch's gradients and, with the last one, to exchange what is complete.
@@ -159,14 +157,14 @@ class Engine:
         parts = self._parts
         self.state.buffers.capture(index)
         share = weight / self._spec.micro_batch * self.state.loss_scale.of(step)
-        consumed = parts.early.begin_step(share)
+        consumed = parts.backward.early.begin_step(share)
         if consumed is not None:
-            parts.early.follow(parts.gradients.begin_fold(index, self._num_micro_batches, consumed))
+            parts.backward.early.follow(parts.backward.gradients.begin_fold(index, self._num_micro_batches, consumed))
             return share
         outbox = parts.exchange.outbox if self._is_last_of_host() else None
-        fold = parts.gradients.begin_fold(index, self._num_micro_batches, outbox)
+        fold = parts.backward.gradients.begin_fold(index, self._num_micro_batches, outbox)
         if outbox is not None:
-            places = {node: (0, slot) for node, slot in parts.gradients.places().items()}
+            places = {node: (0, slot) for node, slot in parts.backward.gradients.places().items()}
             touched = {**self._touched_here(), index: fold.touched}
             in_outbox = fold.node if fold.leaves_at_once else None
             parts.exchange.begin_sums(Held(self._whole, places, touched, in_outbox))
@@ -175,7 +173,7 @@ class Engine:
     def finish_micro_batch(self, step: int, index: int, outcome: Outcome) -> Action:
         """Report a computed micro-batch and return what to do next."""
         self.state.weights.check_unwritten(f"in micro-batch {index} of step {step}")
-        fold = self._parts.gradients.commit(self._board.ledger.touched(index))
+        fold = self._parts.backward.gradients.commit(self._board.ledger.touched(index))
         self._num_computed += 1
         return self._board.finished_micro_batch(step, index, outcome, freed=fold.freed, slot=fold.slot, node=fold.node)
 
@@ -199,7 +197,7 @@ class Engine:
     def wait_for_team(self, step: int, seen: int, idle: Callable[[], bool], watch: Watch) -> Action:
         """Wait for the others; `idle` may do something useful and says whether it did. Raises: what `watch` returns."""
         start = time.perf_counter()
-        if not idle() and not self._parts.signal.wait(seen, WATCH_SECONDS):
+        if not idle() and not self._parts.workplace.signal.wait(seen, WATCH_SECONDS):
             reason = watch()
             if reason is not None:
                 raise reason
@@ -230,7 +228,7 @@ class Engine:
     def _gather_weights(self) -> None:
         """Send new weights from their owners to all, but those that stay with them."""
         parts, holdings = self._parts, self._parts.holdings
-        self.settle()
+        settle(parts)
         sent = [row.bucket for row in holdings.rows if row.is_shared_out and not row.weights_stay_with_owner]
         parts.exchange.share(sent, self.state.weights.of_bucket)
         if not self._norms.come_first or holdings.shares_weights:
@@ -239,7 +237,7 @@ class Engine:
     def process(self, step: int, action: Action) -> Action:
         """Measure or update the claimed bucket, or combine the buffers, and return what to do next."""
         start = time.perf_counter()
-        squares = self._parts.early.take_norms(action.item)
+        squares = self._parts.backward.early.take_norms(action.item)
         if squares is None:
             with torch.no_grad():
                 squares = self._process(step, action)
@@ -274,13 +272,13 @@ class Engine:
         self.state.weights.accept_versions()
         self.state.buffers.restore()
         self._in_step = False
-        self._parts.update_parts.leave_all()  # what was asked for here, and updated by another worker
+        self._parts.moving.update_parts.leave_all()  # what was asked for here, and updated by another worker
         records = self._board.ledger.records(step, self._num_micro_batches)
         metrics = [self._board.ledger.metrics(step, index) for index in range(self._num_micro_batches)]
         self._seconds["reduce"] = self._parts.updater.reduce_seconds
         self._seconds["update"] = max(0.0, self._seconds["update"] - self._seconds["reduce"])
         for name, seconds in self._seconds.items():
-            self._parts.trace.span(name, step, -1, self._step_start, self._step_start + seconds)
+            self._parts.workplace.trace.span(name, step, -1, self._step_start, self._step_start + seconds)
         self.seed("between", step)
         self._board.presence.show(Activity.BETWEEN)
         return StepResult(
@@ -291,20 +289,10 @@ class Engine:
             goes_on=self._board.ledger.goes_on(step, self._num_micro_batches),
         )
 
-    def check_parameters(self) -> None:
-        """Raise SpecError when the optimizer got parameters after `distribute`."""
-        count = sum(len(group["params"]) for group in self._parts.optimizer.param_groups)
-        if count != self._num_optimized:
-            raise SpecError(
-                f"the optimizer has {count} parameters, {count - self._num_optimized:+d} since "
-                "distribute. Parameters can not be "
-                "added or removed during a run: add them before distribute, and freeze with requires_grad_(False)."
-            )
-
     def _settings_hash(self) -> int:
         """Return a hash of all that must be the same on every worker and may change between steps."""
         trained = [p.requires_grad for p in self.state.weights.parameters]
-        settings = (hyper_parameters(self._parts.optimizer), trained)
+        settings = (hyper_parameters(self._parts.description.optimizer), trained)
         if settings != self._settings[0]:  # mostly they are as they were, and this takes as long as a small product
             # Not `hash`, which differs between processes for strings.
             self._settings = settings, zlib.crc32(repr(settings).encode())
@@ -340,15 +328,11 @@ class Engine:
         """Whether other hosts read weights that this one has."""
         return self._parts.holdings.shares_weights
 
-    def settle(self) -> None:
-        """Return when every value is at home: nothing is on its way, and what comes and goes is gone."""
-        settle(self._parts)
-
     def close(self) -> None:
         """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
         if self._in_step:  # it was left in its middle: the buffers are a micro-batch's
             self.state.buffers.restore()
-        self._parts.gradients.close()
+        self._parts.backward.gradients.close()
         self._parts.exchange.close()
-        self._parts.fetching.close()
+        self._parts.moving.fetching.close()
         self._activations.close()

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import torch
-from torch import nn
-
-from lightwork.device.base import Device
 from lightwork.engine.backward.early import Early
 from lightwork.engine.backward.gradients import Gradients
 from lightwork.engine.backward.slots import Slots
@@ -19,6 +15,7 @@ from lightwork.engine.forward.fetching import Fetching
 from lightwork.engine.update import Updater
 from lightwork.spec.holdings import Holdings
 from lightwork.state.buffers import Buffers
+from lightwork.state.description import Description
 from lightwork.state.optimizer import BlockOptimizer
 from lightwork.state.places import Visits
 from lightwork.state.scaling import LossScale
@@ -26,8 +23,10 @@ from lightwork.state.shards import Shards
 from lightwork.state.state import Home, TrainedState
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
+from lightwork.store.regions import Regions
 from lightwork.team.board import Board
 from lightwork.trace import Trace
+from lightwork.transport.base import Carrier
 
 
 class Waiter(Protocol):
@@ -48,25 +47,48 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What an engine is made of."""
+class Workplace:
+    """What a worker has of its team and its host."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer  #: the user's
-    holdings: Holdings
-    device: Device
+    local_rank: int
+    memory: Regions
     board: Board
     signal: Waiter
     trace: Trace
-    state: State
+    carrier: Carrier | None = None  #: the leader's, where there are several hosts
+    weights_carrier: Carrier | None = None  #: ... and weights are shared out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backward:
+    """What receives gradients."""
+
     gradients: Gradients
-    fetching: Fetching
     early: Early
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moving:
+    """What comes before it is used and leaves after; see [Note: coming and leaving]."""
+
+    fetching: Fetching  #: working weights
+    update_parts: Visits  #: masters and state
+    slots: Slots  #: partial sums
+    on_disk: Sequence[Elements]  #: regions of masters, working weights and state of which a part may lie on disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What an engine is made of."""
+
+    description: Description
+    holdings: Holdings
+    workplace: Workplace
+    state: State
+    backward: Backward
+    moving: Moving
     exchange: Exchange
     updater: Updater
-    update_parts: Visits  #: masters and state that have their home elsewhere
-    slots: Slots
-    on_disk: Sequence[Elements]  #: regions of masters, working weights and state of which a part may lie on disk
 
 
 def take_from_first_host(parts: Parts) -> None:
@@ -78,14 +100,14 @@ def take_from_first_host(parts: Parts) -> None:
 
 def settle(parts: Parts) -> None:
     """Return when every value is at home: nothing is on its way, and what comes and goes is gone."""
-    parts.update_parts.settle()
-    parts.fetching.settle()
+    parts.moving.update_parts.settle()
+    parts.moving.fetching.settle()
 
 
 def drop_pages(parts: Parts) -> None:
     """Let go of the memory of what lies on disk, after all of it, or a part, was read."""
-    parts.slots.drop_all()
-    for elements in parts.on_disk:
+    parts.moving.slots.drop_all()
+    for elements in parts.moving.on_disk:
         elements.drop(0, parts.holdings.layout.numel)
 
 
@@ -93,8 +115,8 @@ def trained_state(parts: Parts) -> TrainedState:
     """Return the state by name: what a checkpoint, a digest or an edit is of."""
     state = parts.state
     return TrainedState(
-        parts.model,
-        parts.optimizer,
+        parts.description.model,
+        parts.description.optimizer,
         state.weights,
         state.optimizer,
         state.buffers,

@@ -46,10 +46,12 @@ class Summary:
     step: int = -1  #: the last one done
     loss: float | None = None
     grad_norm: float | None = None
-    workers: dict[int, WorkerSummary] = field(default_factory=dict)
-    _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    _amounts: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # step -> samples, tokens, workers
-    _newest: int = -1
+    workers: dict[int, WorkerSummary] = field(default_factory=dict, init=False)
+    _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
+    _amounts: dict[int, tuple[int, int, int]] = field(
+        default_factory=dict, init=False
+    )  # step -> samples, tokens, workers
+    _newest: int = field(default=-1, init=False)
     first_time: float | None = None
     last_time: float | None = None
 

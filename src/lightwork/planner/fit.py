@@ -12,6 +12,7 @@ For a worker on a GPU it is the bytes of the GPU's memory, and what does not fit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from lightwork.errors import MemoryFull
 from lightwork.spec.footprint import expected_bytes, working_set_bytes
@@ -36,7 +37,7 @@ def fit(holdings: Holdings, memory: str, offload: Mapping[str, Place]) -> dict[s
     for part in (None, *ORDER):
         if part is not None:
             chosen[part] = "host" if holdings.has_device and chosen.get(part) != "disk" else "disk"
-        needed = resident_bytes(holdings.with_offload(chosen))
+        needed = resident_bytes(offloaded(holdings, chosen))
         if needed <= limit:
             return chosen
     largest = max(holdings.layout.parameters, key=lambda p: p.numel)
@@ -46,6 +47,11 @@ def fit(holdings: Holdings, memory: str, offload: Mapping[str, Place]) -> dict[s
         f"and the largest parameter, {largest.name} of {format_bytes(largest.numel * 4)}). The nearest plan that fits "
         f"is memory='{-(-needed // 2**20)}MiB'."
     )
+
+
+def offloaded(holdings: Holdings, offload: Mapping[str, Place]) -> Holdings:
+    """Return the holdings under another choice of what to offload."""
+    return replace(holdings, dials=replace(holdings.dials, offload=dict(offload)))
 
 
 def resident_bytes(holdings: Holdings) -> int:

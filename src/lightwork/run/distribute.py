@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from lightwork.device.cuda import open_device
-from lightwork.engine.assembly import Workplace, attach, make_engine, make_parts
+from lightwork.engine.assembly import attach, make_engine, make_parts
 from lightwork.engine.engine import Engine
-from lightwork.engine.parts import take_from_first_host
+from lightwork.engine.parts import Workplace, take_from_first_host
 from lightwork.errors import LightworkError
-from lightwork.planner.fit import fit
+from lightwork.planner.fit import fit, offloaded
 from lightwork.run.exit import EXITS
 from lightwork.run.folder import agree_on_folder, write_records
 from lightwork.run.guard import Guard
@@ -201,7 +201,7 @@ def _join_team(
         )
         if plan.memory is not None:
             plan = replace(plan, offload=fit(holdings, str(plan.memory), plan.offload))
-            holdings = holdings.with_offload(plan.offload)
+            holdings = offloaded(holdings, plan.offload)
             device.limit(parse_bytes(str(plan.memory)))
     except LightworkError:
         rendezvous.report(Progress.JOINED)  # all workers are told the same, and nobody waits for this one

@@ -60,7 +60,7 @@ class Exits:
 
     def add(self, run: Closable, team: Team) -> None:
         """See to a run's end."""
-        self._living.append(_Living(weakref.ref(run), weakref.ref(team), os.getpid()))
+        self._living = [*self._living, _Living(weakref.ref(run), weakref.ref(team), os.getpid())]
         if self._registered_in != os.getpid():
             self._registered_in = os.getpid()
             atexit.register(self._at_exit)

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from lightwork.errors import UsageError
+from lightwork.errors import SpecError, UsageError
 
 
 def refused_hook(kind: str, name: str = "") -> str:
@@ -38,9 +38,20 @@ class Guard:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
+        self._num_parameters = _count_parameters(optimizer)
         self._before = {name: optimizer.__dict__[name] for name in _REPLACED if name in optimizer.__dict__}
         for name, message in _REPLACED.items():
             optimizer.__dict__[name] = _refusal(message)
+
+    def check_parameters(self) -> None:
+        """Raise SpecError when the optimizer got parameters after `distribute`."""
+        count = _count_parameters(self._optimizer)
+        if count != self._num_parameters:
+            raise SpecError(
+                f"the optimizer has {count} parameters, {count - self._num_parameters:+d} since distribute. Parameters "
+                "can not be added or removed during a run: add them before distribute, and freeze with "
+                "requires_grad_(False)."
+            )
 
     def updated(self) -> None:
         """Tell schedulers, which warn when they step before the optimizer, that an update happened."""
@@ -51,6 +62,10 @@ class Guard:
         for name in _REPLACED:
             self._optimizer.__dict__.pop(name, None)
         self._optimizer.__dict__.update(self._before)
+
+
+def _count_parameters(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _refusal(message: str) -> Any:

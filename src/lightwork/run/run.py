@@ -172,7 +172,7 @@ class Run:
                     break
                 if self._team.presence.anyone_left():
                     break
-                self._engine.check_parameters()
+                self._guard.check_parameters()
                 step = self._make_step(order, loader, epoch, step_in_epoch)
                 self._step = step
                 yield step

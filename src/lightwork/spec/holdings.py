@@ -172,10 +172,6 @@ class Holdings:
                 "placement='zero2'."
             )
 
-    def with_offload(self, offload: Mapping[str, Place]) -> Holdings:
-        """Return the holdings under another choice of what to offload."""
-        return replace(self, dials=replace(self.dials, offload=dict(offload)))
-
     # --- the table --------------------------------------------------------------------------------------------------
 
     @cached_property

@@ -142,7 +142,8 @@ class BlockOptimizer:
 
     def _block_tensor(self, block: Block) -> torch.Tensor:
         if self._layout.parameters[block.parameter].whole:
-            return self._weights.master_here(block.parameter)
+            flat = self._weights.masters_here.view(*self._layout.range_of(block.parameter))
+            return like(flat, self._weights.parameters[block.parameter])
         span = span_of(self._layout, block)
         return self._weights.masters_here.view(span.start, span.end)
 

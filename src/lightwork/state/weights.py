@@ -21,7 +21,7 @@ from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
 
 
-class _Run(NamedTuple):
+class Stretch(NamedTuple):
     """Working weights of a bucket that lie beside each other: their type, places, and elements."""
 
     home: Elements
@@ -56,7 +56,7 @@ class Weights:
         self._device = memory.device
         self._values = self._place(memory)
         self._versions: list[int] = []
-        self._runs_of: dict[int, list[_Run]] = {}  # of each bucket, made once
+        self._stretches_of: dict[int, list[Stretch]] = {}  # of each bucket, made once
         self._tensors: dict[int, list[torch.Tensor]] = {}
 
     def _place(self, memory: Regions) -> list[_Value]:
@@ -151,10 +151,6 @@ class Weights:
             return self.working_view(index).float()
         return self._strided(index, self.masters)
 
-    def master_here(self, index: int) -> torch.Tensor:
-        """Return the fp32 value of a trained parameter where an update sees it."""
-        return self._strided(index, self.masters_here)
-
     def write_working(self, blocks: Sequence[Block]) -> None:
         """Write the working weights of these blocks from their masters here, after an update."""
         targets, sources = [], []
@@ -164,31 +160,18 @@ class Weights:
                 span = span_of(self.layout, block)
                 targets.append(here.view(span.start, span.end))
                 sources.append(self.masters_here.view(span.start, span.end))
-        self._device.foreach_copy(targets, sources)
+        if targets:
+            torch._foreach_copy_(targets, sources)
 
     def of_bucket(self, bucket: int) -> list[torch.Tensor]:
         """Return the working weights of a bucket, at home, as flat tensors, neighbours of one type together."""
         tensors = self._tensors.get(bucket)
         if tensors is None:
             with torch.no_grad():
-                tensors = [run.home.view(run.start, run.end) for run in self._runs(bucket)]
+                tensors = [stretch.home.view(stretch.start, stretch.end) for stretch in self.stretches(bucket)]
             if not self._holdings.has_device:
                 self._tensors[bucket] = tensors
         return tensors
-
-    def here_of_bucket(self, bucket: int) -> list[torch.Tensor]:
-        """Return the same as computation sees them."""
-        return [run.here.view(run.start, run.end) for run in self._runs(bucket)]
-
-    def take_here(self, bucket: int) -> None:
-        """Take room here for the working weights of a bucket."""
-        for run in self._runs(bucket):
-            run.here.take(run.start, run.end)
-
-    def release_here(self, bucket: int) -> None:
-        """Give back the room here of the working weights of a bucket."""
-        for run in self._runs(bucket):
-            run.here.release(run.start, run.end)
 
     def release_home(self, bucket: int) -> None:
         """Give back the room at home of a bucket that another host owns: of masters and, if fetched, of weights."""
@@ -242,6 +225,24 @@ class Weights:
             for region in self._working_places(index):
                 yield region.view(start, end)
 
+    def stretches(self, bucket: int) -> list[Stretch]:
+        """Return the working weights of a bucket, neighbours of one type together."""
+        found = self._stretches_of.get(bucket)
+        if found is None:
+            found = []
+            for block in self.layout.blocks_of(bucket):
+                value, span = self._values[block.parameter], span_of(self.layout, block)
+                dtype = DTYPES[self.layout.parameters[block.parameter].dtype]
+                stretch = Stretch(value.home, value.here, dtype, span.start, span.end)
+                last = found[-1] if found else None
+                if last and last[:3] == stretch[:3] and 0 <= stretch.start - last.end < ALIGNMENT:
+                    found[-1] = last._replace(end=stretch.end)
+                else:
+                    found.append(stretch)
+            # Whole before it is seen: the thread that answers other hosts may ask for the same bucket.
+            self._stretches_of[bucket] = found
+        return found
+
     # --- where they lie ---------------------------------------------------------------------------------------------
 
     @property
@@ -253,23 +254,6 @@ class Weights:
         value = self._values[index]
         places = dict.fromkeys((value.home,) if value.is_fetched else (value.home, value.here))
         return [place for place in places if place is not self.masters]
-
-    def _runs(self, bucket: int) -> list[_Run]:
-        runs = self._runs_of.get(bucket)
-        if runs is None:
-            runs = []
-            for block in self.layout.blocks_of(bucket):
-                value, span = self._values[block.parameter], span_of(self.layout, block)
-                dtype = DTYPES[self.layout.parameters[block.parameter].dtype]
-                run = _Run(value.home, value.here, dtype, span.start, span.end)
-                last = runs[-1] if runs else None
-                if last and last[:3] == run[:3] and 0 <= run.start - last.end < ALIGNMENT:
-                    runs[-1] = last._replace(end=run.end)
-                else:
-                    runs.append(run)
-            # Whole before it is seen: the thread that answers other hosts may ask for the same bucket.
-            self._runs_of[bucket] = runs
-        return runs
 
     def _strided(self, index: int, region: Elements) -> torch.Tensor:
         return like(region.view(*self.layout.range_of(index)), self.parameters[index])

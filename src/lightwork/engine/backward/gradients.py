@@ -38,8 +38,8 @@ class Fold:
     siblings: list[tuple[list[torch.Tensor], bytes]]  #: by parameter, and which of them are present
     touched: bytearray = field(default_factory=bytearray)  #: by parameter: whether its gradient is there
     outbox: CompleteBuckets | None = None
-    is_open: bool = False  #: whether backward runs
-    is_done: bool = False
+    is_open: bool = field(default=False, init=False)  #: whether backward runs
+    is_done: bool = field(default=False, init=False)
 
 
 class Gradients:

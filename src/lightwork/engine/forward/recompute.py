@@ -27,6 +27,26 @@ class _Enough(Exception):
     """Raised in a second forward once all that backward needs is there."""
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """The arguments of a forward, flat."""
+
+    values: list[Any]  #: tensors detached from the graph that made them
+    needed_grad: list[bool]
+    versions: list[int]  #: PyTorch's counts of writes to them
+    tree: Any
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What else a forward depends on, as it was."""
+
+    device: Device
+    random_state: RandomState
+    buffers: list[tuple[nn.Module, str, torch.Tensor]]
+    autocast: tuple[bool, torch.dtype]
+
+
 @dataclass
 class _Call:
     """One forward of a module that is to be run again."""
@@ -34,14 +54,8 @@ class _Call:
     name: str
     weights: SavedWeights
     forward: Forward
-    inputs: list[Any]  #: tensors detached from the graph that made them
-    needed_grad: list[bool]
-    versions: list[int]  #: PyTorch's counts of writes to the inputs
-    tree: Any
-    device: Device
-    random_state: RandomState
-    buffers: list[tuple[nn.Module, str, torch.Tensor]]
-    autocast: tuple[bool, torch.dtype]
+    inputs: _Inputs
+    before: _Surroundings
     saved: list[torch.Size] = field(default_factory=list)  #: shapes, in the order in which autograd saved them
     again: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -61,8 +75,8 @@ class _Call:
         return self.again.pop(place)
 
     def _run_again(self) -> None:
-        now = RandomState.capture(self.device)
-        values = [(module, key, module._buffers[key]) for module, key, _ in self.buffers]
+        now = RandomState.capture(self.before.device)
+        values = [(module, key, module._buffers[key]) for module, key, _ in self.before.buffers]
         seen = 0
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,7 +91,7 @@ class _Call:
                 raise _Enough
             return tensor
 
-        if self.versions != _versions(self.inputs):
+        if self.inputs.versions != _versions(self.inputs.values):
             raise UsageError(
                 f"an input of module {self.name} was written in place after the module had read it, so that the module "
                 f"can not be run again for backward. Leave it out of activations='recompute': keep {self.name}, or "
@@ -87,26 +101,26 @@ class _Call:
         with torch.enable_grad():
             copies = {
                 id(value): value.detach().requires_grad_(needed).clone()
-                for value, needed in zip(self.inputs, self.needed_grad, strict=True)
+                for value, needed in zip(self.inputs.values, self.inputs.needed_grad, strict=True)
                 if isinstance(value, torch.Tensor)
             }
-        inputs = [copies.get(id(value), value) for value in self.inputs]
-        args, kwargs = pytree.tree_unflatten(inputs, self.tree)
+        inputs = [copies.get(id(value), value) for value in self.inputs.values]
+        args, kwargs = pytree.tree_unflatten(inputs, self.inputs.tree)
         try:
-            self.random_state.restore(self.device)
-            for module, key, start in self.buffers:
+            self.before.random_state.restore(self.before.device)
+            for module, key, start in self.before.buffers:
                 module._buffers[key] = start.clone()
-            enabled, dtype = self.autocast
+            enabled, dtype = self.before.autocast
             with (
                 torch.enable_grad(),
-                torch.autocast(self.device.place.type, dtype, enabled=enabled),
+                torch.autocast(self.before.device.place.type, dtype, enabled=enabled),
                 saved_tensors_hooks(keep, lambda tensor: tensor),
             ):
                 self.forward(*args, **kwargs)
         except _Enough:
             pass
         finally:
-            now.restore(self.device)
+            now.restore(self.before.device)
             for module, key, value in values:
                 module._buffers[key] = value
         if seen < len(self.saved):
@@ -142,14 +156,18 @@ def recomputed(name: str, module: nn.Module, weights: SavedWeights, device: Devi
             name=name,
             weights=weights,
             forward=forward,
-            inputs=inputs,
-            needed_grad=[isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves],
-            versions=_versions(inputs),
-            tree=tree,
-            device=device,
-            random_state=RandomState.capture(device),
-            buffers=[(owner, key, buffer.clone()) for owner, key, buffer in _written_buffers(module)],
-            autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            inputs=_Inputs(
+                values=inputs,
+                needed_grad=[isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves],
+                versions=_versions(inputs),
+                tree=tree,
+            ),
+            before=_Surroundings(
+                device=device,
+                random_state=RandomState.capture(device),
+                buffers=[(owner, key, buffer.clone()) for owner, key, buffer in _written_buffers(module)],
+                autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            ),
         )
         with saved_tensors_hooks(call.pack, call.unpack):
             result = forward(*args, **kwargs)

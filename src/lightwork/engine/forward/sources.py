@@ -110,35 +110,48 @@ class FetchedWeights(Way):
     def bring(self, visitor: int, left: Mark) -> Sequence[Arrival]:
         """Take room, and ask the source."""
         with self._device.queue("in"):
-            self._weights.take_here(visitor)
-        return self._sources[visitor].request(visitor, self._weights.here_of_bucket(visitor), left)
+            self._take_room(visitor)
+        return self._sources[visitor].request(visitor, _here(self._weights, visitor), left)
 
     def make_room(self, visitor: int) -> None:
         """Take it."""
         with self._device.queue("in"):
-            self._weights.take_here(visitor)
+            self._take_room(visitor)
             taken = self._device.mark()
         self._device.wait(taken)
 
     def leave(self, visitor: int, *, written: bool) -> Mark:
         """Give the room back, after what was written has been copied home."""
         if not written:
-            self._weights.release_here(visitor)
+            self._give_room_back(visitor)
             return self._device.mark()
         mark = self._device.mark()
         with self._device.queue("out"):
             self._device.wait(mark)
-            homes, here = self._weights.of_bucket(visitor), self._weights.here_of_bucket(visitor)
+            homes, here = self._weights.of_bucket(visitor), _here(self._weights, visitor)
             for home_tensor, here_tensor in zip(homes, here, strict=True):
                 home_tensor.copy_(here_tensor, non_blocking=True)
-            self._weights.release_here(visitor)
+            self._give_room_back(visitor)
             return self._device.mark()
+
+    def _take_room(self, bucket: int) -> None:
+        for stretch in self._weights.stretches(bucket):
+            stretch.here.take(stretch.start, stretch.end)
+
+    def _give_room_back(self, bucket: int) -> None:
+        for stretch in self._weights.stretches(bucket):
+            stretch.here.release(stretch.start, stretch.end)
 
     def close(self) -> None:
         """Say to the other hosts that nothing will be asked for any more."""
         for owners in self._owners:
             owners.close()
         self.closed.set()
+
+
+def _here(weights: Weights, bucket: int) -> list[torch.Tensor]:
+    """Return the working weights of a bucket as computation sees them, neighbours of one type together."""
+    return [stretch.here.view(stretch.start, stretch.end) for stretch in weights.stretches(bucket)]
 
 
 def answer_requests(weights: Weights, carrier: Carrier, device: Device, closed: threading.Event) -> None:
