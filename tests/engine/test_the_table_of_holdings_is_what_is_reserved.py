@@ -140,7 +140,7 @@ def test_every_byte_that_is_predicted_is_reserved_and_no_other(
             ]
             exact = sum(s.numel for s in spans if layout.parameters[s.blocks[0].parameter].dtype != "float32")
             assert row.num_narrow == exact
-            assert 0 <= sum(view.nbytes for view in working) - 2 * exact <= 2 * ALIGNMENT * len(spans)
+            assert 0 <= sum(2 * (s.end - s.start) for s in working) - 2 * exact <= 2 * ALIGNMENT * len(spans)
         # Slots: the last element of the last slot of the last worker is the last of the region.
         slots, last = parts.moving.slots, holdings.num_places - 1
         for node in (Node(0, 1), Node(0, 2)):
