@@ -135,9 +135,7 @@ def test_every_byte_that_is_predicted_is_reserved_and_no_other(
                 if home is not Home.OWNER:
                     assert all(on_file(memory, view) == (home is Home.DISK) for view in views)
                     assert (elements is here) == (home is Home.HERE or not device.has_own_memory)
-            working = [
-                value for value in parts.state.weights.here_of_bucket(row.bucket) if value.dtype != torch.float32
-            ]
+            working = [s for s in parts.state.weights.stretches(row.bucket) if s.dtype != torch.float32]
             exact = sum(s.numel for s in spans if layout.parameters[s.blocks[0].parameter].dtype != "float32")
             assert row.num_narrow == exact
             assert 0 <= sum(2 * (s.end - s.start) for s in working) - 2 * exact <= 2 * ALIGNMENT * len(spans)
