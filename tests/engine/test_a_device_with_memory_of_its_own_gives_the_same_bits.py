@@ -52,6 +52,15 @@ def test_a_team_has_the_digests_of_one_worker_wherever_everything_lies(
             assert rehearsed == on_cpu
 
 
+def test_a_bucket_that_is_updated_in_part_goes_home_as_a_whole(small_pieces: None) -> None:
+    case = CASES["experts, frozen, unused"]
+    settings = {"precision": "bf16", "global_batch": 2, "micro_batch": 1, "max_steps": 12}
+    in_small_pieces(block=None, bucket=200, kept=1)  # two experts or more in a bucket
+    (on_cpu,) = run_ranks(1, lambda: train(case, **settings))
+    (rehearsed,) = run_ranks(1, lambda: train(case, device="rehearsal", offload={"weights": "host"}, **settings))
+    assert rehearsed == on_cpu
+
+
 @pytest.mark.parametrize(
     "settings",
     [
