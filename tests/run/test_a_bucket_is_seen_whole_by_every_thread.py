@@ -5,17 +5,15 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 import lightwork
 from lightwork.state import weights as weights_module
-from tests.fake_ranks import run_ranks
-from tests.training import new_folder
+from tests.training import new_folder, run_team
 
 
-def test_who_asks_while_another_thread_makes_the_list_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_asks_while_another_thread_makes_the_list_gets_all_of_it() -> None:
     def job() -> None:
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -34,12 +32,12 @@ def test_who_asks_while_another_thread_makes_the_list_gets_all_of_it(monkeypatch
                 return span
             return span_of(*arguments)
 
-        monkeypatch.setattr(weights_module, "span_of", interrupted)
+        weights_module.span_of = interrupted
         own = weights.stretches(0)
-        monkeypatch.undo()
+        weights_module.span_of = span_of
         assert seen == [own]
         assert own
         assert weights.stretches(0) == own
         run.close()
 
-    run_ranks(1, job)
+    run_team(1, job)
