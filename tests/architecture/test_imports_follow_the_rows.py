@@ -26,7 +26,7 @@ ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 
 #: Who may import what the rows do not allow, and why.
 EXCEPTIONS = {
-    ("launcher/local.py", "lightwork"),  # every worker needs it, so it is imported before they are forked
+    ("launcher/local.py", "lightwork.distribute"),  # every worker needs it, so it is imported before they are forked
     ("units.py", "lightwork.errors"),  # row 0: what says that a text is not a quantity
     ("__main__.py", "lightwork.cli.main"),  # above all rows
 }

@@ -52,7 +52,8 @@ def environment_uses(name: str) -> list[int]:
 
 def test_one_module_reads_the_environment() -> None:
     readers = {name for name in FILES if environment_uses(name)}
-    assert readers <= {"team/environment.py", "launcher/process.py"}
+    # The command starts itself again with one variable more, and takes that back.
+    assert readers <= {"team/environment.py", "launcher/process.py", "launcher/again.py"}
     # The launcher writes what a worker will read.
     lines = (ROOT / "launcher/process.py").read_text().splitlines()
     for number in environment_uses("launcher/process.py"):
@@ -62,7 +63,7 @@ def test_one_module_reads_the_environment() -> None:
 def test_what_is_public_is_importable_sorted_and_documented() -> None:
     assert lightwork.__all__ == sorted(lightwork.__all__)
     for name in lightwork.__all__:
-        assert vars(lightwork)[name].__doc__, f"lightwork.{name} has no docstring"
+        assert getattr(lightwork, name).__doc__, f"lightwork.{name} has no docstring"
     modules = {path.stem for path in ROOT.iterdir()}
     rest = {name for name in vars(lightwork) if not name.startswith("_")} - set(lightwork.__all__)
     assert rest <= modules, "what is not public has no public name"

@@ -7,12 +7,19 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from lightwork.cli import run
 from lightwork.errors import LightworkError
+from lightwork.launcher.again import start_again
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Carry out a command line and return its exit status: 0, 2 for a wrong one, or that of what it ran."""
+    """Carry out a command line and return its exit status: 0, 2 for a wrong one, or that of what it ran.
+
+    Without `arguments` it is that of this process, which may start itself again first.
+    """
+    if arguments is None:
+        start_again()
+    from lightwork.cli import run  # what is slow to import comes after that
+
     parser = argparse.ArgumentParser(
         prog="lightwork",
         description="Train a PyTorch model data-parallel, with the same bits for any number of workers.",

@@ -26,7 +26,7 @@ def preload() -> None:
     """Import what every worker will need, once: they share its pages, and none of them waits for it again."""
     import torch
 
-    import lightwork  # noqa: F401
+    from lightwork import distribute  # noqa: F401
 
     of_class = torch.optim.Optimizer
     for method in (of_class.add_param_group, of_class.zero_grad, of_class.state_dict, of_class.load_state_dict):
