@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,11 +17,15 @@ from lightwork.launcher import again
 from tests.launcher.command import HEAD, finish, lightwork_run, start
 
 TUNABLE = "glibc.malloc.hugetlb=1"
-#: What `_system_waits_to_be_asked` reads, here by itself: a broken one must not skip the test that shows it.
+#: Asked without `again`, which must not skip the test that would show it broken.
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LIBRARY, VERSION = platform.libc_ver()
 waits_to_be_asked = pytest.mark.skipif(
     not SETTING.exists() or "[madvise]" not in SETTING.read_text(),
     reason="the system has no transparent huge pages, or gives them to all",
+)
+knows_the_tunable = pytest.mark.skipif(
+    LIBRARY != "glibc" or tuple(map(int, VERSION.split("."))) < (2, 35), reason="glibc 2.35 was the first"
 )
 
 #: Three tensors of 60 MB a step, each of which is a mapping of its own.
@@ -48,6 +53,7 @@ print(subprocess.run([sys.executable, "-c", command], capture_output=True, text=
 
 
 @waits_to_be_asked
+@knows_the_tunable
 def test_a_step_with_large_tensors_takes_few_faults(tmp_path: Path) -> None:
     result = lightwork_run(tmp_path, HEAD + LARGE_TENSORS, workers="1")
     assert result.status == 0, result.text
@@ -131,11 +137,11 @@ def test_a_command_line_that_a_program_gives_starts_nothing(starts: list[Any]) -
     assert starts == []
 
 
-def muslike(name: str) -> NoReturn:
+def other_library(name: str) -> NoReturn:
     raise ValueError("unrecognized configuration name")
 
 
-@pytest.mark.parametrize("confstr", [muslike, lambda name: None, lambda name: "glibc 2.34"])
+@pytest.mark.parametrize("confstr", [other_library, lambda name: None, lambda name: "glibc 2.34"])
 def test_another_c_library_or_an_old_one_starts_nothing(
     starts: list[Any], monkeypatch: pytest.MonkeyPatch, confstr: Callable[[str], str | None]
 ) -> None:
