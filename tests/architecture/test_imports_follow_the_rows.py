@@ -13,7 +13,7 @@ import lightwork
 ROOT = Path(lightwork.__file__).parent
 
 ROWS = (
-    ("errors", "units", "trace", "random"),
+    ("errors", "notice", "units", "trace", "random"),
     ("spec", "device"),
     ("transport", "store"),
     ("team",),

@@ -20,6 +20,7 @@ from lightwork.engine.assembly import attach, make_engine, make_parts
 from lightwork.engine.engine import Engine
 from lightwork.engine.parts import Workplace, take_from_first_host
 from lightwork.errors import LightworkError
+from lightwork.notice import notice
 from lightwork.planner.fit import fit, offloaded
 from lightwork.run.exit import EXITS
 from lightwork.run.folder import agree_on_folder, write_records
@@ -36,7 +37,7 @@ from lightwork.team import rendezvous as rendezvouses
 from lightwork.team.environment import Environment, Launcher
 from lightwork.team.join import Joined, Needs, find_roster, join
 from lightwork.team.rendezvous import Progress
-from lightwork.team.team import Team, notice
+from lightwork.team.team import Team
 from lightwork.trace import Trace
 from lightwork.units import parse_bytes
 

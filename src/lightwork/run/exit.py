@@ -24,7 +24,8 @@ from typing import Protocol
 import torch
 
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost
-from lightwork.team.team import Team, notice
+from lightwork.notice import notice
+from lightwork.team.team import Team
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 

@@ -16,11 +16,14 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightwork.checkpoint import folder as checkpoints
 from lightwork.errors import CheckpointError, UsageError
-from lightwork.team.team import Team, notice
+from lightwork.notice import notice
+
+if TYPE_CHECKING:
+    from lightwork.team.team import Team
 
 
 def create_run_dir(parent: Path) -> Path:

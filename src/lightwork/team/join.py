@@ -25,6 +25,7 @@ import torch
 
 from lightwork.device.base import Device
 from lightwork.errors import TeamError
+from lightwork.notice import notice
 from lightwork.spec.footprint import expected_bytes, regions_of
 from lightwork.spec.holdings import Holdings, Home
 from lightwork.spec.plan import Plan
@@ -35,7 +36,7 @@ from lightwork.store.regions import MemoryMap, Regions, map_regions
 from lightwork.team.board import Board
 from lightwork.team.environment import Environment, Launcher
 from lightwork.team.rendezvous import Rendezvous
-from lightwork.team.team import Team, compare, notice
+from lightwork.team.team import Team, compare
 from lightwork.team.words import BoardSize
 from lightwork.transport import nccl
 from lightwork.transport.base import Carrier, PointToPoint

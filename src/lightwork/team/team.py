@@ -6,13 +6,12 @@ A `RankLost` among them is a death, and says whose.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import time
 from typing import final
 
 from lightwork.errors import Disagreement, RankLost, TeamError
+from lightwork.notice import notice
 from lightwork.spec.roster import Roster
 from lightwork.store.mapped import MappedStore
 from lightwork.team.board import Board
@@ -197,12 +196,6 @@ class Team:
     def _name(self, local_rank: int) -> int:
         """Return the rank of a worker of this host."""
         return self.roster.rank_of(self._host, local_rank)
-
-
-def notice(text: str) -> None:
-    """Tell the user something that is not an error. Nothing happens where standard error can not be written."""
-    with contextlib.suppress(OSError):
-        print(f"lightwork: {text}", file=sys.stderr, flush=True)
 
 
 def compare(what: str, ours: dict[str, object], theirs: dict[str, object], rank: int, main: int) -> None:
