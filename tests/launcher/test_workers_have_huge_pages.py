@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 
 from lightwork.cli.main import main
 from lightwork.launcher import again
@@ -174,6 +175,14 @@ def test_code_that_may_have_done_something_is_not_started_again(
     starts: list[Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name, "run", "-n", "none", "train.py"])
+    assert main() == 2
+    assert starts == []
+
+
+def test_a_process_that_has_already_imported_torch_is_not_started_again(
+    starts: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", torch)
     assert main() == 2
     assert starts == []
 
