@@ -17,7 +17,7 @@ import torch
 #: Any nest of containers and tensors, as a collate function returns it.
 Batch = Any
 
-#: Bytes. The bits of an fp32 matrix product depend on the alignment of its operands.
+#: Bytes. See [Note: bits and addresses] in `spec/layout`.
 ALIGNMENT = 64
 
 _TOKEN_TYPES = (torch.int64, torch.int32)

@@ -30,7 +30,7 @@ class Schedule(Protocol):
         """Return whether an epoch has this step, as far as is known."""
 
     def after(self, epoch: int, step_in_epoch: int, goes_on: bool | None) -> tuple[int, int]:
-        """Return the epoch and step after one, by what its micro-batches voted (`Batches.goes_on`); None: nothing."""
+        """Return the epoch and step that follow; `goes_on` is the team's vote (`Batches.goes_on`), None without one."""
 
     def micro_batches(self, epoch: int, step_in_epoch: int) -> int:
         """Return the number of micro-batches of a step."""
@@ -46,7 +46,7 @@ class Batches(Protocol):
         """Return the collated micro-batch."""
 
     def goes_on(self, epoch: int, step_in_epoch: int, index: int) -> bool | None:
-        """Return the vote of a micro-batch, whether another step follows: yes, no (which decides), or None for none."""
+        """Return a micro-batch's vote, whether another step follows; one False ends the epoch, None is no vote."""
 
     def idle(self) -> bool:
         """Load something ahead; return whether there was anything to do."""

@@ -35,7 +35,7 @@ class Norms:
         return self._may_overflow or self._limit is not None
 
     def of_bucket(self, bucket: int, squares: Sequence[torch.Tensor]) -> float | None:
-        """Return the squared norm of a bucket of those of its blocks, if it can be read now.
+        """Return a bucket's squared norm, the sum of the `squares` of its blocks, if these can be read now.
 
         From a device, those of all buckets are read at once with the last one, and written down here.
         """

@@ -28,7 +28,7 @@ class StepMap:
     """Where the partial sums of a step lie, and what they are to be divided by. The same on every worker."""
 
     num_micro_batches: int
-    places: dict[Node, tuple[int, int]]  #: rank and slot
+    places: dict[Node, tuple[int, int]]  #: place of the worker on its host, and slot
     touched: tuple[memoryview, ...]  #: by micro-batch, a byte for each parameter
     divisor: float  #: total weight over micro-batch size; 0 when the whole batch has no weight
     scale: float  #: of clipping, 1 for none
@@ -197,7 +197,7 @@ class Updater:
 
 
 def _aligned(numel: int) -> int:
-    """Return the elements that a span takes: the bits of a norm depend on the alignment of what it is taken of."""
+    """Return the elements that a span takes in the scratch memory; see [Note: bits and addresses] in `spec/layout`."""
     return -(-numel // ALIGNMENT) * ALIGNMENT
 
 

@@ -1,4 +1,7 @@
-"""A run: one model, one optimizer, one team. `Run`'s methods delegate; the work is in the rooms below."""
+"""A run: one model, one optimizer, one team.
+
+`Run` keeps the place in the data and says which call may be made when; what the calls do is in the rooms below.
+"""
 
 from __future__ import annotations
 

@@ -189,7 +189,8 @@ def working_set_bytes(holdings: Holdings) -> int:
         between_hosts = of_bucket * wire * (depths.backlog + 2 * depths.turns * holdings.roster.num_hosts)
     coming = depths.kept + depths.ahead + 1 if holdings.shares_weights else 0
     if holdings.has_device and any(home is not Home.HERE for home in holdings.homes_of("weights")):
-        coming = 2 * depths.kept + depths.ahead + 1  # of these, as many wait for computation to be done with them
+        # A bucket that leaves keeps its memory until the device has done what reads it: up to `kept` more.
+        coming = 2 * depths.kept + depths.ahead + 1
     weights = of_bucket * (2 if holdings.narrow else 4) * coming
     if not holdings.has_device:
         entries = len(holdings.state.itemsizes) + 2  # beside the state: master and gradient

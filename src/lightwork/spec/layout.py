@@ -1,10 +1,18 @@
 """Where parameters lie in flat memory, and how they are cut for the update. Depends on model and spec alone.
 
-Every parameter starts at a multiple of `ALIGNMENT` elements, so that its data is aligned to 64 bytes in every
-precision. A *block* is a range of one parameter, the unit of the optimizer; it is cut at multiples of `BLOCK`
-elements from the parameter's start and ends at its true end, unpadded: then a kernel's vector body and scalar tail
-fall where they do in plain PyTorch, and the bits with them. A *bucket* is a few neighbouring blocks of one parameter
-group, the unit that a worker claims in an update.
+Every parameter starts at a multiple of `ALIGNMENT` elements. A *block* is a range of one parameter, the unit of the
+optimizer, cut at multiples of the block's size from the parameter's start. A *bucket* is a few neighbouring blocks of
+one parameter group, the unit that a worker claims in an update. A *span* is one block, or small neighbours in a bucket
+that are added up as one.
+
+    [Note: bits and addresses]
+    A kernel works on vectors, and on what is left over one by one, and the two may round differently. Where the vectors
+    begin depends on the address: the bits of a matrix product, of a dot product and so of a norm change with it. So
+    whatever is computed with lies at multiples of 64 bytes, as in plain PyTorch: parameters in every precision,
+    batches, buffers, state, and each span of a gradient of which the norm is taken. A block begins at such a multiple
+    within its parameter and ends at the parameter's true end, unpadded, so that what is left over is the same as in an
+    update of the whole parameter. Norms are sums over blocks: another cut is another sum, which is why the cut
+    depends on the kind of device alone.
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-#: Elements; 64 bytes of the narrowest type, bf16. fp32 products change their bits with an operand's alignment.
+#: Elements; 64 bytes of the narrowest type, bf16. See [Note: bits and addresses].
 ALIGNMENT = 32
 
 #: Elements of a block: its gradient, weight and two moments are 2 MiB, which the outer caches keep between passes.

@@ -33,7 +33,7 @@ class Spec:
     micro_batch: int  #: samples a forward and backward; the last of an update may hold fewer
     seed: int = 0
     device: DeviceKind = "cpu"  #: cuda: a GPU for each worker; rehearsal: what a GPU's worker does, on a CPU
-    precision: Precision = "fp32"  #: bf16, fp16: such working weights and autocast; fp32 masters, sums and state
+    precision: Precision = "fp32"  #: bf16, fp16: of working weights, under autocast; masters, sums and state are fp32
     wire: Wire = "fp32"  #: of partial sums, kept and sent: bf16 rounds every node of the tree
     optimizer_state: StateFormat = "fp32"  #: int8: the moments of element-wise optimizers in 8 bits
     int8_activations: tuple[str, ...] = ()  #: modules whose activations are kept in 8 bits, by name

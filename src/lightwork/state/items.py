@@ -61,11 +61,11 @@ class Item(ABC):
         """Write the elements of a piece, wherever they have a place."""
 
     def owned(self, start: int, end: int) -> Iterator[Owned]:
-        """Yield what of a piece may lie with another host alone."""
+        """Yield the parts of a piece that, where state is shared out, lie with the owner of their bucket alone."""
         return iter(())
 
     def buckets(self, start: int, end: int) -> list[int]:
-        """Return the buckets in which that lies."""
+        """Return the buckets in which these parts of a piece lie."""
         return []
 
 
@@ -202,7 +202,7 @@ class Weight(Item):
 
 @final
 class Moment(Item):
-    """An entry of the optimizer's state of a parameter; in 8 bits, the fp32 values that they stand for."""
+    """An entry of the optimizer's state of a parameter: of an entry in 8 bits, the fp32 values that it stands for."""
 
     def __init__(self, parameter: str, weights: Weights, moments: Moments, index: int, entry: StateEntry) -> None:
         shape = weights.layout.parameters[index].shape if entry.shape is None else entry.shape

@@ -67,7 +67,9 @@ def reset(model: nn.Module, weights: Weights, indices: Sequence[int], done: Call
             continue
         # On the host, also for weights on a device: its random numbers would be others.
         shared = {p: p.data for p in module.parameters(recurse=False) if id(p) not in index_of}
-        for parameter, value in shared.items():  # tied, or built in memory: it has its values
+        # Parameters that have values already (tied to another module's, or built in memory) keep them: what
+        # `reset_parameters` writes goes into memory that is thrown away.
+        for parameter, value in shared.items():
             parameter.data = torch.empty_like(value, device="cpu")
         for index, parameter in own.items():
             on_host = weights.home_on_host(index)

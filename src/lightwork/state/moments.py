@@ -73,7 +73,7 @@ class Moments:
                 restore_into(self._wide_view(name, index), *self._packed(name, index, self._here), square=_square(name))
 
     def round_widened(self, index: int) -> None:
-        """Round it again, after an update."""
+        """Round a block's state to 8 bits again, after an update."""
         for name in self._wide:
             round_into(*self._packed(name, index, self._here), self._wide_view(name, index), square=_square(name))
 
@@ -137,7 +137,7 @@ class Moments:
                 at += len(wide)
 
     def stored(self, entry: StateEntry, blocks: range) -> Iterator[torch.Tensor]:
-        """Yield the tensors, flat and contiguous, in which `read` finds this."""
+        """Yield the tensors, flat and contiguous, from which `read` makes an entry of neighbouring blocks."""
         if entry.shape is not None:
             yield self._odd_view(entry, self._offset(blocks[0], entry)).view(-1)
             return

@@ -4,8 +4,8 @@ The loss is multiplied by a power of two before backward, and the sum of gradien
 whole global batch is not finite, everyone leaves the weights as they are and halves the scale; after `GROWTH_STEPS`
 finite steps it is doubled.
 
-The scale of a step lies in shared memory, in one of two places used in turn: a worker that is late in a step reads
-that step's, also when another has written the next one's.
+The scale of a step lies in shared memory, in one of two places used in turn ([Note: what a late worker may read] in
+`team/ledger`).
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Neither uses `/dev/shm`, whose default size in containers is 64 MB, and neither 
 process to die frees the memory. On Linux another process opens it through `/proc/PID/fd/N` of its creator. Where
 there is no such folder, the temporary file keeps its name until `published()`.
 
-The descriptor stays open for the life of the process and is never opened twice in it: closing a second descriptor of
-a file releases every POSIX record lock that the process holds on it.
+    [Note: one descriptor of a memory file]
+    The descriptor stays open as long as the store, and the file is never opened twice in a process: closing a second
+    descriptor of a file releases every POSIX record lock that the process holds on it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     board        the claims board
     mailboxes    of the transport
     masters      fp32 weights, once
-    working      bf16 weights, once (precision bf16; under fp32 the masters are the working weights)
+    working      bf16 or fp16 weights, once (under fp32 the masters are the working weights)
     state        the optimizer's state, once
     buffers      the model's buffers: as the step starts, and what each micro-batch made of them
     partial sums each worker's slots, in which its micro-batches are folded

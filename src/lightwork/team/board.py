@@ -103,7 +103,7 @@ class Board:
                 self._shape = count, measures
                 self._phases = phases_of(self._seat, count, measure=measures)
             self._at = self._position = 0
-            words.slots_of(self._local_rank)[:] = self._no_slots
+            words.slots_of(self._local_rank)[:] = self._no_slots  # [Note: the order of a board's words]
             at = self._local_rank * PRESENCE_WORDS
             words.presence[at + SETTINGS] = settings
             words.presence[at + ENTERED] = step + 1
@@ -114,14 +114,13 @@ class Board:
     ) -> Action:
         """Record a computed micro-batch: what it came to, and the partial sum `node` that now lies in `slot`.
 
-        `freed` are the slots whose sums went into it. Until this visit they count as held, so that a worker killed in
-        the middle of a fold has lost nothing but the micro-batch.
+        `freed` are the slots whose sums went into it, held until now: [Note: lifetime of a partial sum].
         """
         words = self._words
         self.ledger.write(step, index, outcome)
         slots = words.slots_of(self._local_rank)
         with self._lock:
-            slots[slot] = slot_word(node)
+            slots[slot] = slot_word(node)  # [Note: the order of a board's words]
             words.done[Kind.COMPUTE][index] = step + 1
             for old in freed:
                 slots[old] = 0

@@ -1,8 +1,12 @@
 """What a step came to: of each micro-batch its loss, weight, metrics, vote and which parameters it touched, and of each
 bucket the norm of its gradient; and how hosts tell each other.
 
-What a late worker may read: the outcomes of its own step (two sets are used in turn, and nobody can be two steps
-ahead), and the norms, until it enters the next step.
+    [Note: what a late worker may read]
+    A worker may still be leaving a step while the others are in the next one. They can not finish that without it: its
+    micro-batches end only when every worker has entered it ([Note: when weights may be written]). So nobody is two
+    steps ahead, and two sets used in turn are enough for what is written while micro-batches are computed: outcomes,
+    votes, metrics, and the loss scale. Norms need one set: they are written after all have entered. Which parameters a
+    micro-batch touched, and where partial sums lie, is read only by who holds a claim, so that the step stays open.
 """
 
 from __future__ import annotations
@@ -67,7 +71,7 @@ class Ledger:
         return json.loads(text) if text else {}
 
     def goes_on(self, step: int, num_micro_batches: int) -> bool | None:
-        """Return whether more steps follow, by the votes of the micro-batches: all that voted agree; None: none did."""
+        """Return whether another step follows: whether all micro-batches that voted say so; None if none voted."""
         votes = set(self._votes(step, range(num_micro_batches))) - {None}
         return False not in votes if votes else None
 
@@ -122,6 +126,7 @@ class Ledger:
             self._words.norms[bucket] = norms_squared[bucket]
 
     def _row(self, step: int) -> int:
+        """Return the first record of a step's set: [Note: what a late worker may read]."""
         return step % 2 * self._size.num_micro_batches
 
     def _votes(self, step: int, indices: range) -> list[bool | None]:

@@ -2,8 +2,7 @@
 
 A step goes through these phases; each ends when all of its pieces are done:
 
-    COMPUTE   micro-batches are claimed, computed and folded. Ends only when every worker has entered the step, too:
-              until then someone may still read the old weights between two steps.
+    COMPUTE   micro-batches are claimed, computed and folded. Ends only when every worker has entered the step, too.
     EXCHANGE  (only with several hosts) the leader exchanges records and partial sums with the other hosts' leaders.
     MEASURE   (only with clipping or loss scaling) the norm of each bucket's gradient.
     AGREE     (only where each host updates buckets of its own) the leader exchanges these norms.
@@ -11,6 +10,11 @@ A step goes through these phases; each ends when all of its pieces are done:
     GATHER    (only where each host updates buckets of its own) the leader exchanges the new weights.
 
 Which one a step is in is not written anywhere: it is the first that has a piece which is not done.
+
+    [Note: when weights may be written]
+    All workers of a host see one copy of the weights, and user code may read them between two steps. So no bucket is
+    updated before every micro-batch of the step is done and every worker has entered it. (One that has left its loop
+    and waits in a collective call, or has ended, reads none, and need not enter.)
 """
 
 from __future__ import annotations
@@ -206,7 +210,7 @@ def _micro_batch_for(words: Words, seat: Seat, step: int, phase: Phase) -> int |
 
 
 def _all_entered(words: Words, seat: Seat, step: int) -> bool:
-    # A worker that has left the loop for good does not read weights before its next collective call.
+    # [Note: when weights may be written]
     return all(words.entered(local) >= step or is_excused(words, local) for local in seat.locals)
 
 

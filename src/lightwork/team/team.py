@@ -49,7 +49,7 @@ class Team:
         self.roster = roster
         self.board = board
         self.presence = board.presence
-        self.store = store  #: whose descriptor is also the lock's
+        self.store = store  #: kept open, as its descriptor is also the lock's
         self.local_rank = roster.local_rank(rank)
         self._mailboxes = mailboxes
         self._transport = transport

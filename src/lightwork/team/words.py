@@ -1,7 +1,7 @@
 """The memory of a host's board: what each of its words means, who writes it, and in what order.
 
-A word is 8 bytes and is written at once. Whatever two words a death falls between, the ones behind it make sense:
-what a step has come to is derived from words that say one thing each, and nothing is counted.
+A word is 8 bytes and is written at once. What a step has come to is derived from words that say one thing each, and
+nothing is counted.
 
     committed           steps that are done. Who finds every piece of a step done writes it; another would, too
     open                the step that is open, its micro-batches, and whether norms are measured, in one word
@@ -15,10 +15,14 @@ what a step has come to is derived from words that say one thing each, and nothi
 Pieces are the micro-batches, a bucket's measurement, a bucket's update (and the buffers'), and what leaders exchange.
 A claim or a done word of an earlier step says nothing, so nothing is cleared when a step is opened.
 
-A worker enters a step: open (if it is the first), its slots cleared, settings, entered. It finishes a micro-batch:
-outcome, touched and metrics (`ledger`), the slot of the new sum, **done**, then the slots that went into it are freed.
-Until it is done, a sum with this micro-batch does not count, and the sums that went into it do; from then on it is the
-reverse. It finishes a bucket: its norm, **done**.
+    [Note: the order of a board's words]
+    A worker may be killed between any two words, so the word that makes the others count is the last but for those that
+    only give memory back.
+    It enters a step: open (if it is the first), its slots cleared, settings, **entered**.
+    It finishes a micro-batch: outcome, touched and metrics (`ledger`), the slot of the new sum, **done**, then the
+    slots of the sums that went into it are freed. Until it is done, a sum with this micro-batch does not count, and
+    the sums that went into it do; from then on it is the reverse.
+    It finishes a bucket: its norm, **done**.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ PRESENCE_WORDS = 8
 
 
 class Kind(IntEnum):
-    """What a worker should do next. The first six are also the phases of a step, in order, and what it consists of."""
+    """What a worker should do next. The first six are also the phases of a step, in order, and its kinds of pieces."""
 
     COMPUTE = 0  #: micro-batch `item`
     EXCHANGE = 1  #: records and partial sums, with the other hosts; the leader's work
@@ -111,6 +115,7 @@ class Words:
         self.header, self.presence, self.slots = (next(parts).cast("q") for _ in range(3))
         self.claims = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
         self.done = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
+        # By parity of the step: [Note: what a late worker may read].
         self.outcomes: memoryview[float] = next(parts).cast("d")  #: [parity of the step][micro-batch][loss, weight]
         self.norms: memoryview[float] = next(parts).cast("d")  #: squared, by bucket
         self.touched = next(parts)  #: [micro-batch][parameter]

@@ -12,7 +12,8 @@ class FileLock:
     """A POSIX record lock on one byte of a file: the kernel releases it when its holder dies. 1.5 us, 2026-11.
 
     Not an open-file-description lock: a forked data-loading child would inherit it and keep it alive. It excludes
-    processes, not threads of one process; only a worker's main thread takes it.
+    processes, not threads of one process; only a worker's main thread takes it. The file is that of the team's memory:
+    [Note: one descriptor of a memory file] in `store/mapped`.
     """
 
     def __init__(self, fd: int) -> None:

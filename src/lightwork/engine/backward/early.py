@@ -1,9 +1,14 @@
 """Update in backward: where one worker computes the whole step in one micro-batch, a bucket is updated as soon as its
 gradient is complete, and the gradient goes. So no gradient but a few buckets' ever exists.
 
-It needs no norm before the update (clipping, loss scaling). And nothing may read a weight after its own gradient is
-there: autograd reads what it has saved, which for a parameter in the graph comes before; but a detached weight may be
-saved by an operation further down. Such a micro-batch keeps its gradients until the end.
+It needs no norm before the update (clipping, loss scaling).
+
+    [Note: who reads a weight after its gradient]
+    A weight that is written within backward must not be read after. Of what autograd saves, a parameter in the graph is
+    read before its gradient is there, since the gradient follows from that operation. A weight without its graph
+    (`weight.detach()`) may be saved by an operation whose backward comes later. So what is saved is looked at, and a
+    micro-batch with such a weight keeps its gradients until backward has ended. The loss is read before backward
+    begins: if it is not finite, no weight may be written.
 """
 
 from __future__ import annotations
@@ -71,7 +76,7 @@ class UpdateInBackward(Early, SavedWeights):
         """Return whether a saved tensor lies in the memory of the weights; note one that is saved without its graph."""
         index = self._weights.parameter_of(tensor)
         if index is not None and not tensor.requires_grad and self._weights.parameters[index].requires_grad:
-            self._is_safe = False
+            self._is_safe = False  # [Note: who reads a weight after its gradient]
         return index is not None
 
     def bring_saved(self, tensor: torch.Tensor) -> torch.Tensor:

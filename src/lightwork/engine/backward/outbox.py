@@ -106,7 +106,7 @@ class CompleteBuckets(ABC):
             self._count_down(bucket)
 
     def packed(self, bucket: int) -> torch.Tensor:
-        """Return a complete bucket as it travels; parameters without a gradient have no values in it."""
+        """Return a complete bucket as it travels. The bytes of a parameter without a gradient mean nothing."""
         if bucket not in self._packed:
             self._packed[bucket] = self.pool.take_buffer()
         return self._packed[bucket][: self.messages[bucket].num_bytes]

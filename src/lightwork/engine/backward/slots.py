@@ -102,7 +102,7 @@ class Slots:
     ) -> torch.Tensor:
         """Return elements `start` to `end` (all, unless given) of a parameter in the partial sum `node`, flat.
 
-        `rank` is the number of the worker on this host.
+        `rank` is the worker's place on this host.
         """
         offset, numel = self.layout.offsets[parameter], self.layout.parameters[parameter].numel
         end = numel if end is None else end
@@ -117,7 +117,7 @@ class Slots:
         return self._elements(rank, slot, node).view(start, end)
 
     def span_view(self, rank: int, slot: int, node: Node, span: Span) -> torch.Tensor:
-        """Return the elements of a span in a partial sum, flat; of several blocks, if all have the wire format there.
+        """Return a span of a partial sum as one flat tensor. A span of several blocks has the wire format throughout.
 
         The views are kept in a host's memory: making one costs as much as a sum.
         """

@@ -55,7 +55,7 @@ class Held:
     """What this host holds of a step."""
 
     whole: Node
-    places: Mapping[Node, tuple[int, int]]  #: rank of this host and slot, by node
+    places: Mapping[Node, tuple[int, int]]  #: place of the worker on this host and slot, by node
     touched: Mapping[int, Touched]  #: by micro-batch of this host
     in_outbox: Node | None = None  #: the node that lies in the outbox
     nodes: tuple[tuple[Node, ...], ...] = ()  #: those that travel, by host
@@ -295,7 +295,7 @@ class Turns:
     def _put_sum(
         self, tree: Sum, is_present: Callable[[Node], bool], operand: Callable[[Node], torch.Tensor], out: torch.Tensor
     ) -> None:
-        """Put the sum of the present nodes into `out`; where none is, `out` is left as it was and not read."""
+        """Put the sum of the present nodes into `out`. With no node present it keeps old values, which nobody reads."""
         present = without_absent(tree, is_present)
         if present is None:
             return

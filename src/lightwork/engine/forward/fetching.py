@@ -186,7 +186,7 @@ class WeightsOnTheirWay(Fetching):
 
     @contextlib.contextmanager
     def in_backward(self) -> Iterator[None]:
-        """Hold what forward reads again."""
+        """Hold the weights that a forward within backward reads, each until its gradient is there."""
         self._in_backward = True
         try:
             yield
@@ -224,7 +224,7 @@ class WeightsOnTheirWay(Fetching):
             self._visits.let_go(HeldBy.AGAIN, set(self._buckets_of[parameter]) - others)
 
     def bring_for_update(self, bucket: int, *, values: bool) -> None:
-        """Hold it, with values or room alone."""
+        """Hold the bucket, with its values or with room alone."""
         if values:
             self._visits.ask(bucket)
         else:
@@ -243,7 +243,7 @@ class WeightsOnTheirWay(Fetching):
     # --- their way --------------------------------------------------------------------------------------------------
 
     def _find(self, value: Any) -> Iterable[int]:
-        """Return the parameters in whose memory a tensor lies, or the tensors of a list."""
+        """Return the parameters that an argument of a torch function lies in: a tensor, or each tensor of a list."""
         if isinstance(value, torch.Tensor):
             index = self._weights.parameter_of(value)
             return () if index is None else (index,)

@@ -1,4 +1,4 @@
-"""Precision of the computation: under bf16 or fp16, autocast around the user's loop body, over such working weights.
+"""Precision of the computation: under bf16 or fp16, working weights of that type, and autocast around the loop body.
 
 Losses, and whatever else autocast keeps in fp32, stay fp32. A region in which the user's code switches autocast off
 asks for fp32 weights: there `MasterWeights` hands out the fp32 masters in place of the working weights.
@@ -88,7 +88,7 @@ def _is_attribute(func: Callable[..., Any]) -> bool:
 
 
 class Compute:
-    """Under what the user's loop body runs.
+    """The surroundings of the user's loop body: precision, weights that are fetched, a look at what autograd saves.
 
     The mode that hands out masters costs 7 us a torch function (2026-11). So it is on for the first micro-batch of
     each worker, and stays on where it was needed, or where the code of a module mentions autocast.
@@ -105,7 +105,7 @@ class Compute:
         fetching: Fetching,
         early: Early,
     ) -> None:
-        """`has_masters` is False where not all masters are here; `early` watches what autograd saves."""
+        """`has_masters` says whether computation sees every fp32 master; `early` watches what autograd saves."""
         self._fetching = fetching
         self._early = early
         self._device_type = device.place.type
