@@ -121,7 +121,7 @@ class Engine:
     def reads_late(self) -> bool:
         """Whether a loss is to be read after backward was begun: before, a device would wait for the host.
 
-        (Not where backward updates weights: a loss that is not finite must be seen before.)
+        Not where backward updates weights: [Note: who reads a weight after its gradient] in `backward/early`.
         """
         return self.device.is_late and not self._parts.backward.early.updates_in_backward
 

@@ -99,7 +99,7 @@ def take_from_first_host(parts: Parts) -> None:
 
 
 def settle(parts: Parts) -> None:
-    """Return when every value is at home: nothing is on its way, and what comes and goes is gone."""
+    """Let everything that comes and goes leave, and return when every value is at home."""
     parts.moving.update_parts.settle()
     parts.moving.fetching.settle()
 

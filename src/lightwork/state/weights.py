@@ -122,7 +122,7 @@ class Weights:
     def parts(self, index: int, start: int, end: int) -> Iterator[torch.Tensor]:
         """Yield elements `start` to `end` of a parameter, flat, in each place where it is kept: first its master.
 
-        A frozen narrow one has none, and comes as it is.
+        A frozen narrow parameter has no master: its working weight alone.
         """
         first = self.layout.offsets[index]
         masters = [self.masters] if self._values[index].has_master else []
@@ -130,7 +130,7 @@ class Weights:
             yield region.view(first + start, first + end)
 
     def leave_unread(self, index: int) -> None:
-        """Give the place here of a working weight back that was asked for and will be fetched again."""
+        """Give back the room here of a working weight that is fetched: whoever reads it next brings its value again."""
         if self._values[index].is_fetched:
             self._values[index].here.release(*self.layout.range_of(index))
 
@@ -174,7 +174,7 @@ class Weights:
         return tensors
 
     def release_home(self, bucket: int) -> None:
-        """Give back the room at home of a bucket that another host owns: of masters and, if fetched, of weights."""
+        """Give back the room at home of a bucket that another host owns: of masters and, under zero3, of weights."""
         row = self._holdings.rows[bucket]
         for block in self.layout.blocks_of(bucket):
             span, home = span_of(self.layout, block), self._values[block.parameter].home
