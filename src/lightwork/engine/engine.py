@@ -246,7 +246,7 @@ class Engine:
         return self._board.finished_bucket(step, action, norm_squared)
 
     def _process(self, step: int, action: Action) -> list[torch.Tensor] | None:
-        """Do it; return the squared norms of a bucket's gradients, unless they are known."""
+        """Measure, update or combine; return the squared norms of a bucket's gradients, unless they are known."""
         updater, holdings = self._parts.updater, self._parts.holdings
         if action.kind is Kind.UPDATE and action.item == len(holdings.layout.buckets):
             self._end_state(step)

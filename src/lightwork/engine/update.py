@@ -51,7 +51,7 @@ class Updater:
         *,
         masters_are_weights: bool,
     ) -> None:
-        """`parts` are masters and state that have their home elsewhere; `fetching` brings such weights."""
+        """`parts` brings masters and state that have their home elsewhere, `fetching` working weights that do."""
         device = self._device = slots.device
         self._parts = parts
         self._fetching = fetching

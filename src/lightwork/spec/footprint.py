@@ -109,9 +109,7 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def expected_bytes(holdings: Holdings, homes: Container[Home] = frozenset(Home)) -> dict[str, int]:
-    """Return the bytes that training on this host takes, by the parts that can be offloaded.
-
-    Of what has its home in `homes`.
+    """Return the bytes that training on this host takes of what has its home in `homes`, by part.
 
     For P trained parameters on H hosts, of each host, as in "ZeRO: Memory Optimizations Toward Training Trillion
     Parameter Models" (Rajbhandari et al., 2020), sections 3 and 5, with what this design keeps besides:

@@ -92,8 +92,8 @@ class StateShape:
     itemsizes: Mapping[str, int]  #: bytes of an element of each entry of the parameters' shape
     in_8_bits: frozenset[str] = frozenset()  #: of these entries
     num_scales: int = 0  #: of each entry in 8 bits
-    odd_bytes: int = 0  #: of entries of other shapes
-    number_bytes: int = 0  #: of those of them that lie with the host
+    odd_bytes: int = 0  #: of entries of other shapes that lie where computation sees them
+    number_bytes: int = 0  #: of entries of other shapes that lie with the host, such as counts of steps
 
 
 @dataclass(frozen=True, kw_only=True)

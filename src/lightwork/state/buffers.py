@@ -20,7 +20,7 @@ from lightwork.spec.spec import BufferRule
 from lightwork.spec.tree import combine
 from lightwork.store.regions import Regions
 
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # bytes; [Note: bits and addresses] in `spec/layout`
 
 #: Elements up to which a buffer is compared with the step's value rather than by its count of writes.
 _SMALL = 64 * 1024

@@ -61,7 +61,7 @@ class Way(ABC):
 
     @abstractmethod
     def leave(self, visitor: int, *, written: bool) -> Mark:
-        """Give the room here back, once the values are at home if they were written; return when that is."""
+        """Give the room here back, after values that were `written` have gone home; return when they are there."""
 
 
 @dataclass
@@ -234,7 +234,7 @@ class UpdateParts(Way):
             return [copied(self._device)]
 
     def make_room(self, visitor: int) -> None:
-        """Take it here."""
+        """Take room here for each part of the bucket."""
         for _, here in self._parts(visitor):
             for span in self._spans[visitor]:
                 here.take(span.start, span.end)

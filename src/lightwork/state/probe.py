@@ -45,7 +45,7 @@ _CPU = torch.device("cpu")
 #: Elements of the parameter on which an element-wise optimizer shows what state it keeps.
 _PROBE_ELEMENTS = 16
 
-#: Bytes between two pieces of state of a block that are not of the block's own shape.
+#: Bytes; entries that are not of the block's own shape begin at multiples: [Note: bits and addresses].
 _STATE_ALIGNMENT = 64
 
 

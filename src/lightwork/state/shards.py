@@ -64,7 +64,7 @@ class Shards:
         self._between.share(sorted(of_bucket), of_bucket.__getitem__)
 
     def release(self, buckets: Iterable[int]) -> None:
-        """Give back the memory of those of these buckets that other hosts own."""
+        """Of these buckets, give back the memory of those that other hosts own."""
         for bucket in buckets:
             if not self._rows[bucket].is_own:
                 self._weights.release_home(bucket)

@@ -99,7 +99,7 @@ def next_action(
 ) -> tuple[Action, int, int]:
     """Return what the visitor should do in `step`, which is open, and where that was found: phase and position.
 
-    Found from there on, the next time it is the same as found from the beginning, only sooner.
+    Going on from there the next time finds the same as going from the beginning, sooner: what is claimed stays claimed.
 
     Raises: Disagreement when the workers differ in their settings, or the leader will not come.
     """

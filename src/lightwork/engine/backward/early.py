@@ -41,7 +41,7 @@ class Early:
         return None
 
     def follow(self, fold: Fold) -> None:
-        """Update what becomes complete in this fold."""
+        """Hear of the fold whose buckets are to be updated as they become complete."""
 
     def take_norms(self, bucket: int) -> list[torch.Tensor] | None:
         """Return the squared norms of the gradients of a bucket that was updated; None if it was not."""
@@ -80,7 +80,7 @@ class UpdateInBackward(Early, SavedWeights):
         return index is not None
 
     def bring_saved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Bring it, where weights come and go."""
+        """Bring a saved weight, where weights come and go."""
         return self._saved.bring_saved(tensor)
 
     def _look_at(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -94,11 +94,11 @@ class UpdateInBackward(Early, SavedWeights):
         return self._gradients if self._is_safe else None
 
     def follow(self, fold: Fold) -> None:
-        """Read which parameters have a gradient."""
+        """Keep the fold's record of which parameters have a gradient."""
         self._touched = fold.touched
 
     def take_norms(self, bucket: int) -> list[torch.Tensor] | None:
-        """Return them once."""
+        """Return the norms of a bucket that was updated in this step, once."""
         return self._norms.pop(bucket, None)
 
     def _update(self, bucket: int) -> None:

@@ -119,7 +119,7 @@ class Gradients:
     def run_fold(self, backward: Callable[[], None] | None) -> None:
         """Call `backward` and fold the gradients that it makes. None: there are none.
 
-        What went into the sum stays held until `commit`.
+        The sums that went into the new one stay held until `commit`: [Note: lifetime of a partial sum].
         """
         now = self.in_hand
         try:

@@ -84,7 +84,7 @@ class Slots:
         return self.leaf_dtypes[parameter] if is_leaf(node) else self.wire
 
     def take_room(self, slot: int, node: Node) -> None:
-        """Take room in a slot for the partial sum `node`; on a device, that of another kind of node goes."""
+        """Take room in a slot for the partial sum `node`. On a device, room for the other kind (leaf or sum) goes."""
         if not self._in_units:
             return  # pages come as they are written
         leaves, sums = self._slots[slot]
@@ -134,7 +134,7 @@ class Slots:
         return view
 
     def operand(self, rank: int, slot: int, node: Node, span: Span) -> torch.Tensor:
-        """Return a span where it can be added up: from the host to a device, a copy."""
+        """Return a span of a partial sum where computation sees it: of one that the host keeps for a device, a copy."""
         view = self.span_view(rank, slot, node, span)
         return self.device.copied(view) if self.is_elsewhere(span.blocks[0].parameter) else view
 

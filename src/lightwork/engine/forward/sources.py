@@ -33,7 +33,7 @@ class Source(Protocol):
     """Where the weights of a bucket come from."""
 
     def request(self, bucket: int, tensors: Sequence[torch.Tensor], left: Mark) -> list[Arrival]:
-        """Begin to bring a bucket into `tensors`, as computation sees it; it is at home when `left` is reached."""
+        """Begin to bring a bucket's values into `tensors`. Written on an earlier visit, they are at home at `left`."""
 
 
 @final
@@ -68,7 +68,7 @@ class HostMemory:
         self._device = device
 
     def request(self, bucket: int, tensors: Sequence[torch.Tensor], left: Mark) -> list[Arrival]:
-        """Begin to copy it."""
+        """Begin to copy the bucket to the device."""
         with self._device.queue("in"):
             self._device.wait(left)
             for home, here in zip(self._weights.of_bucket(bucket), tensors, strict=True):
@@ -99,7 +99,7 @@ class FetchedWeights(Way):
 
     @property
     def is_used(self) -> bool:
-        """Whether buckets are fetched from here or, as this host owns all that are, by others alone."""
+        """Whether this host fetches any bucket, or others may fetch from it."""
         return len(self._sources) + len(self._owners) > 0
 
     @property
@@ -114,7 +114,7 @@ class FetchedWeights(Way):
         return self._sources[visitor].request(visitor, _here(self._weights, visitor), left)
 
     def make_room(self, visitor: int) -> None:
-        """Take it."""
+        """Take room, for computation to write."""
         with self._device.queue("in"):
             self._take_room(visitor)
             taken = self._device.mark()
