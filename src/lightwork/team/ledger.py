@@ -5,8 +5,9 @@ bucket the norm of its gradient; and how hosts tell each other.
     A worker may still be leaving a step while the others are in the next one. They can not finish that without it: its
     micro-batches end only when every worker has entered it ([Note: when weights may be written]). So nobody is two
     steps ahead, and two sets used in turn are enough for what is written while micro-batches are computed: outcomes,
-    votes, metrics, and the loss scale. Norms need one set: they are written after all have entered. Which parameters a
-    micro-batch touched, and where partial sums lie, is read only by who holds a claim, so that the step stays open.
+    votes and metrics. (So they are for the loss scale of the next step, which is written as this one ends.) Norms need
+    one set: they are written after all have entered. Which parameters a micro-batch touched, and where partial sums
+    lie, is read only by who holds a claim, so that the step stays open.
 """
 
 from __future__ import annotations

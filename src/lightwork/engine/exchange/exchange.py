@@ -37,7 +37,7 @@ class Exchange:
         raise ValueError("this worker does not speak to other hosts")
 
     def sum_up(self, held: Callable[[], Held]) -> None:
-        """Return once the sum over all hosts lies in the leader's last slot; begin with `held()` unless begun before."""
+        """Return once the sum over all hosts lies in the leader's last slot; begin with `held()` if nobody did."""
         raise ValueError("this worker does not speak to other hosts")
 
     def records(self, step: int, num_micro_batches: int) -> None:
