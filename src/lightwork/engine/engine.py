@@ -312,7 +312,7 @@ class Engine:
         return self._map
 
     def _clipped(self, step: int) -> StepMap:
-        """Return the same map, with the scale that clipping gives the step."""
+        """Return the map of the step's partial sums, with the scale that clipping gives the step."""
         if self._scale is None:
             self._scale = self._norms.clip_scale()
             self._map = replace(self._step_map(step), scale=self._scale)

@@ -196,7 +196,7 @@ class Weight(Item):
             yield Owned(bucket, next(self._weights.parts(self._place.index, first.start, last.end)))
 
     def buckets(self, start: int, end: int) -> list[int]:
-        """Return those of the piece's blocks."""
+        """Return the buckets of the piece's blocks."""
         return [bucket for bucket, _ in self._place.by_bucket(start, end)]
 
 
@@ -232,7 +232,7 @@ class Moment(Item):
                 yield Owned(bucket, tensor)
 
     def buckets(self, start: int, end: int) -> list[int]:
-        """Return those of the piece's blocks."""
+        """Return the buckets of the piece's blocks."""
         return [bucket for bucket, _ in self._by_bucket(start, end)]
 
     def _by_bucket(self, start: int, end: int) -> Iterable[tuple[int, range]]:

@@ -42,7 +42,7 @@ class Elements(ABC):
 
     @abstractmethod
     def fetch(self, start: int, end: int) -> None:
-        """Begin to read what of these elements lies on disk."""
+        """Begin to read those of these elements that lie on disk."""
 
     @abstractmethod
     def drop(self, start: int, end: int) -> None:
@@ -262,11 +262,11 @@ class MixedElements(Elements):
         return next((element for element in found if element is not None), None)
 
     def take(self, start: int, end: int) -> None:
-        """Take it there."""
+        """Take room where they lie."""
         self._at(start).take(start, end)
 
     def release(self, start: int, end: int) -> None:
-        """Give it back there."""
+        """Give room back where they lie."""
         self._at(start).release(start, end)
 
     def fetch(self, start: int, end: int) -> None:

@@ -9,7 +9,10 @@ from typing import final
 
 @final
 class Peers:
-    """Watches processes. On systems without process descriptors it asks by signal 0, which a zombie still answers."""
+    """Watches processes, each by its worker's place on the host, which is called rank here.
+
+    On systems without process descriptors it asks by signal 0, which a zombie still answers.
+    """
 
     def __init__(self) -> None:
         self._poll = select.poll()

@@ -115,7 +115,7 @@ class BetweenHosts(Exchange):
             self._buffers.take_changes(roster.micro_batches(host, num_micro_batches), received[end:])
 
     def norms(self) -> None:
-        """Exchange them; a barrier, too."""
+        """Exchange the norms; a barrier, too."""
         own = torch.tensor(self._ledger.norms_squared(), dtype=torch.float64).numpy().tobytes()
         for host, received in enumerate(self._carrier.exchange("norms", own)):
             if host != self._host:
@@ -135,11 +135,11 @@ class BetweenHosts(Exchange):
             pending.wait()
 
     def exchange_bytes(self, what: str, payload: bytes) -> list[bytes]:
-        """Exchange them."""
+        """Exchange the payloads."""
         return self._carrier.exchange(what, payload)
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Send them in chunks."""
+        """Send the tensors in chunks."""
         for tensor in tensors:
             for chunk in torch.split(tensor.view(-1).view(torch.uint8), _CHUNK_BYTES):
                 if self._host == 0:

@@ -233,7 +233,7 @@ class WeightsOnTheirWay(Fetching):
         self._visits.hold(bucket, HeldBy.UPDATE)
 
     def leave_updated(self, bucket: int) -> None:
-        """Let it leave."""
+        """Let the bucket leave, with what its update wrote."""
         self._visits.leave(bucket, written=True)
 
     def settle(self) -> None:
