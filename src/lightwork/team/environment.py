@@ -1,8 +1,8 @@
 """Where a worker finds its team: the environment variables of whoever started it.
 
 `lightwork run`, torchrun, Slurm's srun and MPI's mpirun each leave a rank and a world size behind; a plain
-`python train.py` leaves nothing and is a team of one. Nothing else reads `os.environ`. (The launcher writes there what
-`read` will find in a worker, as `variables` says.)
+`python train.py` leaves nothing and is a team of one. Nothing else reads from `os.environ` who this process is. (The
+launcher writes there what `read` will find in a worker, as `variables` says.)
 """
 
 from __future__ import annotations
