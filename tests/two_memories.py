@@ -203,7 +203,6 @@ class TwoMemories(TorchDispatchMode):
             "mark": mark,
             "wait": wait,
             "synchronize": synchronize,
-            "bring": copied,
             "copied": copied,
         }
         for name, method in methods.items():

@@ -17,7 +17,8 @@ from lightwork.errors import Disagreement, RankLost
 from lightwork.transport import late
 from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier
 from lightwork.transport.gloo import GlooCarrier
-from lightwork.transport.relay import Relay
+from lightwork.transport.null import NullCarrier
+from lightwork.transport.relay import ByHosts, Relay
 from tests.fake_ranks import Baton, FakeCarrier, Network, Process
 
 Job = Callable[[Carrier], Any]
@@ -64,7 +65,12 @@ def of_gloo(num_hosts: int, job: Job) -> list[Any]:
 def of_relays(num_hosts: int, job: Job) -> list[Any]:
     store = HashStore()
     leaders = [10 * h for h in range(num_hosts)]
-    return run_all(lambda host: Relay(Rehearsal(), GlooCarrier(store, host, leaders)), num_hosts, job)
+
+    def make(host: int) -> Carrier:
+        network = GlooCarrier(store, host, leaders)
+        return Relay(Rehearsal(), network, ByHosts(Rehearsal(), network))
+
+    return run_all(make, num_hosts, job)
 
 
 Hosts = Callable[[int, Job], list[Any]]
@@ -106,6 +112,30 @@ def test_everyone_receives_everyones_payload_by_host(hosts: Hosts, num_hosts: in
 
     expected = ([payload(host) for host in range(num_hosts)], [b"%d" % host for host in range(num_hosts)])
     assert hosts(num_hosts, job) == [expected] * num_hosts
+
+
+@pytest.mark.parametrize("size", [0, 1, 200_000])
+def test_a_carrier_without_other_hosts_gives_back_what_it_is_given_and_moves_nothing(size: int) -> None:
+    carrier = NullCarrier(rank=7)
+    assert (carrier.host, carrier.num_hosts, carrier.leaders, carrier.others) == (0, 1, [7], [])
+    assert carrier.exchange("a call", bytes(size)) == [bytes(size)]
+    with carrier.together():
+        pass
+    for call in (
+        lambda: carrier.send(1, torch.zeros(1), FIRST_TAG),
+        lambda: carrier.receive(1, torch.zeros(1), FIRST_TAG),
+        lambda: carrier.receive_from_any(torch.zeros(1), FIRST_TAG),
+    ):
+        with pytest.raises(ValueError, match="no"):
+            call()
+    carrier.close()
+
+
+@every_carrier
+@pytest.mark.parametrize("num_hosts", [1, 2, 3])
+def test_others_are_all_hosts_but_the_own(hosts: Hosts, num_hosts: int) -> None:
+    expected = [[host for host in range(num_hosts) if host != own] for own in range(num_hosts)]
+    assert hosts(num_hosts, lambda carrier: carrier.others) == expected
 
 
 @every_carrier

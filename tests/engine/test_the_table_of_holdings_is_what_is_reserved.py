@@ -176,7 +176,7 @@ def test_each_bucket_may_have_a_placement_and_an_offload_of_its_own(tmp_path: Pa
         rows[host] = holdings.rows
         assert holdings.own_buckets == tuple(b for b in range(len(holdings.rows)) if b == 1 or b % 2 == host)
         assert [row.is_shared_out for row in holdings.rows[:3]] == [True, False, True]
-        assert [holdings.weights_are_fetched(row) for row in holdings.rows[:3]] == [False, False, host == 1]
+        assert [row.weights_are_fetched for row in holdings.rows[:3]] == [False, False, host == 1]
     assert rows[0][0].parts[MASTERS].home is Home.HERE
     assert rows[1][0].parts[MASTERS].home is Home.OWNER
     assert rows[0][2].parts[WORKING].home is (Home.DISK if rows[0][2].num_narrow else Home.HERE)

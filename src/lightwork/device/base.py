@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,10 @@ Queue = Literal["in", "out", "exchange"]
 
 #: A place in a queue; None where everything before it is done.
 Mark = torch.cuda.Event | None
+
+
+#: Applies a function to every tensor of a batch.
+Walk = Callable[[Any, Callable[[torch.Tensor], torch.Tensor]], Any]
 
 
 class Device(ABC):
@@ -92,9 +96,9 @@ class Device(ABC):
         """Return whether computation can read a tensor."""
         return tensor.device.type == self.place.type
 
-    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a batch's tensor where computation can read it; one that is there as it is."""
-        return tensor
+    def bring_batch(self, batch: Any, walk: Walk) -> Any:
+        """Return a batch where computation can read it; what is there as it is."""
+        return batch
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy of a tensor of the host, made in the current queue."""

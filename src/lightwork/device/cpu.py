@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import final
+from typing import Any, final
 
 import torch
 
-from lightwork.device.base import Device, Mark, Queue
+from lightwork.device.base import Device, Mark, Queue, Walk
 
 
 class Cpu(Device):
@@ -70,9 +70,9 @@ class Rehearsal(Cpu):
     has_own_memory = True
     is_late = True  #: as a GPU, so that the engine takes the same ways
 
-    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy, as if there were two memories."""
-        return tensor.clone()
+    def bring_batch(self, batch: Any, walk: Walk) -> Any:
+        """Copy it, as if there were two memories."""
+        return walk(batch, self.copied)
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy."""

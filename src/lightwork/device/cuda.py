@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 
-from lightwork.device.base import Device, Mark, Queue
+from lightwork.device.base import Device, Mark, Queue, Walk
 from lightwork.device.cpu import Cpu, Rehearsal
 from lightwork.errors import MemoryFull, SpecError
 from lightwork.units import format_bytes
@@ -104,8 +104,11 @@ class Cuda(Device):
         total = torch.cuda.get_device_properties(self.place).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), self.place)
 
-    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+    def bring_batch(self, batch: Any, walk: Walk) -> Any:
         """Copy it, in the queue of what comes in."""
+        return walk(batch, self._brought)
+
+    def _brought(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_cuda:
             return tensor.to(self.place)
         source = tensor if tensor.is_pinned() else tensor.pin_memory()
@@ -126,10 +129,9 @@ def open_device(kind: str, local_rank: int) -> Device:
 
     Raises: SpecError when there is none.
     """
-    if kind == "cpu":
-        return Cpu()
-    if kind == "rehearsal":
-        return Rehearsal()
+    on_host = {"cpu": Cpu, "rehearsal": Rehearsal}.get(kind)
+    if on_host is not None:
+        return on_host()
     count = torch.cuda.device_count()
     if count == 0:
         built = "finds no GPU (see nvidia-smi, and CUDA_VISIBLE_DEVICES)"

@@ -25,7 +25,7 @@ from lightwork.engine.forward.precision import Compute
 from lightwork.engine.forward.sources import FetchedWeights, answer_requests
 from lightwork.engine.parts import Backward, Moving, Parts, State, Workplace
 from lightwork.engine.update import Updater
-from lightwork.spec.holdings import MASTERS, SUMS, WORKING, Holdings, Home
+from lightwork.spec.holdings import MASTERS, WORKING, Holdings
 from lightwork.state.buffers import Buffers
 from lightwork.state.description import Description
 from lightwork.state.materialise import load, reset
@@ -59,10 +59,10 @@ def make_parts(description: Description, holdings: Holdings, workplace: Workplac
         device,
         limit=holdings.depths.leaving,
     )
-    are_one = holdings.narrow is None
+    are_one = holdings.widths.narrow is None
     updater = Updater(weights, slots, state.optimizer, update_parts, fetching, masters_are_weights=are_one)
     exchange = Exchange()
-    if workplace.carrier is not None:
+    if workplace.carrier.others:
         exchange = BetweenHosts(holdings, workplace.carrier, workplace.board.ledger, slots, state.buffers)
     return Parts(
         description=description,
@@ -123,8 +123,8 @@ class _UpdateRegions:
         self._holdings = holdings
         self._places = {name: (home, here) for name, home, here in optimizer.moments.places}
         self._places[MASTERS] = memory.home(MASTERS, torch.float32), memory.here(MASTERS, torch.float32)
-        if holdings.narrow is not None and not holdings.has_device:
-            working = memory.home(WORKING, DTYPES[holdings.narrow])
+        if any(WORKING in row.comes_for_update for row in holdings.rows):
+            working = memory.home(WORKING, DTYPES[holdings.rows[0].parts[WORKING].dtype])
             self._places[WORKING] = working, working
 
     @property
@@ -134,12 +134,7 @@ class _UpdateRegions:
 
     def of_bucket(self, bucket: int) -> Sequence[tuple[Elements, Elements]]:
         """Return the home and the place here of each part of a bucket that comes for its update."""
-        found = []
-        for name, holding in self._holdings.rows[bucket].parts.items():
-            is_fetched = name == MASTERS and self._holdings.narrow is None and self._holdings.has_device
-            if name != SUMS and name in self._places and not is_fetched and holding.home in (Home.HOST, Home.DISK):
-                found.append(self._places[name])
-        return found
+        return [self._places[name] for name in self._holdings.rows[bucket].comes_for_update]
 
 
 def _take_room_at_home(holdings: Holdings, memory: Regions, optimizer: BlockOptimizer) -> None:
@@ -161,13 +156,9 @@ def _fetching(weights: Weights, holdings: Holdings, workplace: Workplace) -> Fet
     if way.is_used:
         visits = Visits(way, way.buckets, device, limit=depths.kept)
         fetching = WeightsOnTheirWay(weights, visits, depths, way.close)
-    if workplace.weights_carrier is not None:
-        answer_requests(weights, workplace.weights_carrier, device, way.closed)
-    if not holdings.has_device and holdings.weights_on_disk:
-        regions = [weights.masters]
-        if holdings.narrow:
-            regions.append(workplace.memory.home(WORKING, DTYPES[holdings.narrow]))
-        pages = Visits(WeightPages(holdings.layout, regions), range(len(weights.parameters)), device, limit=1)
+    answer_requests(weights, workplace.weights_carrier, device, way.closed)
+    if holdings.weights_are_paged:
+        pages = Visits(WeightPages(holdings.layout, weights.homes), range(len(weights.parameters)), device, limit=1)
         fetching = WeightsOnDisk(weights, pages, fetching)
     return fetching
 

@@ -24,6 +24,7 @@ from typing import final
 
 import torch
 
+from lightwork.engine.backward.outbox import Outbox
 from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.precision import Compute
@@ -83,8 +84,7 @@ class Engine:
         self._in_step = False
         self._settings: tuple[object, int] = (None, 0)
         self.trained = trained_state(parts)  #: the same by name
-        between_hosts = ("exchange", "exchange behind backward") if parts.exchange.outbox is not None else ()
-        self._seconds = dict.fromkeys(("wait", *between_hosts, "reduce", "update"), 0.0)
+        self._seconds = dict.fromkeys(("wait", *parts.exchange.phases, "reduce", "update"), 0.0)
         self._step_start = 0.0
 
     # --- the phases of a step -----------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Engine:
         if consumed is not None:
             parts.backward.early.follow(parts.backward.gradients.begin_fold(index, self._num_micro_batches, consumed))
             return share
-        outbox = parts.exchange.outbox if self._is_last_of_host() else None
+        outbox = self._outbox_in_hand()
         fold = parts.backward.gradients.begin_fold(index, self._num_micro_batches, outbox)
         if outbox is not None:
             places = {node: (0, slot) for node, slot in parts.backward.gradients.places().items()}
@@ -177,11 +177,13 @@ class Engine:
         self._num_computed += 1
         return self._board.finished_micro_batch(step, index, outcome, freed=fold.freed, slot=fold.slot, node=fold.node)
 
-    def _is_last_of_host(self) -> bool:
-        """Return whether the micro-batch in hand is its host's last one. Known where the host has one worker."""
+    def _outbox_in_hand(self) -> Outbox | None:
+        """Return where gradients of the micro-batch in hand go: where it is its host's last one, out at once."""
         holdings = self._parts.holdings
+        if not holdings.sends_last_gradients:
+            return None
         own = holdings.roster.micro_batches(holdings.host, self._num_micro_batches)
-        return holdings.num_workers == 1 and self._num_computed == len(own) - 1
+        return self._parts.exchange.outbox if self._num_computed == len(own) - 1 else None
 
     @property
     def _whole(self) -> Node:

@@ -55,8 +55,8 @@ class Workplace:
     board: Board
     signal: Waiter
     trace: Trace
-    carrier: Carrier | None = None  #: the leader's, where there are several hosts
-    weights_carrier: Carrier | None = None  #: ... and weights are shared out
+    carrier: Carrier  #: to the other hosts; for workers that do not speak to any, one that has none
+    weights_carrier: Carrier  #: the same for weights, where they are shared out
 
 
 @dataclass(frozen=True, kw_only=True)

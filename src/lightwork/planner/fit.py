@@ -23,9 +23,6 @@ from lightwork.units import format_bytes, parse_bytes
 #: What is moved to disk, in this order: first what a step touches once.
 ORDER: tuple[str, ...] = ("optimizer", "gradients", "weights")
 
-#: An allowance for Python objects, the board, mailboxes and threads' stacks; an estimate, not measured by itself.
-FIXED_BYTES = 48 * 2**20
-
 
 def fit(holdings: Holdings, memory: str, offload: Mapping[str, Place]) -> dict[str, Place]:
     """Return what to offload so that a worker's resident memory stays below `memory`, above a bare `import torch`.
@@ -36,14 +33,14 @@ def fit(holdings: Holdings, memory: str, offload: Mapping[str, Place]) -> dict[s
     chosen = dict(offload)
     for part in (None, *ORDER):
         if part is not None:
-            chosen[part] = "host" if holdings.has_device and chosen.get(part) != "disk" else "disk"
+            chosen[part] = holdings.memories.nearest if chosen.get(part) != "disk" else "disk"
         needed = resident_bytes(offloaded(holdings, chosen))
         if needed <= limit:
             return chosen
     largest = max(holdings.layout.parameters, key=lambda p: p.numel)
     raise MemoryFull(
         f"memory={memory!r} is {format_bytes(needed - limit)} too little: with everything offloaded a worker still "
-        f"needs {format_bytes(needed)} ({format_bytes(_fixed(holdings))} for itself, the rest for one bucket's update "
+        f"needs {format_bytes(needed)} ({format_bytes(holdings.memories.of_process)} for itself, the rest for one bucket's update "
         f"and the largest parameter, {largest.name} of {format_bytes(largest.numel * 4)}). The nearest plan that fits "
         f"is memory='{-(-needed // 2**20)}MiB'."
     )
@@ -57,8 +54,4 @@ def offloaded(holdings: Holdings, offload: Mapping[str, Place]) -> Holdings:
 def resident_bytes(holdings: Holdings) -> int:
     """Return the resident bytes of a worker at their peak, without its activations."""
     in_memory = sum(expected_bytes(holdings, (Home.HERE,)).values()) / holdings.num_workers
-    return int(in_memory) + _fixed(holdings) + working_set_bytes(holdings)
-
-
-def _fixed(holdings: Holdings) -> int:
-    return 0 if holdings.has_device else FIXED_BYTES
+    return int(in_memory) + holdings.memories.of_process + working_set_bytes(holdings)

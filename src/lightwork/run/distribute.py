@@ -170,8 +170,7 @@ def distribute(
     team.report(Progress.JOINED)
     if checkpoint is not None:
         run.load(checkpoint)
-        if team.is_main:
-            notice(f"resumed after {run.step_index} steps, from {checkpoint}.")
+        team.say(f"resumed after {run.step_index} steps, from {checkpoint}.")
     heap.keep_pages()
     return run
 
@@ -252,16 +251,16 @@ def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:
 
 
 def _say_hello(team: Team, environment: Environment, spec: Spec) -> None:
-    if team.is_main and environment.launcher is Launcher.PYTHON and sys.argv[0].endswith(".py"):
-        notice(f"a team of one. For a larger one: lightwork run -n {os.cpu_count() or 2} {' '.join(sys.argv)}")
+    if environment.launcher is Launcher.PYTHON and sys.argv[0].endswith(".py"):
+        team.say(f"a team of one. For a larger one: lightwork run -n {os.cpu_count() or 2} {' '.join(sys.argv)}")
     surplus = team.world_size - spec.num_micro_batches
-    if team.is_main and surplus > 0:
+    if surplus > 0:
         names = (
             f"rank {spec.num_micro_batches}"
             if surplus == 1
             else f"ranks {spec.num_micro_batches} to {team.world_size - 1}"
         )
-        notice(
+        team.say(
             f"{team.world_size} workers for {spec.num_micro_batches} micro-batches an update: "
             f"{surplus} idle (they help with the "
             f"update, and take over from late workers). {names}. A smaller micro_batch employs them."

@@ -10,11 +10,12 @@ from typing import Any, final
 
 import torch
 
+from lightwork.data.batch import map_tensors
 from lightwork.data.feed import Batches, Feed
 from lightwork.engine.engine import Engine
 from lightwork.errors import UsageError
 from lightwork.random import RandomState
-from lightwork.run.step import as_metric, brought
+from lightwork.run.step import as_metric
 from lightwork.spec.means import combine_metrics
 from lightwork.store import heap
 from lightwork.team.team import Team
@@ -94,7 +95,7 @@ class Evaluation:
                 break
             batch = loader.get(0, index, 0)
             self._added.setdefault(index, {})
-            batch = brought(batch, self._engine.device)
+            batch = self._engine.device.bring_batch(batch, map_tensors)
             self._engine.seed("evaluate", index)
             with self._engine.computing():
                 yield batch

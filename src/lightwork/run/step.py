@@ -20,7 +20,6 @@ import torch
 from lightwork.data.batch import count_tokens, map_tensors
 from lightwork.data.feed import Batches
 from lightwork.data.order import Ids, some_of
-from lightwork.device.base import Device
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, UsageError
 from lightwork.team.ledger import Outcome
@@ -230,7 +229,7 @@ class Step:
         self._own.append(index)
         self._num_samples += len(ids)
         self._num_tokens += count_tokens(batch)
-        batch = brought(batch, self._engine.device)
+        batch = self._engine.device.bring_batch(batch, map_tensors)
         self._engine.begin_micro_batch(self.index, index)
         now = time.perf_counter()
         self._trace.span("load", self.index, index, start, now)
@@ -304,11 +303,6 @@ class Loop(Iterator[Step]):
         """End the loop, as leaving it does."""
         self._was_closed = True
         self._steps.close()
-
-
-def brought(batch: Any, device: Device) -> Any:
-    """Return a batch where the model is: moved to a device, but for what is there."""
-    return map_tensors(batch, device.bring) if device.has_own_memory else batch
 
 
 def as_metric(name: str, value: float | torch.Tensor, weight: float) -> tuple[float, float]:

@@ -44,8 +44,8 @@ def regions_of(holdings: Holdings, fixed: Mapping[str, int], buffers: Mapping[st
     """
     numel, state = holdings.layout.numel, holdings.state
     regions = {name: Region(num_bytes=size) for name, size in fixed.items()}
-    regions[MASTERS] = _like_weights(holdings, holdings.part_of_masters, numel, 4)
-    regions[WORKING] = _like_weights(holdings, "weights", numel if holdings.narrow else 0, 2)
+    regions[MASTERS] = _like_weights(holdings, holdings.widths.part_of_masters, numel, 4)
+    regions[WORKING] = _like_weights(holdings, "weights", numel, holdings.widths.working)
     for entry, itemsize in state.itemsizes.items():
         regions[state_region(entry)] = _like_weights(holdings, "optimizer", numel, itemsize)
     flat = {
@@ -53,7 +53,7 @@ def regions_of(holdings: Holdings, fixed: Mapping[str, int], buffers: Mapping[st
         **{scales_region(e): state.num_scales * 4 for e in state.in_8_bits},
         **buffers,
     }
-    regions.update({name: Region(num_bytes=n, is_mapped=not holdings.has_device) for name, n in flat.items()})
+    regions.update({name: Region(num_bytes=n, is_mapped=not holdings.memories.has_device) for name, n in flat.items()})
     regions["state numbers"] = Region(num_bytes=state.number_bytes)
     regions["state initialised"] = Region(num_bytes=len(holdings.layout.blocks))
     copies = holdings.num_workers * holdings.num_places
@@ -72,10 +72,10 @@ def _like_weights(holdings: Holdings, part: Part, numel: int, itemsize: int, cop
     ]
     return Region(
         num_bytes=copies * numel * itemsize,
-        is_mapped=not holdings.has_device or bool(on_disk),
-        in_units=holdings.has_device and any(home is not Home.DISK for home in homes),
+        is_mapped=not holdings.memories.has_device or bool(on_disk),
+        in_units=not holdings.memories.in_units.isdisjoint(homes),
         on_disk=_merged(on_disk),
-        homes=homes if holdings.has_device else (),
+        homes=homes if holdings.memories.has_device else (),
     )
 
 
@@ -121,6 +121,7 @@ def expected_bytes(holdings: Holdings, homes: Container[Home] = frozenset(Home))
                     the last gradient is not kept, nor where the update is in backward.
     """
     wire = ITEMSIZE[holdings.spec.wire]
+    totals = holdings.num_places - holdings.num_slots  # slots for the sum over all hosts: one, or none
     slots = {keeps_sent: _slots(holdings, keeps_sent=keeps_sent) for keeps_sent in (True, False)}
     found = dict.fromkeys(("weights", "optimizer", "gradients"), 0)
     of_parts = {part: holdings.homes_of(part) for part in _PARTS}
@@ -133,8 +134,8 @@ def expected_bytes(holdings: Holdings, homes: Container[Home] = frozenset(Home))
             sizes["weights"] = size
         if row.is_own:
             sizes["optimizer"] = row.num_narrow * 4 + row.numel * sum(holdings.state.itemsizes.values())
-            sizes["gradients"] = row.numel * wire if holdings.roster.num_hosts > 1 else 0
-        leaf = row.numel * wire if holdings.spec.wire == "bf16" else size
+            sizes["gradients"] = row.numel * wire * totals
+        leaf = min(row.numel * wire, size)
         of_row = slots[row.keeps_sent_sums]
         sizes["gradients"] += sum(leaf if of_leaves else row.numel * wire for of_leaves in of_row)
         for part in _PARTS:
@@ -159,7 +160,7 @@ def _slots_of(holdings: Holdings, micro_batches: range, *, keeps_sent: bool) -> 
     slots: dict[int, bool] = {}
     for index in micro_batches:
         chain, node = fold(index - micro_batches.start, len(micro_batches), held)
-        is_sent = holdings.roster.num_hosts > 1 and holdings.num_workers == 1 and index == micro_batches[-1]
+        is_sent = holdings.sends_last_gradients and index == micro_batches[-1]
         if (is_sent or holdings.updates_in_backward) and not (chain and keeps_sent):
             continue
         slot = next(s for s in range(len(held) + 1) if s not in held.values())
@@ -182,18 +183,17 @@ def working_set_bytes(holdings: Holdings) -> int:
     sizes = [sum(s.numel for s in spans_of(holdings.layout, bucket)) for bucket in holdings.layout.buckets]
     of_bucket = max(sizes, default=0)
     largest = max((p.numel * (2 * ITEMSIZE[p.dtype] + 4) for p in holdings.layout.parameters), default=0)
-    between_hosts = 0
-    if holdings.roster.num_hosts > 1:
-        between_hosts = of_bucket * wire * (depths.backlog + 2 * depths.turns * holdings.roster.num_hosts)
+    totals = holdings.num_places - holdings.num_slots
+    between_hosts = totals * of_bucket * wire * (depths.backlog + 2 * depths.turns * holdings.roster.num_hosts)
     coming = depths.kept + depths.ahead + 1 if holdings.shares_weights else 0
-    if holdings.has_device and any(home is not Home.HERE for home in holdings.homes_of("weights")):
+    if not holdings.memories.seen.issuperset(holdings.homes_of("weights")):
         # A bucket that leaves keeps its memory until the device has done what reads it: up to `kept` more.
         coming = 2 * depths.kept + depths.ahead + 1
-    weights = of_bucket * (2 if holdings.narrow else 4) * coming
-    if not holdings.has_device:
+    weights = of_bucket * holdings.widths.weight * coming
+    if not holdings.memories.has_device:
         entries = len(holdings.state.itemsizes) + 2  # beside the state: master and gradient
         return of_bucket * 4 * (entries + 2) + largest + between_hosts + weights
     staged = 0
     if any(home is not Home.HERE for home in holdings.homes_of("optimizer")):
-        staged = sum(holdings.state.itemsizes.values()) + (4 if holdings.narrow else 0)
+        staged = sum(holdings.state.itemsizes.values()) + holdings.widths.master_apart
     return of_bucket * (4 + wire + staged * (depths.leaving + 2)) + largest + between_hosts + weights

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from typing import NamedTuple
 
 from lightwork.errors import SpecError
 from lightwork.spec.layout import Cut, Layout, cut_for
@@ -56,6 +57,42 @@ class Home(Enum):
     HOST = "in the memory of the host, from which it comes to the device"
     DISK = "in a file, of which what is used is mapped"
     OWNER = "on another host"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memories:
+    """How the memory that computation sees and that of the host are related."""
+
+    homes: Mapping[Place | None, Home]  #: by what a plan says of a part; None where it says nothing
+    seen: frozenset[Home]  #: what computation sees where it is kept
+    in_units: frozenset[Home]  #: what takes room bucket by bucket
+    on_host: Home  #: what is kept in the memory of the host
+    nearest: Place  #: where a part goes first, to make room for computation
+    of_process: int  #: bytes that a worker's process takes of the memory that computation sees, tensors left out
+    has_device: bool
+
+
+#: A CPU's memory is the host's, and what lies on disk is mapped into it.
+ONE_MEMORY = Memories(
+    homes={None: Home.HERE, "host": Home.HERE, "disk": Home.DISK},
+    seen=frozenset({Home.HERE, Home.DISK}),
+    in_units=frozenset(),
+    on_host=Home.HERE,
+    nearest="disk",
+    of_process=48 * 2**20,  # Python objects, the board, mailboxes, stacks of threads; an estimate, not measured
+    has_device=False,
+)
+
+#: A device sees its own.
+TWO_MEMORIES = Memories(
+    homes={None: Home.HERE, "host": Home.HOST, "disk": Home.DISK},
+    seen=frozenset({Home.HERE}),
+    in_units=frozenset({Home.HERE, Home.HOST}),
+    on_host=Home.HOST,
+    nearest="host",
+    of_process=0,
+    has_device=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +148,7 @@ class Holding:
     dtype: str  #: of its elements; of working weights, that of the narrow ones
     num_bytes: int  #: wherever they lie
     home: Home
-
-    @property
-    def comes_and_goes(self) -> bool:
-        """Whether it is here only while it is used."""
-        return self.home is not Home.HERE
+    is_elsewhere: bool  #: computation does not see it there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +181,45 @@ class Row:
     @property
     def home_of_weights(self) -> Home:
         """Where its working weights are kept."""
-        return self.parts.get(WORKING, self.parts[MASTERS]).home
+        return self.parts[self._working].home
+
+    @property
+    def weights_are_fetched(self) -> bool:
+        """Whether its working weights are here only while they are read, from home or from the owner."""
+        return self.parts[self._working].is_elsewhere
+
+    @property
+    def comes_for_update(self) -> tuple[str, ...]:
+        """The regions whose parts come from the host's memory, or disk, for an update.
+
+        Without partial sums, and without working weights that are fetched.
+        """
+        fetched = {self._working} if self.weights_are_fetched else set()
+        away = [name for name, part in self.parts.items() if part.home in (Home.HOST, Home.DISK)]
+        return tuple(name for name in away if name not in {SUMS, *fetched})
+
+    @property
+    def _working(self) -> str:
+        return WORKING if WORKING in self.parts else MASTERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """How many bytes an element of a weight has, and what masters belong to."""
+
+    narrow: str | None  #: the type of working weights that are not masters; None where there are none
+    weight: int  #: of most working weights
+    working: int  #: of working weights that are not masters
+    master_apart: int  #: of masters that are not working weights
+    part_of_masters: Part  #: what a plan calls the masters: where they are the working weights, these
+
+
+class Lies(NamedTuple):
+    """Where the working weight of a parameter lies."""
+
+    region: str  #: WORKING, or MASTERS where it is its own master
+    is_fetched: bool  #: it is here only while it is read, on a host that does not own it or on every one
+    has_master: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,15 +265,18 @@ class Holdings:
         """Slots of a worker: for its partial sums and, with several hosts, for the sum of all (the leader's)."""
         return self.num_slots + (self.roster.num_hosts > 1)
 
-    @property
-    def has_device(self) -> bool:
-        """Whether computation sees another memory than the host's."""
-        return self.spec.device != "cpu"
+    @cached_property
+    def memories(self) -> Memories:
+        """How the memory that computation sees and that of the host are related."""
+        return ONE_MEMORY if self.spec.device == "cpu" else TWO_MEMORIES
 
     @cached_property
-    def narrow(self) -> str | None:
-        """The type of working weights that are not masters; None where there are none."""
-        return next((p.dtype for p in self.layout.parameters if p.dtype != "float32"), None)
+    def widths(self) -> Widths:
+        """How wide weights are."""
+        narrow = next((p.dtype for p in self.layout.parameters if p.dtype != "float32"), None)
+        if narrow is None:
+            return Widths(narrow=None, weight=4, working=0, master_apart=0, part_of_masters="weights")
+        return Widths(narrow=narrow, weight=2, working=2, master_apart=4, part_of_masters="optimizer")
 
     @cached_property
     def own_buckets(self) -> tuple[int, ...]:
@@ -220,15 +294,32 @@ class Holdings:
         return any(row.weights_stay_with_owner for row in self.rows)
 
     @cached_property
-    def weights_on_disk(self) -> bool:
-        """Whether a file holds masters or working weights, of which forward and backward read some."""
-        parts: set[Part] = {"weights", self.part_of_masters}
-        return any(self._home(dials, part) is Home.DISK for dials in self._all_dials() for part in parts)
+    def weights_are_paged(self) -> bool:
+        """Whether forward and backward read weights that lie in a file, mapped: masters or working weights."""
+        parts: set[Part] = {"weights", self.widths.part_of_masters}
+        homes = {self._home(dials, part) for dials in self._all_dials() for part in parts}
+        return Home.DISK in homes & self.memories.seen
+
+    @cached_property
+    def working_weights(self) -> tuple[Lies, ...]:
+        """Where the working weight of each parameter lies."""
+        *homes, _ = self.homes_of("weights")
+        away = {bucket for bucket, home in enumerate(homes) if home not in self.memories.seen}
+        found = []
+        for index, parameter in enumerate(self.layout.parameters):
+            is_trained, is_master = parameter.group is not None, parameter.dtype == "float32"
+            # On a device all working weights lie in one region, so that masters need not be here for the fp32 ones.
+            # These are few and small, and always here.
+            lies_alone = not is_master or (self.memories.has_device and self.widths.narrow is not None)
+            may_leave = is_trained and not (is_master and lies_alone)
+            is_fetched = may_leave and not away.isdisjoint(self.layout.buckets_of(index))
+            found.append(Lies(WORKING if lies_alone else MASTERS, is_fetched, is_trained or is_master))
+        return tuple(found)
 
     @property
-    def part_of_masters(self) -> Part:
-        """What a plan calls the masters: where they are the working weights, these."""
-        return "optimizer" if self.narrow else "weights"
+    def sends_last_gradients(self) -> bool:
+        """Whether gradients of its last micro-batch leave this host as they are made: as it has one worker, and others."""
+        return self.num_workers == 1 and self.roster.num_hosts > 1
 
     @property
     def updates_in_backward(self) -> bool:
@@ -237,47 +328,46 @@ class Holdings:
         is_alone = self.roster.world_size == 1 and self.spec.num_micro_batches == 1
         return is_alone and not needs_norm and self.layout.numel >= self.depths.early
 
-    def weights_are_fetched(self, row: Row) -> bool:
-        """Return whether a bucket's working weights are here only while they are read, from home or from the owner."""
-        home = row.home_of_weights
-        return home is Home.OWNER or (self.has_device and home is not Home.HERE)
-
     @property
     def masters_are_here(self) -> bool:
         """Whether this host has every master where computation sees it."""
-        at_home = all(row.parts[MASTERS].home is Home.HERE for row in self.rows)
-        return not self.shares_state and (at_home or not self.has_device)
+        return not self.shares_state and not any(row.parts[MASTERS].is_elsewhere for row in self.rows)
 
     def _row(self, bucket: int) -> Row:
         dials = self._dials(bucket)
         blocks = self.layout.blocks_of(bucket)
         numel = sum(block.end - block.start for block in blocks)
-        narrow = sum(b.end - b.start for b in blocks if self.layout.parameters[b.parameter].dtype != "float32")
+        num_narrow = sum(b.end - b.start for b in blocks if self.layout.parameters[b.parameter].dtype != "float32")
         owner, placement = self.roster.owner(bucket), self._placement(dials)
         is_own = placement == "replicate" or owner == self.host
         away = None if is_own else Home.OWNER
         weights_away = away if placement == "zero3" else None
         of_state, of_weights = self._home(dials, "optimizer"), self._home(dials, "weights")
-        of_masters = (away or of_state) if self.narrow else (weights_away or of_weights)
-        parts = {MASTERS: Holding(dtype="float32", num_bytes=numel * 4, home=of_masters)}
-        if self.narrow:
-            size = narrow * ITEMSIZE[self.narrow]
-            kept = of_weights if narrow else Home.HERE  # weights that are fp32 all the same are few
-            parts[WORKING] = Holding(dtype=self.narrow, num_bytes=size, home=weights_away or kept)
+        if self.widths.narrow is None:
+            parts = {MASTERS: self._holding("float32", numel * 4, weights_away or of_weights)}
+        else:
+            kept = of_weights if num_narrow else Home.HERE  # weights that are fp32 all the same are few
+            parts = {
+                MASTERS: self._holding("float32", numel * 4, away or of_state),
+                WORKING: self._holding(self.widths.narrow, num_narrow * self.widths.working, weights_away or kept),
+            }
         for entry, itemsize in self.state.itemsizes.items():
             kind = "uint8" if entry in self.state.in_8_bits else f"{itemsize} bytes"
-            parts[state_region(entry)] = Holding(dtype=kind, num_bytes=numel * itemsize, home=away or of_state)
+            parts[state_region(entry)] = self._holding(kind, numel * itemsize, away or of_state)
         wire = self.spec.wire
-        parts[SUMS] = Holding(dtype=wire, num_bytes=numel * ITEMSIZE[wire], home=self._home(dials, "gradients"))
+        parts[SUMS] = self._holding(wire, numel * ITEMSIZE[wire], self._home(dials, "gradients"))
         return Row(
             bucket=bucket,
             owner=owner,
             is_own=is_own,
             placement=placement,
             numel=numel,
-            num_narrow=narrow,
+            num_narrow=num_narrow,
             parts=parts,
         )
+
+    def _holding(self, dtype: str, num_bytes: int, home: Home) -> Holding:
+        return Holding(dtype=dtype, num_bytes=num_bytes, home=home, is_elsewhere=home not in self.memories.seen)
 
     def _placement(self, dials: Dials) -> Placement:
         return dials.placement if self.roster.num_hosts > 1 else "replicate"
@@ -290,11 +380,8 @@ class Holdings:
         )
 
     def _home(self, dials: Dials, part: Part) -> Home:
-        """Return where a bucket with these dials has a part, on a host that has it: a CPU's memory is the host's."""
-        place = dials.offload.get(part)
-        if place == "disk":
-            return Home.DISK
-        return Home.HOST if place == "host" and self.has_device else Home.HERE
+        """Return where a bucket with these dials has a part, on a host that has it."""
+        return self.memories.homes[dials.offload.get(part)]
 
     def _dials(self, bucket: int) -> Dials:
         return self.dials_of.get(bucket, self.dials)

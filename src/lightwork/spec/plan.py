@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args
 
 from lightwork.errors import SpecError
-from lightwork.spec.spec import Activation, Spec
+from lightwork.spec.spec import Activation, Spec, check_choice
 from lightwork.units import parse_bytes
 
 Carriage = Literal["host", "group"]
@@ -39,14 +39,8 @@ class Plan:
         for name, switch in (("steal", self.steal), ("trace", self.trace)):
             if not isinstance(switch, bool):
                 raise SpecError(f"{name}={switch!r} is neither true nor false.")
-        if self.transport not in get_args(Carriage):
-            raise SpecError(
-                f"transport={self.transport!r} is not known. Choose one of {', '.join(get_args(Carriage))}."
-            )
-        if self.placement not in get_args(Placement):
-            raise SpecError(
-                f"placement={self.placement!r} is not known. Choose one of {', '.join(get_args(Placement))}."
-            )
+        check_choice("transport", self.transport, get_args(Carriage))
+        check_choice("placement", self.placement, get_args(Placement))
         if not isinstance(self.offload, Mapping):
             raise SpecError(f'offload={self.offload!r} is not a choice by part. Write {{"optimizer": "disk"}}.')
         for part, place in self.offload.items():
@@ -70,10 +64,7 @@ class Plan:
             )
         if not isinstance(self.offload_dir, str):
             raise SpecError(f"offload_dir={self.offload_dir!r} is not the path of a folder.")
-        if self.shared_memory not in get_args(Memory):
-            raise SpecError(
-                f"shared_memory={self.shared_memory!r} is not known. Choose one of {', '.join(get_args(Memory))}."
-            )
+        check_choice("shared_memory", self.shared_memory, get_args(Memory))
 
     def to_json(self) -> str:
         """Return the plan as a JSON object, keys sorted."""

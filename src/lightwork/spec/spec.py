@@ -58,19 +58,10 @@ class Spec:
                 f"micro_batch={self.micro_batch} is larger than global_batch={self.global_batch}. "
                 f"Choose micro_batch={self.global_batch} or less."
             )
-        if self.device not in get_args(DeviceKind):
-            raise SpecError(f"device={self.device!r} is not known. Choose one of {', '.join(get_args(DeviceKind))}.")
-        if self.precision not in get_args(Precision):
-            raise SpecError(
-                f"precision={self.precision!r} is not known. Choose one of {', '.join(get_args(Precision))}."
-            )
-        if self.optimizer_state not in get_args(StateFormat):
-            raise SpecError(
-                f"optimizer_state={self.optimizer_state!r} is not known. Choose one of "
-                f"{', '.join(get_args(StateFormat))}."
-            )
-        if self.wire not in get_args(Wire):
-            raise SpecError(f"wire={self.wire!r} is not known. Choose one of {', '.join(get_args(Wire))}.")
+        check_choice("device", self.device, get_args(DeviceKind))
+        check_choice("precision", self.precision, get_args(Precision))
+        check_choice("optimizer_state", self.optimizer_state, get_args(StateFormat))
+        check_choice("wire", self.wire, get_args(Wire))
         if self.clip_grad_norm is not None and not _is_positive(self.clip_grad_norm):
             raise SpecError(f"clip_grad_norm={self.clip_grad_norm!r} is not a positive number. None does not clip.")
         if not isinstance(self.fp32_modules, tuple) or not all(isinstance(name, str) for name in self.fp32_modules):
@@ -130,6 +121,12 @@ def differences(ours: Spec, theirs: Spec) -> dict[str, tuple[object, object]]:
     """Return the fields in which two specs differ, with both values."""
     a, b = asdict(ours), asdict(theirs)
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise SpecError unless a field has one of the values that it may have."""
+    if value not in choices:
+        raise SpecError(f"{name}={value!r} is not known. Choose one of {', '.join(choices)}.")
 
 
 def _is_count(value: object) -> bool:

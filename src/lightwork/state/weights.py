@@ -54,40 +54,25 @@ class Weights:
         self.accepted: Mark = None  #: when every weight had its value
         self._holdings = holdings
         self._device = memory.device
+        self._stays_put = memory.units is None  # tensors of it may be kept
         self._values = self._place(memory)
+        self.homes = list(dict.fromkeys((self.masters, *(value.home for value in self._values))))
         self._versions: list[int] = []
         self._stretches_of: dict[int, list[Stretch]] = {}  # of each bucket, made once
         self._tensors: dict[int, list[torch.Tensor]] = {}
 
     def _place(self, memory: Regions) -> list[_Value]:
         """Return where each parameter's working weight lies."""
-        narrow = self._holdings.narrow
-        home = here = None
+        homes, here = {MASTERS: self.masters}, {MASTERS: self.masters_here}
+        narrow = self._holdings.widths.narrow
         if narrow is not None:
-            home = here = memory.home(WORKING, DTYPES[narrow])
-            if self._holdings.has_device:
-                # All working weights lie in one region there, so that masters need not be here for the fp32 ones. These
-                # are few and small, and always here.
-                here = memory.new_units([DTYPES[p.dtype] for p in self.layout.parameters])
+            homes[WORKING] = memory.home(WORKING, DTYPES[narrow])
+            here[WORKING] = memory.here_of_types(WORKING, [DTYPES[p.dtype] for p in self.layout.parameters])
         values = []
-        for index, parameter in enumerate(self.layout.parameters):
-            is_narrow, is_trained = parameter.dtype != "float32", parameter.group is not None
-            if home is None or here is None or not (is_narrow or self._holdings.has_device):
-                own_home, own_here = self.masters, self.masters_here
-                is_fetched = is_trained and self._comes_from_home(index)
-            else:
-                own_home, own_here = home, here
-                is_fetched = is_trained and is_narrow and self._comes_from_home(index)
-                if self._holdings.has_device and not is_fetched:
-                    own_home = here
-            values.append(_Value(own_home, own_here, is_fetched, is_trained or not is_narrow))
+        for region, is_fetched, has_master in self._holdings.working_weights:
+            places = homes if is_fetched or region == MASTERS else here
+            values.append(_Value(places[region], here[region], is_fetched, has_master))
         return values
-
-    def _comes_from_home(self, index: int) -> bool:
-        """Return whether a parameter's working weight would be kept elsewhere than here, whoever owns it."""
-        homes = self._holdings.homes_of("weights")
-        buckets = self.layout.buckets_of(index)
-        return self._holdings.has_device and any(homes[bucket] is not Home.HERE for bucket in buckets)
 
     def attach(self, *, write: bool, done: Callable[[int], None] = lambda index: None) -> list[int]:
         """Point every parameter at the memory of the team; with `write`, after putting its present value there.
@@ -169,7 +154,7 @@ class Weights:
         if tensors is None:
             with torch.no_grad():
                 tensors = [stretch.home.view(stretch.start, stretch.end) for stretch in self.stretches(bucket)]
-            if not self._holdings.has_device:
+            if self._stays_put:
                 self._tensors[bucket] = tensors
         return tensors
 

@@ -158,6 +158,10 @@ class Regions:
             self._here[name] = self._mixed([home if h is Home.HERE else units for h in self.homes(name)])
         return self._here[name]
 
+    def here_of_types(self, name: str, dtypes: Sequence[torch.dtype]) -> Elements:
+        """Return the same in memory of its own, for parameters of these types; at home where there are no units."""
+        return self._homes[name] if self.units is None else self.new_units(dtypes)
+
     def new_units(self, dtypes: Sequence[torch.dtype]) -> UnitElements:
         """Return new units of the device's memory, for parameters of these types."""
         return UnitElements(self._units(), dtypes, self.device.place)

@@ -27,7 +27,7 @@ from lightwork.device.base import Device
 from lightwork.errors import TeamError
 from lightwork.notice import notice
 from lightwork.spec.footprint import expected_bytes, regions_of
-from lightwork.spec.holdings import Holdings, Home
+from lightwork.spec.holdings import Holdings
 from lightwork.spec.plan import Plan
 from lightwork.spec.roster import Roster
 from lightwork.store.elements import Units
@@ -44,7 +44,8 @@ from lightwork.transport.gloo import PATIENCE, GlooCarrier
 from lightwork.transport.layered import LayeredTransport
 from lightwork.transport.lock import FileLock
 from lightwork.transport.mailboxes import HostTransport
-from lightwork.transport.relay import Relay
+from lightwork.transport.null import NullCarrier
+from lightwork.transport.relay import ByHosts, Relay
 from lightwork.transport.signal import Signal
 from lightwork.units import format_bytes
 
@@ -69,8 +70,8 @@ class Joined:
     team: Team
     signal: Signal
     memory: Regions
-    carrier: Carrier | None  #: the leader's, where there are several hosts
-    weights_carrier: Carrier | None  #: ... and weights are sharded
+    carrier: Carrier  #: to the other hosts, the leader's; another worker's has no others
+    weights_carrier: Carrier  #: the same for weights, where they are sharded
 
 
 def find_roster(
@@ -119,9 +120,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
     memory_map = map_regions(regions_of(holdings, fixed, needs.buffers))
     fingerprint = _fingerprint(holdings, device)
     store, disk = _make_or_open(holdings, memory_map, fingerprint, plan, rank, rendezvous, run_number)
-    carrier, weights_carrier = None, None
-    if roster.is_leader(rank) and roster.num_hosts > 1:
-        carrier, weights_carrier = _connect(holdings, device, environment, rendezvous, run_number)
+    carrier, weights_carrier = _connect(holdings, device, environment, rendezvous, run_number)
     units = Units(holdings.layout) if device.has_own_memory else None
     memory = Regions(store.buffer, memory_map, device, disk=disk.fileno() if disk else None, units=units)
     signal = Signal(store.buffer, memory.offset("signal"))
@@ -200,40 +199,43 @@ def _make_or_open(
 
 def _connect(
     holdings: Holdings, device: Device, environment: Environment, rendezvous: Rendezvous, run_number: int
-) -> tuple[Carrier, Carrier | None]:
-    """Return the leader's carriers to the other hosts: for gradients, and for weights where they are sharded."""
+) -> tuple[Carrier, Carrier]:
+    """Return carriers to the other hosts, for gradients and for weights: a leader's, as far as there is such a need."""
     rank, roster, host = environment.rank, holdings.roster, holdings.host
+    carrier: Carrier = NullCarrier(rank)
+    weights_carrier: Carrier = NullCarrier(rank)
+    if roster.num_hosts == 1 or not roster.is_leader(rank):
+        return carrier, weights_carrier
     leaders = [roster.leader(other) for other in range(roster.num_hosts)]
     address = rendezvous.address()
 
     def late(other: int, seconds: float) -> None:
         notice(f"rank {rank} has been waiting for rank {other} for {seconds:.0f} s.")
 
-    carrier: Carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, address, late=late)
-    weights_carrier: Carrier | None = None
+    carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, address, late=late)
     if holdings.shares_weights:
         weights_carrier = GlooCarrier(rendezvous.store(f"weights {run_number}"), host, leaders, address, PATIENCE)
     if device.has_own_memory:
         carrier = Relay(device, carrier, _direct(carrier, device, environment, rendezvous, run_number))
-        weights_carrier = Relay(device, weights_carrier) if weights_carrier is not None else None
+        weights_carrier = Relay(device, weights_carrier, ByHosts(device, weights_carrier))
     return carrier, weights_carrier
 
 
 def _direct(
     carrier: Carrier, device: Device, environment: Environment, rendezvous: Rendezvous, run_number: int
-) -> PointToPoint | None:
-    """Return the way between GPUs; None where there is none, or two workers share one."""
+) -> PointToPoint:
+    """Return the way between devices: by the hosts where they are no GPUs, or two workers share one."""
     if device.place.type != "cuda":
-        return None
+        return ByHosts(device, carrier)
     own = f"{environment.machine} {device.place}"
     seen = carrier.exchange("devices", own.encode())
     if len(set(seen)) < len(seen):
-        return None
+        return ByHosts(device, carrier)
     return nccl.connect(rendezvous.store(f"devices {run_number}"), carrier.host, carrier.num_hosts, device.place)
 
 
 def _check_room(holdings: Holdings, plan: Plan) -> None:
-    needed = expected_bytes(holdings, (Home.HOST if holdings.has_device else Home.HERE,))
+    needed = expected_bytes(holdings, (holdings.memories.on_host,))
     breakdown = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
     check_room(plan.shared_memory, sum(needed.values()), available_memory(), breakdown)
 

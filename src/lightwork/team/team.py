@@ -42,7 +42,7 @@ class Team:
         transport: Transport,
         rendezvous: Rendezvous,
         store: MappedStore,
-        carrier: Carrier | None,
+        carrier: Carrier,
     ) -> None:
         """`mailboxes` are those of this host's workers, `transport` is that of all; `carrier` is the leader's."""
         self.rank = rank
@@ -79,11 +79,15 @@ class Team:
         """Tell the launcher how far this worker got."""
         self._rendezvous.report(progress)
 
+    def say(self, text: str) -> None:
+        """Tell the user something that is not an error, once: the main worker does."""
+        if self.is_main:
+            notice(text)
+
     def close(self) -> None:
         """Let go of the others: descriptors and connections."""
         self._peers.close()
-        if self._carrier is not None:
-            self._carrier.close()
+        self._carrier.close()
 
     # --- meeting ----------------------------------------------------------------------------------------------------
 

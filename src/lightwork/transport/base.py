@@ -93,6 +93,11 @@ class Carrier(PointToPoint):
         """The number of hosts."""
         return len(self.leaders)
 
+    @property
+    def others(self) -> list[int]:
+        """The hosts but this one."""
+        return [host for host in range(self.num_hosts) if host != self.host]
+
     @abstractmethod
     def receive_from_any(self, tensor: torch.Tensor, tag: int) -> int:
         """Receive into `tensor` from whoever sends first, and return the host.
@@ -107,7 +112,7 @@ class Carrier(PointToPoint):
         Moves: `FIRST_BYTES` to and from each other host, and what of the payloads did not fit.
         Raises: Disagreement when another host exchanges something else; RankLost.
         """
-        others = [host for host in range(self.num_hosts) if host != self.host]
+        others = self.others
         first = torch.zeros(FIRST_BYTES, dtype=torch.uint8)
         room = FIRST_BYTES - _HEADER.size
         name = what.encode()[:_WHAT_BYTES]

@@ -10,9 +10,9 @@ from lightwork.transport.base import Carrier, Transport, Watch
 
 @final
 class LayeredTransport(Transport):
-    """A transport within a host of `num_workers`, joined to the other hosts'. `carrier` is the leader's alone."""
+    """A transport within a host of `num_workers`, joined to the other hosts' by the leader's `carrier`."""
 
-    def __init__(self, local: Transport, num_workers: int, carrier: Carrier | None) -> None:
+    def __init__(self, local: Transport, num_workers: int, carrier: Carrier) -> None:
         self._local = local
         self._num_workers = num_workers
         self._carrier = carrier
@@ -20,11 +20,9 @@ class LayeredTransport(Transport):
     def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:
         """Gather on each host, exchange between the leaders, and pass on what came: three barriers."""
         own = self._local.exchange(what, payload, watch)
-        everything = _pack([_pack(own)])
-        if self._carrier is not None:
-            everything = _pack(self._carrier.exchange(what, _pack(own)))
+        everything = _pack(self._carrier.exchange(what, _pack(own)))
         if self._num_workers > 1:
-            everything = self._local.exchange(what, everything if self._carrier is not None else b"", watch)[0]
+            everything = self._local.exchange(what, everything, watch)[0]
         return [payload for of_host in _unpack(everything) for payload in _unpack(of_host)]
 
 

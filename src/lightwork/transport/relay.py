@@ -41,25 +41,15 @@ class _Received(Pending):
 
 
 @final
-class Relay(Carrier):
-    """A carrier for tensors on the host and on a device.
+class ByHosts(PointToPoint):
+    """Tensors on a device by way of host buffers, and the hosts' network."""
 
-    Owns: both carriers that it is made of.
-    """
-
-    def __init__(self, device: Device, network: Carrier, direct: PointToPoint | None = None) -> None:
-        """`network` is the hosts'; `direct` is for tensors on the device, None where devices can not do it."""
-        super().__init__(network.host, network.leaders)
+    def __init__(self, device: Device, network: Carrier) -> None:
         self._device = device
         self._network = network
-        self._direct = direct
 
     def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
-        """Begin to send. Without a direct way, the host waits for what the current queue was given before."""
-        if not self._lies_on_device(tensor):
-            return self._network.send(host, tensor, tag)
-        if self._direct is not None:
-            return self._direct.send(host, tensor, tag)
+        """Begin to send. The host waits for what the current queue was given before."""
         buffer = self._device.host_buffer(tensor.numel() * tensor.itemsize, torch.uint8)
         buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
         self._device.synchronize(self._device.mark())
@@ -67,12 +57,34 @@ class Relay(Carrier):
 
     def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
         """Begin to receive."""
-        if not self._lies_on_device(tensor):
-            return self._network.receive(host, tensor, tag)
-        if self._direct is not None:
-            return self._direct.receive(host, tensor, tag)
         buffer = self._device.host_buffer(tensor.numel() * tensor.itemsize, torch.uint8)
         return _Received(self._network.receive(host, buffer, tag), buffer, tensor)
+
+    def close(self) -> None:
+        """Do nothing: the network is another's."""
+
+
+@final
+class Relay(Carrier):
+    """A carrier for tensors on the host and on a device with a memory of its own.
+
+    Owns: both that it is made of.
+    """
+
+    def __init__(self, device: Device, network: Carrier, between_devices: PointToPoint) -> None:
+        """`network` is the hosts'; `between_devices` is for tensors on the device."""
+        super().__init__(network.host, network.leaders)
+        self._device = device
+        self._network = network
+        self._between_devices = between_devices
+
+    def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
+        """Begin to send."""
+        return self._way_of(tensor).send(host, tensor, tag)
+
+    def receive(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
+        """Begin to receive."""
+        return self._way_of(tensor).receive(host, tensor, tag)
 
     def receive_from_any(self, tensor: torch.Tensor, tag: int) -> int:
         """Receive on the host."""
@@ -81,7 +93,7 @@ class Relay(Carrier):
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Let what is begun inside be on its way at once."""
-        with self._network.together(), self._direct.together() if self._direct else contextlib.nullcontext():
+        with self._network.together(), self._between_devices.together():
             yield
 
     def exchange(self, what: str, payload: bytes) -> list[bytes]:
@@ -91,8 +103,7 @@ class Relay(Carrier):
     def close(self) -> None:
         """Close both."""
         self._network.close()
-        if self._direct is not None:
-            self._direct.close()
+        self._between_devices.close()
 
-    def _lies_on_device(self, tensor: torch.Tensor) -> bool:
-        return self._device.has_own_memory and self._device.is_here(tensor)
+    def _way_of(self, tensor: torch.Tensor) -> PointToPoint:
+        return self._between_devices if self._device.is_here(tensor) else self._network

@@ -55,8 +55,8 @@ class Slots:
         homes = [row.parts[SUMS].home for row in holdings.rows]
         self._homes = homes
         self._on_disk = [home is Home.DISK for home in homes]
-        self._elsewhere = [holdings.has_device and home is not Home.HERE for home in homes]
-        self._kept_wide = [holdings.has_device and home is Home.HOST for home in homes]  # by bucket: sums alone
+        self._elsewhere = [row.parts[SUMS].is_elsewhere for row in holdings.rows]
+        self._kept_wide = [home is Home.HOST for home in homes]  # by bucket: sums alone
         self._bucket_of = [(self.layout.buckets_of(index) or (-1,))[0] for index in range(len(self.layout.parameters))]
         self._in_units = memory.in_units(SUMS)
         self.leaf_dtypes = [self._leaf_dtype(index) for index in range(len(self.layout.parameters))]

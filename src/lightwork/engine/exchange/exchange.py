@@ -29,6 +29,8 @@ class Exchange:
 
     #: Where buckets that are complete go while backward runs.
     outbox: Outbox | None = None
+    #: What of a step the trace tells beside what every worker does.
+    phases: tuple[str, ...] = ()
     #: Seconds for which partial sums travelled in this step, waits for backward left out.
     busy_seconds = 0.0
 
@@ -69,11 +71,13 @@ class BetweenHosts(Exchange):
     Owns: a thread, in which partial sums travel, until `close`.
     """
 
+    phases = ("exchange", "exchange behind backward")
+
     def __init__(self, holdings: Holdings, carrier: Carrier, ledger: Ledger, slots: Slots, buffers: Buffers) -> None:
         self._holdings = holdings
         self._carrier = carrier
         self._host = carrier.host
-        self._others = [host for host in range(carrier.num_hosts) if host != carrier.host]
+        self._others = carrier.others
         self._ledger = ledger
         self._buffers = buffers
         self._turns = Turns(holdings, carrier, slots)

@@ -53,10 +53,9 @@ class Owners:
     def close(self) -> None:
         """Let the other hosts' threads end."""
         goodbye = torch.tensor([_GOODBYE])
-        for host in range(self._carrier.num_hosts):
-            if host != self._carrier.host:
-                with contextlib.suppress(RankLost):
-                    self._carrier.send(host, goodbye, _REQUEST).wait()
+        for host in self._carrier.others:
+            with contextlib.suppress(RankLost):
+                self._carrier.send(host, goodbye, _REQUEST).wait()
 
 
 @final
@@ -84,23 +83,23 @@ class FetchedWeights(Way):
     backward), less what stays between them. Of offloaded ones, twice their bytes to the device.
     """
 
-    def __init__(self, weights: Weights, holdings: Holdings, device: Device, carrier: Carrier | None) -> None:
-        """`carrier` is for requests alone; None where no weights are shared out."""
+    def __init__(self, weights: Weights, holdings: Holdings, device: Device, carrier: Carrier) -> None:
+        """`carrier` is for requests alone; there are no others where no weights are shared out."""
         self._weights = weights
         self._device = device
         self.closed = threading.Event()  #: nothing will be asked for any more
-        self._owners = [Owners(holdings, carrier)] if carrier is not None else []
+        self._owners = Owners(holdings, carrier)
+        self._num_askers = len(carrier.others)
         at_home = HostMemory(weights, device)
-        owner: Source = self._owners[0] if self._owners else at_home
         self._sources: dict[int, Source] = {}
         for row in holdings.rows:
-            if holdings.weights_are_fetched(row):
-                self._sources[row.bucket] = owner if row.home_of_weights is Home.OWNER else at_home
+            if row.weights_are_fetched:
+                self._sources[row.bucket] = self._owners if row.home_of_weights is Home.OWNER else at_home
 
     @property
     def is_used(self) -> bool:
         """Whether this host fetches any bucket, or others may fetch from it."""
-        return len(self._sources) + len(self._owners) > 0
+        return len(self._sources) + self._num_askers > 0
 
     @property
     def buckets(self) -> list[int]:
@@ -144,8 +143,7 @@ class FetchedWeights(Way):
 
     def close(self) -> None:
         """Say to the other hosts that nothing will be asked for any more."""
-        for owners in self._owners:
-            owners.close()
+        self._owners.close()
         self.closed.set()
 
 
@@ -159,13 +157,15 @@ def answer_requests(weights: Weights, carrier: Carrier, device: Device, closed: 
 
     Then, when this host has `closed` too and asks for nothing any more, it closes the carrier. See [Note: who answers].
     """
+    if not carrier.others:
+        return
     arguments = (weights, carrier, device, closed)
     threading.Thread(target=_answer_requests, args=arguments, name="lightwork weights", daemon=True).start()
 
 
 def _answer_requests(weights: Weights, carrier: Carrier, device: Device, closed: threading.Event) -> None:
     request = torch.empty(1, dtype=torch.int64)
-    open_hosts = carrier.num_hosts - 1
+    open_hosts = len(carrier.others)
     with contextlib.suppress(RankLost), device.queue("out"):  # the exchange of gradients names it
         while open_hosts:
             host = carrier.receive_from_any(request, _REQUEST)
