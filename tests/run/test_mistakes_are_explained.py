@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -261,6 +261,15 @@ def quasi_newton() -> tuple[nn.Module, torch.optim.Optimizer]:
 )
 def test_a_model_or_optimizer_that_can_not_be_shared_is_refused_by_name(build: Callable[[], Any], words: str) -> None:
     assert words in raised(lambda: lightwork.distribute(*build(), global_batch=4, run_dir=new_folder()))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_lazy_model_is_refused_by_name_in_every_precision(precision: Literal["fp32", "bf16", "fp16"]) -> None:
+    def job() -> None:
+        lightwork.distribute(*lazy(), global_batch=4, precision=precision, run_dir=new_folder())
+
+    assert "is of a lazy module" in raised(job)
 
 
 def clip_by_value(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

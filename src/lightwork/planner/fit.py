@@ -29,7 +29,7 @@ def fit(holdings: Holdings, memory: str, offload: Mapping[str, Place]) -> dict[s
 
     Raises: MemoryFull when nothing fits, with the bytes that are missing and the smallest limit that would do.
     """
-    limit = parse_bytes(memory)
+    limit, own = parse_bytes(memory), holdings.memories.of_process
     chosen = dict(offload)
     for part in (None, *ORDER):
         if part is not None:
@@ -40,7 +40,7 @@ def fit(holdings: Holdings, memory: str, offload: Mapping[str, Place]) -> dict[s
     largest = max(holdings.layout.parameters, key=lambda p: p.numel)
     raise MemoryFull(
         f"memory={memory!r} is {format_bytes(needed - limit)} too little: with everything offloaded a worker still "
-        f"needs {format_bytes(needed)} ({format_bytes(holdings.memories.of_process)} for itself, the rest for one bucket's update "
+        f"needs {format_bytes(needed)} ({format_bytes(own)} for itself, the rest for one bucket's update "
         f"and the largest parameter, {largest.name} of {format_bytes(largest.numel * 4)}). The nearest plan that fits "
         f"is memory='{-(-needed // 2**20)}MiB'."
     )

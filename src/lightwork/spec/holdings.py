@@ -318,7 +318,7 @@ class Holdings:
 
     @property
     def sends_last_gradients(self) -> bool:
-        """Whether gradients of its last micro-batch leave this host as they are made: as it has one worker, and others."""
+        """Whether its last micro-batch's gradients leave this host as they are made: it has one worker, and others."""
         return self.num_workers == 1 and self.roster.num_hosts > 1
 
     @property

@@ -37,20 +37,19 @@ def describe_parameters(
     memory overlaps itself, and an optimizer with parameters of another model.
     """
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    narrow = NARROW.get(spec.precision)
-    fp32 = _fp32_parameters(model, spec.fp32_modules) if narrow or spec.fp32_modules else None
-    parameters, specs = [], []
     for name, parameter in model.named_parameters():
         _check_supported(name, parameter)
+    most, fp32 = NARROW.get(spec.precision, "float32"), _fp32_parameters(model, spec.fp32_modules)
+    parameters, specs = [], []
+    for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
-        low = narrow is not None and fp32 is not None and parameter not in fp32
         parameters.append(parameter)
         specs.append(
             ParameterSpec(
                 name=name,
                 shape=tuple(parameter.shape),
-                dtype=narrow if narrow and low else "float32",
+                dtype="float32" if parameter in fp32 else most,
                 group=group_of.pop(parameter, None),
                 whole=whole,
             )
