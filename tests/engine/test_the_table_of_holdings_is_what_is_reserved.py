@@ -29,6 +29,7 @@ from lightwork.store.private import PrivateStore
 from lightwork.store.regions import PAGE_BYTES, Regions, map_regions
 from lightwork.team.board import Board
 from lightwork.trace import Trace
+from lightwork.transport.null import NullCarrier
 
 PLACEMENTS = ("replicate", "zero1", "zero2", "zero3")
 OFFLOADS: dict[str, dict[str, str]] = {
@@ -78,7 +79,15 @@ def parts_of(description: Description, holdings: Holdings, device: Device, folde
     units = Units(holdings.layout) if device.has_own_memory else None
     memory = Regions(store.buffer, memory_map, device, disk=disk.fileno() if disk else None, units=units)
     board: Board = object()  # type: ignore[assignment]  # nothing is asked of it here
-    workplace = Workplace(local_rank=0, memory=memory, board=board, signal=object(), trace=Trace(None, print))  # type: ignore[arg-type]
+    workplace = Workplace(
+        local_rank=0,
+        memory=memory,
+        board=board,
+        signal=object(),  # type: ignore[arg-type]
+        trace=Trace(None, print),
+        carrier=NullCarrier(0),
+        weights_carrier=NullCarrier(0),
+    )
     parts = make_parts(description, holdings, workplace)
     attach(description, parts, write=True)
     return parts, memory
