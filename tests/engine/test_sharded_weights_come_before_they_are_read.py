@@ -6,6 +6,7 @@ What is given back reads as NaN here, so that a weight that did not come shows.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightwork
+from lightwork.device.cpu import Cpu
+from lightwork.engine.forward.sources import answer_requests
+from lightwork.transport.null import NullCarrier
 from tests.cases import LSTM
 from tests.fake_ranks import pause, run_ranks
 from tests.training import new_folder
@@ -22,6 +26,13 @@ from tests.training import new_folder
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 ZERO3 = {"transport": "group", "placement": "zero3"}
+
+
+def test_a_host_without_others_starts_no_thread_to_answer_them() -> None:
+    before = threading.active_count()
+    weights: Any = None  # are not looked at
+    answer_requests(weights, NullCarrier(0), Cpu(), threading.Event())
+    assert threading.active_count() == before
 
 
 class Product(torch.autograd.Function):

@@ -188,7 +188,7 @@ class Row:
         """Whether its working weights are here only while they are read, from home or from the owner."""
         return self.parts[self._working].is_elsewhere
 
-    @property
+    @cached_property
     def comes_for_update(self) -> tuple[str, ...]:
         """The regions whose parts come from the host's memory, or disk, for an update.
 
