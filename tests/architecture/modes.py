@@ -18,7 +18,7 @@ ROOT = Path(lightwork.__file__).parent
 
 #: The words of each mode, without leading underscores. `len(x)` stands for the length of x.
 WORDS: dict[str, set[str]] = {
-    "own memory": {"has_own_memory", "has_device"},
+    "own memory": {"has_own_memory", "has_device", "memories"},
     "late": {"is_late", "reads_late"},
     "sharded": {"sharded", "sharded_weights", "serves_weights", "placement", "zero1", "zero2", "zero3", "replicate"}
     | {"weights_carrier", "is_sharded", "shards_weights"},

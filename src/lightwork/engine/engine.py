@@ -24,7 +24,6 @@ from typing import final
 
 import torch
 
-from lightwork.engine.backward.outbox import Outbox
 from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.precision import Compute
@@ -161,7 +160,8 @@ class Engine:
         if consumed is not None:
             parts.backward.early.follow(parts.backward.gradients.begin_fold(index, self._num_micro_batches, consumed))
             return share
-        outbox = self._outbox_in_hand()
+        sent = parts.holdings.sent_at_once(self._num_micro_batches)
+        outbox = parts.exchange.outbox if self._num_computed in sent else None
         fold = parts.backward.gradients.begin_fold(index, self._num_micro_batches, outbox)
         if outbox is not None:
             places = {node: (0, slot) for node, slot in parts.backward.gradients.places().items()}
@@ -176,14 +176,6 @@ class Engine:
         fold = self._parts.backward.gradients.commit(self._board.ledger.touched(index))
         self._num_computed += 1
         return self._board.finished_micro_batch(step, index, outcome, freed=fold.freed, slot=fold.slot, node=fold.node)
-
-    def _outbox_in_hand(self) -> Outbox | None:
-        """Return where gradients of the micro-batch in hand go: where it is its host's last one, out at once."""
-        holdings = self._parts.holdings
-        if not holdings.sends_last_gradients:
-            return None
-        own = holdings.roster.micro_batches(holdings.host, self._num_micro_batches)
-        return self._parts.exchange.outbox if self._num_computed == len(own) - 1 else None
 
     @property
     def _whole(self) -> Node:
