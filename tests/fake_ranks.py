@@ -340,7 +340,7 @@ class FakeCarrier(Carrier):
 @contextlib.contextmanager
 def _in_place(baton: Baton) -> Iterator[None]:
     """Let threads that take part hand on the baton where they would wait; all others wait as ever."""
-    wait_for_signal, unlock = Signal.wait, FileLock.__exit__
+    wait_for_signal, unlock = Signal.wait_for_change, FileLock.__exit__
     wait_for_condition, start_thread = threading.Condition.wait, threading.Thread.start
     register = atexit.register
 
@@ -394,7 +394,7 @@ def _in_place(baton: Baton) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
-            (Signal, "wait", signal_wait),
+            (Signal, "wait_for_change", signal_wait),
             (FileLock, "__exit__", lock_exit),
             (threading.Condition, "wait", condition_wait),
             (threading.Thread, "start", thread_start),

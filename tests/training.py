@@ -90,7 +90,7 @@ def in_small_pieces(*, block: int | None = 64, bucket: int | None = 128, **depth
 
 def poison_what_is_given_back() -> None:
     """Make NaN of what is given back in this process, instead of zeros where it is a whole page."""
-    release = UnitElements.release
+    release = UnitElements.release_room
 
     def poison(pages: Pages, start: int, end: int) -> None:
         address = ctypes.addressof(ctypes.c_char.from_buffer(pages._buffer)) + pages._start
@@ -102,8 +102,8 @@ def poison_what_is_given_back() -> None:
                 self._whole(unit).fill_(0xFF)
         release(self, start, end)
 
-    Pages.release = poison  # type: ignore[method-assign]
-    UnitElements.release = poison_units  # type: ignore[method-assign]
+    Pages.release_room = poison  # type: ignore[method-assign]
+    UnitElements.release_room = poison_units  # type: ignore[method-assign]
 
 
 def new_folder() -> Path:

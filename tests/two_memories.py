@@ -156,7 +156,7 @@ class TwoMemories(TorchDispatchMode):
     def install(self) -> None:
         """See what rehearsals do, in this process, from now on."""
         watch = self
-        release, take, run = UnitElements.release, UnitElements._take, Background._run
+        release, take, run = UnitElements.release_room, UnitElements._take, Background._run
 
         @contextlib.contextmanager
         def queue(_self: Rehearsal, name: str) -> Iterator[None]:
@@ -207,7 +207,7 @@ class TwoMemories(TorchDispatchMode):
         }
         for name, method in methods.items():
             type.__setattr__(Rehearsal, name, method)
-        UnitElements.release = releasing  # type: ignore[method-assign]
+        UnitElements.release_room = releasing  # type: ignore[method-assign]
         UnitElements._take = taking  # type: ignore[method-assign]
         Background._run = running  # type: ignore[method-assign]
 

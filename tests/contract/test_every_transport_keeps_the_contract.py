@@ -182,14 +182,14 @@ def test_a_signal_wakes_who_waits_and_gives_up_in_time() -> None:
     store = PrivateStore(64)
     waiter, notifier = Signal(store.buffer, 0), Signal(store.buffer, 0)
     start = time.monotonic()
-    assert not waiter.wait(waiter.value, 0.05)
+    assert not waiter.wait_for_change(waiter.value, 0.05)
     assert 0.04 < time.monotonic() - start < 2.0
     seen = waiter.value
     threading.Timer(0.05, notifier.notify).start()
     start = time.monotonic()
-    assert waiter.wait(seen, 10.0)
+    assert waiter.wait_for_change(seen, 10.0)
     assert time.monotonic() - start < 5.0
-    assert waiter.wait(seen, 10.0), "a change before the wait is not missed"
+    assert waiter.wait_for_change(seen, 10.0), "a change before the wait is not missed"
 
 
 def test_the_lock_excludes_processes() -> None:

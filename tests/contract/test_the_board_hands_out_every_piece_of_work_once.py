@@ -461,7 +461,7 @@ def test_a_worker_that_failed_stops_the_others_and_is_described() -> None:
     a, b = Setting(world_size=2, num_micro_batches=4).boards()
     b.presence.join(4711)
     assert b.enter(0, 4, 1, measure=False).kind is Kind.COMPUTE
-    assert a.presence.describe(1) == "rank 1 (pid 4711) computes micro-batch 2 of step 0"
+    assert a.presence.describe_worker(1) == "rank 1 (pid 4711) computes micro-batch 2 of step 0"
     b.presence.fail()
     assert b.presence.failure() is None
     assert isinstance(a.presence.failure(), RankFailed)
@@ -475,7 +475,7 @@ def test_a_worker_that_failed_stops_the_others_and_is_described() -> None:
 def test_a_worker_that_left_its_loop_is_not_waited_for_once_it_meets_or_ends() -> None:
     for excuse in (Activity.MEETING, Activity.ENDED):
         a, b = Setting(world_size=2, num_micro_batches=1, num_buckets=1).boards()
-        b.presence.leave(left=True)
+        b.presence.set_left(left=True)
         assert a.presence.anyone_left()
         assert a.enter(0, 1, 1, measure=False) == Action(Kind.COMPUTE, 0)
         assert finish(a, 0, 0).kind is Kind.WAIT, "it may still read weights in code after the loop"
@@ -505,7 +505,7 @@ def test_every_activity_has_words() -> None:
     for activity in Activity:
         board.presence.show(activity, 3)
         assert board.presence.activity(0) is activity
-        words.add(board.presence.describe(0))
+        words.add(board.presence.describe_worker(0))
     assert len(words) == len(Activity)
 
 

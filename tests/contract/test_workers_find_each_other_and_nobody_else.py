@@ -25,8 +25,8 @@ def test_messages_of_any_number_of_runs_are_read(monkeypatch: pytest.MonkeyPatch
         first.publish(f"memory {number}", "x" * 100)
         first.publish(f"store {number}", str(number))
         assert second.next_run() == number
-        assert second.wait(f"memory {number}") == "x" * 100
-        assert second.wait(f"store {number}") == str(number)
+        assert second.wait_for_message(f"memory {number}") == "x" * 100
+        assert second.wait_for_message(f"store {number}") == str(number)
     os.close(fd)
 
 
@@ -42,10 +42,10 @@ def test_waiting_reads_only_what_is_new() -> None:
     first, second = FileRendezvous(fd, 0), FileRendezvous(fd, 1)
     for number in range(10_000):
         first.publish(f"memory {number}", "x" * 500)
-    second.wait("memory 0")
+    second.wait_for_message("memory 0")
     threading.Timer(0.5, lambda: first.publish("late", "here")).start()
     start = time.process_time()
-    assert second.wait("late") == "here"
+    assert second.wait_for_message("late") == "here"
     assert time.process_time() - start < 0.25, "as long as the wait itself"
     os.close(fd)
 
@@ -92,7 +92,7 @@ def test_a_team_on_one_machine_listens_to_that_machine_alone() -> None:
     assert listening(port) == {"0100007F"}
     served.publish("memory", "here")
     other = Environment(rank=1, world_size=2, launcher=Launcher.MPI, address="127.0.0.1", port=port, job="a")
-    assert StoreRendezvous(other).wait("memory") == "here"
+    assert StoreRendezvous(other).wait_for_message("memory") == "here"
     os.close(fd)
 
 
@@ -105,7 +105,7 @@ def test_two_jobs_in_one_store_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> N
     first.publish("memory", "here")
     other = StoreRendezvous(Environment(rank=1, world_size=2, launcher=Launcher.MPI, port=port, job="b"))
     with pytest.raises(TeamError, match="waited"):
-        other.wait("memory")
+        other.wait_for_message("memory")
     with pytest.raises(TeamError, match=f"port {port}, where the workers are to find each other, can not be had"):
         StoreRendezvous(Environment(rank=0, world_size=2, launcher=Launcher.MPI, port=port, job="b"))
 

@@ -12,7 +12,7 @@ from tests.training import in_small_pieces, poison_what_is_given_back
 
 @pytest.fixture(autouse=True)
 def _put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in ((distribute, "TUNING"), (Pages, "release"), (UnitElements, "release")):
+    for owner, name in ((distribute, "TUNING"), (Pages, "release_room"), (UnitElements, "release_room")):
         monkeypatch.setattr(owner, name, vars(owner)[name])
 
 

@@ -222,7 +222,7 @@ def test_units_take_the_room_of_their_bucket_alone(tmp_path: Path) -> None:
                 holdings.layout.range_of(b.parameter)
                 for b in (holdings.layout.blocks_of(row.bucket)[0], holdings.layout.blocks_of(row.bucket)[-1])
             )
-            home.take(start, end)
+            home.take_room(start, end)
             aligned = sum(
                 -(-holdings.layout.parameters[p].numel // ALIGNMENT) * ALIGNMENT
                 for p in {b.parameter for b in holdings.layout.blocks_of(row.bucket)}

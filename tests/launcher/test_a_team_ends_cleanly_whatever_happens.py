@@ -93,7 +93,7 @@ def test_a_signal_without_a_name_is_told_by_number() -> None:
     outcome, _ = launch("os.kill(os.getpid(), 40)", 1)
     assert outcome.culprit is not None
     assert outcome.culprit.exit_status == 168
-    assert "was killed by signal 40 before it called" in outcome.culprit.describe()
+    assert "was killed by signal 40 before it called" in outcome.culprit.describe_end()
 
 
 def test_workers_are_killed_when_another_can_not_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

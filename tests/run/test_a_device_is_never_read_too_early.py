@@ -85,7 +85,7 @@ def test_the_watch_sees_a_queue_that_does_not_wait() -> None:
             with device.queue("out"), pytest.raises(Race):
                 there + 1
             with device.queue("out"):
-                device.wait(mark)
+                device.wait_for_mark(mark)
                 there.mul_(2)
                 left = device.mark()
             with pytest.raises(Race):

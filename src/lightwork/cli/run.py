@@ -189,7 +189,7 @@ def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int, l
         return 128 + outcome.interrupted
     culprit = outcome.culprit
     if culprit is not None:
-        _say(f"{culprit.describe()} The others were ended.")
+        _say(f"{culprit.describe_end()} The others were ended.")
         _show_traceback(culprit, run_dir, logged)
         return culprit.exit_status or 1
     if all(ended.progress is Progress.STARTED for ended in outcome.ended):

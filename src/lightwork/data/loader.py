@@ -71,9 +71,9 @@ class Loader:
         position = Position(epoch, step_in_epoch, index)
         self._reached = position
         while self._ahead.positions and self._ahead.positions[0] < position:
-            self._ahead.drop()
+            self._ahead.drop_first()
         if self._ahead.positions and self._ahead.positions[0] == position:
-            return aligned(self._ahead.take())
+            return aligned(self._ahead.take_first())
         return aligned(self._source.fetch(epoch, self._order.micro_batch_ids(*position)))
 
     def ids(self, epoch: int, step_in_epoch: int, index: int) -> Ids:
@@ -133,10 +133,10 @@ class _Idle:
             return True
         return False
 
-    def drop(self) -> None:
-        self.take()
+    def drop_first(self) -> None:
+        self.take_first()
 
-    def take(self) -> Batch:
+    def take_first(self) -> Batch:
         self.positions.popleft()
         return self._batches.popleft()
 
@@ -171,10 +171,10 @@ class _Processes:
     def load_one(self, reached: Position) -> bool:
         return False
 
-    def drop(self) -> None:
+    def drop_first(self) -> None:
         self._next()
 
-    def take(self) -> Batch:
+    def take_first(self) -> Batch:
         batch = self._next()
         if isinstance(batch, _Failure):
             raise DataError(f"{batch.message}\n\nIn the loading worker:\n{batch.traceback}")

@@ -50,7 +50,7 @@ class Device(ABC):
         """Return where the current queue is."""
 
     @abstractmethod
-    def wait(self, mark: Mark) -> None:
+    def wait_for_mark(self, mark: Mark) -> None:
         """Let what the current queue is given from now on begin when `mark` is reached."""
 
     @abstractmethod

@@ -27,7 +27,7 @@ class Cpu(Device):
         """Return None."""
         return None
 
-    def wait(self, mark: Mark) -> None:
+    def wait_for_mark(self, mark: Mark) -> None:
         """Return."""
 
     def synchronize(self, mark: Mark) -> None:

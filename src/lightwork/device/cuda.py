@@ -47,7 +47,7 @@ class Cuda(Device):
         event.record(torch.cuda.current_stream(self.place))
         return event
 
-    def wait(self, mark: Mark) -> None:
+    def wait_for_mark(self, mark: Mark) -> None:
         """Let the current stream wait for an event."""
         if mark is not None:
             torch.cuda.current_stream(self.place).wait_event(mark)
@@ -115,7 +115,7 @@ class Cuda(Device):
         with self.queue("in"):
             there = source.to(self.place, non_blocking=True)
             mark = self.mark()
-        self.wait(mark)
+        self.wait_for_mark(mark)
         there.record_stream(torch.cuda.current_stream(self.place))
         return there
 

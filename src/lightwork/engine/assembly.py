@@ -145,7 +145,7 @@ def _take_room_at_home(holdings: Holdings, memory: Regions, optimizer: BlockOpti
             if home is not here:
                 for block in holdings.layout.blocks_of(bucket):
                     start = holdings.layout.offsets[block.parameter] + block.start
-                    home.take(start, start + block.end - block.start)
+                    home.take_room(start, start + block.end - block.start)
 
 
 def _fetching(weights: Weights, holdings: Holdings, workplace: Workplace) -> Fetching:

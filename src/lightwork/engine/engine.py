@@ -88,7 +88,7 @@ class Engine:
 
     # --- the phases of a step -----------------------------------------------------------------------------------
 
-    def enter(self, step: int, num_micro_batches: int) -> Action:
+    def enter_step(self, step: int, num_micro_batches: int) -> Action:
         """Begin `step` and return the first thing to do."""
         self.state.weights.check_unwritten("outside the loop or between two steps")
         self._parts.backward.gradients.begin_step()
@@ -191,14 +191,14 @@ class Engine:
     def wait_for_team(self, step: int, seen: int, idle: Callable[[], bool], watch: Watch) -> Action:
         """Wait for the others; `idle` may do something useful and says whether it did. Raises: what `watch` returns."""
         start = time.perf_counter()
-        if not idle() and not self._parts.workplace.signal.wait(seen, WATCH_SECONDS):
+        if not idle() and not self._parts.workplace.signal.wait_for_change(seen, WATCH_SECONDS):
             reason = watch()
             if reason is not None:
                 raise reason
         self._seconds["wait"] += time.perf_counter() - start
         return self._board.visit(step)
 
-    def exchange(self, step: int, kind: Kind) -> Action:
+    def exchange_phase(self, step: int, kind: Kind) -> Action:
         """Exchange with the other hosts what the phase `kind` is for, and return what to do next. The leader's work.
 
         Raises: Disagreement when another host is elsewhere; RankLost when it is gone.
@@ -228,7 +228,7 @@ class Engine:
         if not self._norms.come_first or holdings.shares_weights:
             parts.exchange.norms()  # a barrier, too: nobody asks for weights before they are updated
 
-    def process(self, step: int, action: Action) -> Action:
+    def process_bucket(self, step: int, action: Action) -> Action:
         """Measure or update the claimed bucket, or combine the buffers, and return what to do next."""
         start = time.perf_counter()
         squares = self._parts.backward.early.take_norms(action.item)
@@ -261,7 +261,7 @@ class Engine:
         if self.state.loss_scale.enabled:
             self.state.loss_scale.advance(step, finite=self._norms.may_be_used())
 
-    def leave(self, step: int) -> StepResult:
+    def leave_step(self, step: int) -> StepResult:
         """Return what `step` came to, once it is committed, and set buffers and random state for the code between."""
         self.state.weights.accept_versions()
         self.state.buffers.restore()

@@ -32,7 +32,7 @@ from lightwork.transport.base import Carrier
 class Waiter(Protocol):
     """What the engine needs of a transport's signal."""
 
-    def wait(self, seen: int, seconds: float) -> bool:
+    def wait_for_change(self, seen: int, seconds: float) -> bool:
         """Return True as soon as the signal is not `seen` any more, False after `seconds`."""
 
 
@@ -108,7 +108,7 @@ def drop_pages(parts: Parts) -> None:
     """Let go of the memory of what lies on disk, after all of it, or a part, was read."""
     parts.moving.slots.drop_all()
     for elements in parts.moving.on_disk:
-        elements.drop(0, parts.holdings.layout.numel)
+        elements.unmap(0, parts.holdings.layout.numel)
 
 
 def trained_state(parts: Parts) -> TrainedState:

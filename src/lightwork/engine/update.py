@@ -147,7 +147,7 @@ class Updater:
         if not self._masters_are_weights:
             # What goes home is the whole bucket: values of blocks that this update does not write are brought.
             self._fetching.bring_for_update(bucket, values=any(gradient is None for gradient in gradients))
-        self._optimizer.update(bucket, gradients)
+        self._optimizer.update_bucket(bucket, gradients)
         blocks = self._layout.blocks_of(bucket)
         self._weights.write_working([b for b, gradient in zip(blocks, gradients, strict=True) if gradient is not None])
         self._parts.leave(bucket, written=True)

@@ -66,7 +66,7 @@ class Ended:
         """The status as a shell tells it."""
         return 128 - self.status if self.status < 0 else self.status
 
-    def describe(self) -> str:
+    def describe_end(self) -> str:
         """Say how it ended."""
         who = f"rank {self.rank} (pid {self.pid})"
         if self.status < 0:

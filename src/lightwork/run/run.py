@@ -193,7 +193,7 @@ class Run:
             return False
         if call != self._position.call:
             self._position = Bookmark(step=self._position.step, call=call)
-        self._team.presence.leave(left=False)
+        self._team.presence.set_left(left=False)
         self._team.meet_equal("run.steps", order.describe(self._position.epoch))
         self._team.report(Progress.TRAINING)
         return True
@@ -225,7 +225,7 @@ class Run:
         step = self._step
         # A step that was left in its middle (an error) is not left as a loop is: the others may still need this worker.
         if step is None or step.finished or not step.begun:
-            self._team.presence.leave(left=True)
+            self._team.presence.set_left(left=True)
             self._team.presence.show(Activity.OUTSIDE)
             self._team.report(Progress.BETWEEN)
 

@@ -175,7 +175,7 @@ class Step:
         self._begun = True
         engine = self._engine
         watch: Watch | None = None
-        action = engine.enter(self.index, self._num_micro_batches)
+        action = engine.enter_step(self.index, self._num_micro_batches)
         while action.kind is not Kind.COMMITTED:
             if action.kind is Kind.WAIT:
                 watch = watch or self._team.watch_step(self.index)
@@ -206,10 +206,10 @@ class Step:
                 )
                 action = engine.finish_micro_batch(self.index, micro.index, outcome)
             elif action.kind in (Kind.MEASURE, Kind.UPDATE):
-                action = engine.process(self.index, action)
+                action = engine.process_bucket(self.index, action)
             else:
-                action = engine.exchange(self.index, action.kind)
-        self._result = engine.leave(self.index)
+                action = engine.exchange_phase(self.index, action.kind)
+        self._result = engine.leave_step(self.index)
         self._updated(self._result.goes_on)
         self._trace.event(
             "step",

@@ -79,7 +79,7 @@ def reset(model: nn.Module, weights: Weights, indices: Sequence[int], done: Call
             for parameter, value in shared.items():
                 parameter.data = value
             for index, parameter in own.items():
-                weights.write(index, parameter.data)
+                weights.write_value(index, parameter.data)
                 parameter.data = weights.working_view(index)
                 weights.leave_unread(index)
                 del index_of[id(parameter)]
@@ -116,7 +116,7 @@ def _copy(new: torch.Tensor, value: torch.Tensor, weights: Weights, index: int |
         if index is None:
             value.data.copy_(new)
             return
-        weights.write(index, new)
+        weights.write_value(index, new)
         weights.leave_unread(index)
 
 

@@ -54,7 +54,7 @@ class Moments:
         for block in self._layout.blocks_of(bucket):
             span = span_of(self._layout, block)
             for home in self._homes.values():
-                home.release(span.start, span.end)
+                home.release_room(span.start, span.end)
 
     # --- for an update ----------------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ class BlockOptimizer:
         self._shadows: dict[int, tuple[optim.Optimizer, list[torch.Tensor]]] = {}
         self._lists: dict[int, tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]] = {}  # of each bucket
 
-    def update(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
+    def update_bucket(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take one optimizer step on the blocks of `bucket`; `gradients`, one for each, flat or None to skip it.
 
         To be called without autograd (`torch.no_grad`).

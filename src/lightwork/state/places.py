@@ -181,7 +181,7 @@ class _Copied:
     mark: Mark
 
     def wait(self) -> None:
-        self.device.wait(self.mark)
+        self.device.wait_for_mark(self.mark)
 
 
 @dataclass(frozen=True)
@@ -222,14 +222,14 @@ class UpdateParts(Way):
         spans, parts = self._spans[visitor], self._parts(visitor)
         for home, _ in parts:
             for span in spans:
-                home.fetch(span.start, span.end)
+                home.read_ahead(span.start, span.end)
         if all(home is here for home, here in parts):
             return [_Mapped(lambda: self.make_room(visitor))]
         with self._device.queue("in"):
-            self._device.wait(left)
+            self._device.wait_for_mark(left)
             for home, here in parts:
                 for span in spans:
-                    here.take(span.start, span.end)
+                    here.take_room(span.start, span.end)
                     here.view(span.start, span.end).copy_(home.view(span.start, span.end), non_blocking=True)
             return [copied(self._device)]
 
@@ -237,24 +237,24 @@ class UpdateParts(Way):
         """Take room here for each part of the bucket."""
         for _, here in self._parts(visitor):
             for span in self._spans[visitor]:
-                here.take(span.start, span.end)
+                here.take_room(span.start, span.end)
 
     def leave(self, visitor: int, *, written: bool) -> Mark:
         """Copy home what was written; let go of pages."""
         spans, parts = self._spans[visitor], self._parts(visitor)
         mark = self._device.mark()
         with self._device.queue("out"):
-            self._device.wait(mark)
+            self._device.wait_for_mark(mark)
             for home, here in parts:
                 if home is here:
                     continue
                 for span in spans if written else ():
                     home.view(span.start, span.end).copy_(here.view(span.start, span.end), non_blocking=True)
-                here.release(spans[0].start, spans[0].end)  # the unit of the bucket
+                here.release_room(spans[0].start, spans[0].end)  # the unit of the bucket
             left = self._device.mark()
         for home, _ in parts:
             for span in spans:
-                home.drop(span.start, span.end)
+                home.unmap(span.start, span.end)
         return left
 
 
@@ -270,7 +270,7 @@ class WeightPages(Way):
     def bring(self, visitor: int, left: Mark) -> Sequence[Arrival]:
         """Let the system read ahead; pages are mapped as they are touched."""
         for region in self._regions:
-            region.fetch(*self._layout.range_of(visitor))
+            region.read_ahead(*self._layout.range_of(visitor))
         return ()
 
     def make_room(self, visitor: int) -> None:
@@ -279,5 +279,5 @@ class WeightPages(Way):
     def leave(self, visitor: int, *, written: bool) -> Mark:
         """Unmap; the system writes behind."""
         for region in self._regions:
-            region.drop(*self._layout.range_of(visitor))
+            region.unmap(*self._layout.range_of(visitor))
         return None

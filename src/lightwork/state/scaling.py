@@ -55,7 +55,7 @@ class LossScale:
         scale, good_steps, skipped = self._values[at : at + _FIELDS]
         return Scale(scale, int(good_steps), int(skipped)) if scale else Scale()
 
-    def load(self, step: int, state: Scale) -> None:
+    def set_state(self, step: int, state: Scale) -> None:
         """Let `step` begin with `state`. Nobody is in a step."""
         at = step % 2 * _FIELDS
         self._values[at], self._values[at + 1], self._values[at + 2] = state
@@ -69,4 +69,4 @@ class LossScale:
             good_steps += 1
             if good_steps == GROWTH_STEPS:
                 scale, good_steps = scale * 2, 0
-        self.load(step + 1, Scale(scale, good_steps, skipped))
+        self.set_state(step + 1, Scale(scale, good_steps, skipped))

@@ -54,7 +54,7 @@ class Shards:
             own = slice(blocks.start, blocks.stop)
             initialised[own] = received[self._rows[bucket].owner][own]
 
-    def bring(self, pieces: Iterable[Piece]) -> None:
+    def bring_window(self, pieces: Iterable[Piece]) -> None:
         """Bring these pieces to every host, until their buckets are released."""
         of_bucket: dict[int, list[torch.Tensor]] = {}
         for item, start, end in pieces:
@@ -63,7 +63,7 @@ class Shards:
                     of_bucket.setdefault(bucket, []).append(tensor)
         self._between.share(sorted(of_bucket), of_bucket.__getitem__)
 
-    def release(self, buckets: Iterable[int]) -> None:
+    def release_window(self, buckets: Iterable[int]) -> None:
         """Of these buckets, give back the memory of those that other hosts own."""
         for bucket in buckets:
             if not self._rows[bucket].is_own:
@@ -72,4 +72,4 @@ class Shards:
 
     def release_all(self) -> None:
         """Give back the memory of all that other hosts own."""
-        self.release(range(len(self._rows)))
+        self.release_window(range(len(self._rows)))

@@ -193,7 +193,7 @@ class TrainedState:
         """Let `step` begin with a state of loss scaling, if there is one. The leaders do."""
         if state:
             scale, good_steps, skipped = state
-            self._loss_scale.load(step, Scale(scale, int(good_steps), int(skipped)))
+            self._loss_scale.set_state(step, Scale(scale, int(good_steps), int(skipped)))
 
     def set_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take these hyper-parameters. Every worker does."""
@@ -215,7 +215,7 @@ class TrainedState:
             for piece in window:
                 piece.item.write(piece.start, piece.end, source.read(piece.item.name, piece.start, piece.end))
             self._home.drop()
-            self._shards.release(_buckets(window))
+            self._shards.release_window(_buckets(window))
 
     # --- editing ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Walk:
         self._meet = meet
         self._drop = drop
         self._shards = shards
-        does = (shards.bring, shards.release) if is_leader else (_nothing, _nothing)
+        does = (shards.bring_window, shards.release_window) if is_leader else (_nothing, _nothing)
         self._bring: Callable[[Iterable[Piece]], None] = does[0]
         self._give_back: Callable[[Iterable[int]], None] = does[1]
 

@@ -88,14 +88,14 @@ class Weights:
                 empty = nn.Parameter(torch.empty(0), requires_grad=parameter.requires_grad)
                 torch.utils.swap_tensors(parameter, empty)  # type: ignore[no-untyped-call]
             elif write:
-                self.write(index, parameter.data)
+                self.write_value(index, parameter.data)
             parameter.data = view
             self.leave_unread(index)
             done(index)
         self.accept_versions()
         return were_meta
 
-    def write(self, index: int, value: torch.Tensor) -> None:
+    def write_value(self, index: int, value: torch.Tensor) -> None:
         """Give a parameter a value, as master and as working weight."""
         if self._values[index].has_master:
             master = self._strided(index, self.masters)
@@ -117,7 +117,7 @@ class Weights:
     def leave_unread(self, index: int) -> None:
         """Give back the room here of a working weight that is fetched: whoever reads it next brings its value again."""
         if self._values[index].is_fetched:
-            self._values[index].here.release(*self.layout.range_of(index))
+            self._values[index].here.release_room(*self.layout.range_of(index))
 
     def home_on_host(self, index: int) -> torch.Tensor | None:
         """Return where the fp32 value of a parameter lies, if that is the host's memory."""
@@ -165,9 +165,9 @@ class Weights:
             span, home = span_of(self.layout, block), self._values[block.parameter].home
             stay_away = row.weights_stay_with_owner
             if row.parts[MASTERS].home is Home.OWNER and (stay_away or home is not self.masters):
-                self.masters.release(span.start, span.end)
+                self.masters.release_room(span.start, span.end)
             if stay_away and home is not self.masters:
-                home.release(span.start, span.end)
+                home.release_room(span.start, span.end)
 
     def parameter_of(self, tensor: torch.Tensor) -> int | None:
         """Return the parameter in whose working weight a tensor lies, or None."""

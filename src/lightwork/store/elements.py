@@ -33,35 +33,35 @@ class Elements(ABC):
         """Return the element at which a tensor begins, or None if it lies elsewhere."""
 
     @abstractmethod
-    def take(self, start: int, end: int) -> None:
+    def take_room(self, start: int, end: int) -> None:
         """Take room for these elements, which are about to be written."""
 
     @abstractmethod
-    def release(self, start: int, end: int) -> None:
+    def release_room(self, start: int, end: int) -> None:
         """Give the room of these elements back; their values are lost."""
 
     @abstractmethod
-    def fetch(self, start: int, end: int) -> None:
+    def read_ahead(self, start: int, end: int) -> None:
         """Begin to read those of these elements that lie on disk."""
 
     @abstractmethod
-    def drop(self, start: int, end: int) -> None:
+    def unmap(self, start: int, end: int) -> None:
         """Let go of the memory of these elements where a file keeps their values."""
 
 
 class Pages(Protocol):
     """The pages behind a mapped region, by bytes from its start."""
 
-    def fetch(self, start: int, end: int) -> None:
+    def read_ahead(self, start: int, end: int) -> None:
         """Begin to read what lies on disk."""
 
     def map_to_write(self, start: int, end: int) -> None:
         """Map them, all at once."""
 
-    def drop(self, start: int, end: int) -> None:
+    def unmap(self, start: int, end: int) -> None:
         """Unmap what lies on disk."""
 
-    def release(self, start: int, end: int) -> None:
+    def release_room(self, start: int, end: int) -> None:
         """Give their room back."""
 
 
@@ -88,21 +88,21 @@ class FlatElements(Elements):
         address = tensor.data_ptr()
         return (address - self._start) // self._size if self._start <= address < self._end else None
 
-    def take(self, start: int, end: int) -> None:
+    def take_room(self, start: int, end: int) -> None:
         """Map them at once rather than page by page."""
         self._pages.map_to_write(start * self._size, end * self._size)
 
-    def release(self, start: int, end: int) -> None:
+    def release_room(self, start: int, end: int) -> None:
         """Give whole pages back."""
-        self._pages.release(start * self._size, end * self._size)
+        self._pages.release_room(start * self._size, end * self._size)
 
-    def fetch(self, start: int, end: int) -> None:
+    def read_ahead(self, start: int, end: int) -> None:
         """Let the system read ahead."""
-        self._pages.fetch(start * self._size, end * self._size)
+        self._pages.read_ahead(start * self._size, end * self._size)
 
-    def drop(self, start: int, end: int) -> None:
+    def unmap(self, start: int, end: int) -> None:
         """Unmap whole pages."""
-        self._pages.drop(start * self._size, end * self._size)
+        self._pages.unmap(start * self._size, end * self._size)
 
 
 class Units:
@@ -195,12 +195,12 @@ class UnitElements(Elements):
         inside = (at - self._offsets[parameter]) // self._dtypes[parameter].itemsize
         return self._units.layout.offsets[parameter] + inside
 
-    def take(self, start: int, end: int) -> None:
+    def take_room(self, start: int, end: int) -> None:
         """Take room for these units."""
         for unit in self._units.of_elements(start, end):
             self._take(unit)
 
-    def release(self, start: int, end: int) -> None:
+    def release_room(self, start: int, end: int) -> None:
         """Free these units, once what was begun with them is done."""
         for unit in self._units.of_elements(start, end):
             storage = self._flat[unit].untyped_storage()
@@ -212,10 +212,10 @@ class UnitElements(Elements):
                     whole.record_stream(torch.cuda.current_stream(whole.device))
                 storage.resize_(0)
 
-    def fetch(self, start: int, end: int) -> None:
+    def read_ahead(self, start: int, end: int) -> None:
         """Do nothing: none lies on disk."""
 
-    def drop(self, start: int, end: int) -> None:
+    def unmap(self, start: int, end: int) -> None:
         """Do nothing: no file keeps them."""
 
     @property
@@ -261,21 +261,21 @@ class MixedElements(Elements):
         found = (elements.element_of(tensor) for elements in dict.fromkeys(self._of_unit))
         return next((element for element in found if element is not None), None)
 
-    def take(self, start: int, end: int) -> None:
+    def take_room(self, start: int, end: int) -> None:
         """Take room where they lie."""
-        self._at(start).take(start, end)
+        self._at(start).take_room(start, end)
 
-    def release(self, start: int, end: int) -> None:
+    def release_room(self, start: int, end: int) -> None:
         """Give room back where they lie."""
-        self._at(start).release(start, end)
+        self._at(start).release_room(start, end)
 
-    def fetch(self, start: int, end: int) -> None:
+    def read_ahead(self, start: int, end: int) -> None:
         """Begin there."""
-        self._at(start).fetch(start, end)
+        self._at(start).read_ahead(start, end)
 
-    def drop(self, start: int, end: int) -> None:
+    def unmap(self, start: int, end: int) -> None:
         """Drop it there."""
-        self._at(start).drop(start, end)
+        self._at(start).unmap(start, end)
 
     def _at(self, element: int) -> Elements:
         return self._of_unit[self._units.unit_at(element)]

@@ -220,7 +220,7 @@ class Pages:
         self._files = [(first, stop) for first, stop, _ in memory_map.files if start <= first < end]
         self._start = start + offset
 
-    def fetch(self, start: int, end: int) -> None:
+    def read_ahead(self, start: int, end: int) -> None:
         """Begin to read what of these bytes lies on disk."""
         for first, stop in self._on_disk(start, end):
             self._advise(first, stop, Advice.FETCH)
@@ -229,12 +229,12 @@ class Pages:
         """Map these bytes, all at once rather than page by page."""
         self._advise(self._start + start, self._start + end, Advice.MAP_TO_WRITE)
 
-    def drop(self, start: int, end: int) -> None:
+    def unmap(self, start: int, end: int) -> None:
         """Unmap what of these bytes lies on disk, which keeps it."""
         for first, stop in self._on_disk(start, end):
             self._advise(first, stop, Advice.DROP)
 
-    def release(self, start: int, end: int) -> None:
+    def release_room(self, start: int, end: int) -> None:
         """Give the room of these bytes back: in memory they read as zeros again, on disk they are unmapped."""
         at = self._start + start
         for first, stop in self._on_disk(start, end):

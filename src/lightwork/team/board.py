@@ -117,7 +117,7 @@ class Board:
         `freed` are the slots whose sums went into it, held until now: [Note: lifetime of a partial sum].
         """
         words = self._words
-        self.ledger.write(step, index, outcome)
+        self.ledger.write_outcome(step, index, outcome)
         slots = words.slots_of(self._local_rank)
         with self._lock:
             slots[slot] = slot_word(node)  # [Note: the order of a board's words]

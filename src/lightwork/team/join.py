@@ -87,7 +87,7 @@ def find_roster(
     if environment.launcher in (Launcher.PYTHON, Launcher.LIGHTWORK):
         return Roster.of_sizes((world_size,))
     rendezvous.publish(f"host of {environment.rank} in run {run_number}", environment.machine)
-    machines = [rendezvous.wait(f"host of {rank} in run {run_number}") for rank in range(world_size)]
+    machines = [rendezvous.wait_for_message(f"host of {rank} in run {run_number}") for rank in range(world_size)]
     roster = Roster.of_sizes(tuple(len(list(ranks)) for _, ranks in itertools.groupby(machines)))
     if roster.num_hosts != len(set(machines)):
         raise TeamError(
@@ -184,7 +184,7 @@ def _make_or_open(
     leader = holdings.roster.leader(holdings.host)
     key = f"memory {run_number} of {leader}"
     if rank != leader:
-        published = json.loads(rendezvous.wait(key))
+        published = json.loads(rendezvous.wait_for_message(key))
         compare("lightwork.distribute", published["fingerprint"], fingerprint, rank, leader)
         return open_store(published["address"]), open_store(published["disk"]) if published["disk"] else None
     _check_room(holdings, plan)

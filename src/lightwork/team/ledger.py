@@ -44,7 +44,7 @@ class Ledger:
         self._seat = seat
         self._size = words.size
 
-    def write(self, step: int, index: int, outcome: Outcome) -> None:
+    def write_outcome(self, step: int, index: int, outcome: Outcome) -> None:
         """Write down what a micro-batch came to; it counts once the micro-batch is done.
 
         Raises: UsageError when the metrics have not enough room.
@@ -118,7 +118,7 @@ class Ledger:
         for position, index in enumerate(roster.micro_batches(host, num_micro_batches)):
             loss, weight = values["records"][position]
             metrics, vote = values["metrics"][position].encode(), values["votes"][position]
-            self.write(step, index, Outcome(loss=loss, weight=weight, metrics=metrics, goes_on=vote))
+            self.write_outcome(step, index, Outcome(loss=loss, weight=weight, metrics=metrics, goes_on=vote))
             self.touched(index)[:] = touched[position * count : (position + 1) * count]
 
     def take_norms(self, host: int, norms_squared: Sequence[float]) -> None:

@@ -66,7 +66,7 @@ class Presence:
         """Put this worker on the board."""
         self._words.presence[self._at + PID] = pid
 
-    def leave(self, *, left: bool) -> None:
+    def set_left(self, *, left: bool) -> None:
         """Say that this worker has left its loop (or entered a new one)."""
         with self._lock:
             self._words.presence[self._at + LEFT] = int(left)
@@ -106,7 +106,7 @@ class Presence:
         """Return whether any worker has left its loop."""
         return any(self.has_left(local) for local in self._roster.local_ranks(self._host))
 
-    def describe(self, local_rank: int) -> str:
+    def describe_worker(self, local_rank: int) -> str:
         """Return who a worker is and what it is doing, for a message."""
         detail, activity = divmod(self._words.presence[local_rank * PRESENCE_WORDS + ACTIVITY], 256)
         doing = {
@@ -127,7 +127,7 @@ class Presence:
         if failed < 0 or failed == self._own:
             return None
         name = self._roster.rank_of(self._host, self._own)
-        return RankFailed(f"rank {name} ends because {self.describe(failed)} and failed; see its traceback.")
+        return RankFailed(f"rank {name} ends because {self.describe_worker(failed)} and failed; see its traceback.")
 
 
 def is_excused(words: Words, local_rank: int) -> bool:

@@ -65,7 +65,7 @@ class Rendezvous(ABC):
         """Make `message` known under `key`."""
 
     @abstractmethod
-    def wait(self, key: str) -> str:
+    def wait_for_message(self, key: str) -> str:
         """Return the message under `key`. Blocks: until it is published, at most `JOIN_TIMEOUT` seconds."""
 
     @abstractmethod
@@ -161,7 +161,7 @@ class FileRendezvous(Rendezvous):
         self._page[_LINES_AT + length : _LINES_AT + end] = line
         self._write_journal(times_begun, end)
 
-    def wait(self, key: str) -> str:
+    def wait_for_message(self, key: str) -> str:
         """Look at what is new in the journal, a thousand times a second."""
         deadline = time.monotonic() + JOIN_TIMEOUT
         while time.monotonic() < deadline:
@@ -183,7 +183,7 @@ class FileRendezvous(Rendezvous):
             self.publish(key, str(store.port))
             return store
         timeout = timedelta(seconds=JOIN_TIMEOUT)
-        return TCPStore(_LOOPBACK, int(self.wait(key)), is_master=False, timeout=timeout)
+        return TCPStore(_LOOPBACK, int(self.wait_for_message(key)), is_master=False, timeout=timeout)
 
     def address(self) -> str:
         """Return the loopback's: its workers are all on this machine."""
@@ -256,7 +256,7 @@ class StoreRendezvous(Rendezvous):
         """Set the key in the store."""
         self._store.set(self._prefix + key, message)
 
-    def wait(self, key: str) -> str:
+    def wait_for_message(self, key: str) -> str:
         """Get the key from the store."""
         try:
             return bytes(self._store.get(self._prefix + key)).decode()
@@ -300,7 +300,7 @@ class SoloRendezvous(Rendezvous):
         """Keep the message."""
         self._messages[key] = message
 
-    def wait(self, key: str) -> str:
+    def wait_for_message(self, key: str) -> str:
         """Return the kept message."""
         return self._messages[key]
 

@@ -156,7 +156,8 @@ class Team:
         there = (Activity.WAITING, Activity.MEETING)
         busy = [local for local in self._others if self.presence.activity(local) not in there]
         if busy and self._lateness.is_due(self.rank, since, time.monotonic()):
-            notice(f"rank {self.rank} waits {where} for: {'; '.join(self.presence.describe(local) for local in busy)}.")
+            doing = "; ".join(self.presence.describe_worker(local) for local in busy)
+            notice(f"rank {self.rank} waits {where} for: {doing}.")
 
     def _missing_from_step(self, step: int) -> TeamError | None:
         presence = self.presence
@@ -193,7 +194,7 @@ class Team:
             if presence.waits_in_open_step(local) and not presence.has_left(self.local_rank):
                 return Disagreement(
                     f"rank {self.rank} is in a collective call (save, digest, evaluate, ...) while "
-                    f"{presence.describe(local)}. {_SAME_CALLS}"
+                    f"{presence.describe_worker(local)}. {_SAME_CALLS}"
                 )
         return None
 

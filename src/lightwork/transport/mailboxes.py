@@ -104,7 +104,7 @@ class HostTransport(Transport):
                 missing = any(self.posted(local) is None for local in self._locals)
             if not missing:
                 return
-            if not self._signal.wait(seen, WATCH_SECONDS):
+            if not self._signal.wait_for_change(seen, WATCH_SECONDS):
                 reason = watch()
                 if reason is not None:
                     raise reason

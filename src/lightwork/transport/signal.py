@@ -34,7 +34,7 @@ class Signal:
     """A number in shared memory that changes whenever somebody may have to look again.
 
     Who changes shared state calls `notify` while it holds the team's lock; who waits reads `value` under the lock,
-    looks at the state, and calls `wait` with that value: a change in between is never missed.
+    looks at the state, and calls `wait_for_change` with that value: a change in between is never missed.
     """
 
     def __init__(self, buffer: mmap.mmap, offset: int) -> None:
@@ -55,7 +55,7 @@ class Signal:
         if self._call is not None:
             self._syscall(self._call, self._address, _FUTEX_WAKE, 0x7FFFFFFF, None, None, 0)
 
-    def wait(self, seen: int, seconds: float) -> bool:
+    def wait_for_change(self, seen: int, seconds: float) -> bool:
         """Return True as soon as the number is not `seen` any more, False after `seconds`."""
         word = self._word
         end = time.perf_counter() + SPIN_SECONDS

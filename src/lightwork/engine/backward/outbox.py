@@ -39,7 +39,7 @@ class Pool:
             buffer, mark = self._free.pop()
         except IndexError:
             return torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device.place)
-        self._device.wait(mark)
+        self._device.wait_for_mark(mark)
         return buffer
 
     def give_back(self, buffers: Sequence[torch.Tensor]) -> None:
@@ -219,7 +219,7 @@ class Outbox(CompleteBuckets):
             self._is_awaited = False
             if self._abandoned:
                 raise InterruptedError("backward has failed")
-        self._device.wait(self._marks[bucket])
+        self._device.wait_for_mark(self._marks[bucket])
 
 
 def messages_of_leaves(slots: Slots) -> list[Message]:

@@ -94,8 +94,8 @@ class Slots:
                 continue
             span = span_of(self.layout, self.layout.blocks_of(bucket)[0])
             if other is not wanted:
-                other.release(span.start, span.end)
-            wanted.take(span.start, span.end)
+                other.release_room(span.start, span.end)
+            wanted.take_room(span.start, span.end)
 
     def parameter_view(
         self, rank: int, slot: int, node: Node, parameter: int, start: int = 0, end: int | None = None
@@ -180,18 +180,18 @@ class Slots:
         if self.any_on_disk:
             self._drop(0, self.layout.numel)
 
-    def release(self, rank: int, slot: int, bucket: int) -> None:
+    def release_bucket(self, rank: int, slot: int, bucket: int) -> None:
         """Give back the memory of a bucket in a partial sum that is needed no more, where computation sees it."""
         if self._homes[bucket] is not Home.HERE:
             return
         of_slot = self._slots[rank * self._num_slots + slot]
         for span in spans_of(self.layout, self.layout.buckets[bucket]):
             for elements in dict.fromkeys(of_slot):
-                elements.release(span.start, span.end)
+                elements.release_room(span.start, span.end)
 
     def _drop(self, start: int, end: int) -> None:
         for of_slot in self._slots:
-            of_slot.sums.drop(start, end)
+            of_slot.sums.unmap(start, end)
 
     def _elements(self, rank: int, slot: int, node: Node) -> Elements:
         of_slot = self._slots[rank * self._num_slots + slot]

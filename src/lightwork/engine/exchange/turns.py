@@ -130,12 +130,12 @@ class Turns:
             raise ValueError("begin() comes before wait_for_total()")
         going, self._going = self._going, None
         going.result()
-        self._device.wait(self._done)
+        self._device.wait_for_mark(self._done)
 
     def _exchange(self, held: Held, before: Mark) -> None:
         try:
             with torch.no_grad(), self._device.queue("exchange"):
-                self._device.wait(before)
+                self._device.wait_for_mark(before)
                 self._all_turns(held)
                 self._done = self._device.mark()
         except BaseException:
@@ -247,7 +247,7 @@ class Turns:
             self.outbox.mark_taken(bucket)
             if not self._holdings.rows[bucket].keeps_sent_sums:  # [Note: lifetime of a partial sum]
                 for rank, slot in held.places.values():
-                    self._slots.release(rank, slot, bucket)
+                    self._slots.release_bucket(rank, slot, bucket)
 
     def _wait_for_backward(self, bucket: int) -> None:
         start = time.perf_counter()

@@ -50,7 +50,7 @@ class _HostActivations:
         like = torch.empty_like(tensor, device="meta")
         mark = self._device.mark()
         with self._device.queue("out"):
-            self._device.wait(mark)
+            self._device.wait_for_mark(mark)
             host = self._device.host_buffer(tensor.numel(), tensor.dtype).as_strided(tensor.shape, tensor.stride())
             host.copy_(tensor, non_blocking=True)
             if tensor.is_cuda:
@@ -67,7 +67,7 @@ class _HostActivations:
             away = self._away[place]()
             if away is not None and away.here is None:
                 self._begin(away)
-        self._device.wait(packed.came)
+        self._device.wait_for_mark(packed.came)
         if packed.here is None:
             raise ValueError("a tensor that was asked for did not come")
         if packed.here.is_cuda:
@@ -76,7 +76,7 @@ class _HostActivations:
 
     def _begin(self, away: _Away) -> None:
         with self._device.queue("in"):
-            self._device.wait(away.left)
+            self._device.wait_for_mark(away.left)
             away.here = torch.empty_strided(
                 away.like.shape, away.like.stride(), dtype=away.like.dtype, device=self._device.place
             )

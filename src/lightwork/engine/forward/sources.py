@@ -69,7 +69,7 @@ class HostMemory:
     def request(self, bucket: int, tensors: Sequence[torch.Tensor], left: Mark) -> list[Arrival]:
         """Begin to copy the bucket to the device."""
         with self._device.queue("in"):
-            self._device.wait(left)
+            self._device.wait_for_mark(left)
             for home, here in zip(self._weights.of_bucket(bucket), tensors, strict=True):
                 here.copy_(home, non_blocking=True)
             return [copied(self._device)]
@@ -117,7 +117,7 @@ class FetchedWeights(Way):
         with self._device.queue("in"):
             self._take_room(visitor)
             taken = self._device.mark()
-        self._device.wait(taken)
+        self._device.wait_for_mark(taken)
 
     def leave(self, visitor: int, *, written: bool) -> Mark:
         """Give the room back, after what was written has been copied home."""
@@ -126,7 +126,7 @@ class FetchedWeights(Way):
             return self._device.mark()
         mark = self._device.mark()
         with self._device.queue("out"):
-            self._device.wait(mark)
+            self._device.wait_for_mark(mark)
             homes, here = self._weights.of_bucket(visitor), _here(self._weights, visitor)
             for home_tensor, here_tensor in zip(homes, here, strict=True):
                 home_tensor.copy_(here_tensor, non_blocking=True)
@@ -135,11 +135,11 @@ class FetchedWeights(Way):
 
     def _take_room(self, bucket: int) -> None:
         for stretch in self._weights.stretches(bucket):
-            stretch.here.take(stretch.start, stretch.end)
+            stretch.here.take_room(stretch.start, stretch.end)
 
     def _give_room_back(self, bucket: int) -> None:
         for stretch in self._weights.stretches(bucket):
-            stretch.here.release(stretch.start, stretch.end)
+            stretch.here.release_room(stretch.start, stretch.end)
 
     def close(self) -> None:
         """Say to the other hosts that nothing will be asked for any more."""
@@ -173,7 +173,7 @@ def _answer_requests(weights: Weights, carrier: Carrier, device: Device, closed:
             if bucket == _GOODBYE:
                 open_hosts -= 1
                 continue
-            device.wait(weights.accepted)
+            device.wait_for_mark(weights.accepted)
             for pending in [carrier.send(host, tensor, _ANSWER) for tensor in weights.of_bucket(bucket)]:
                 pending.wait()
     closed.wait()
