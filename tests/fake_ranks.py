@@ -228,7 +228,7 @@ class FakeRendezvous(Rendezvous):
     def publish(self, key: str, message: str) -> None:
         self._messages[key] = message
 
-    def wait(self, key: str) -> str:
+    def wait_for_message(self, key: str) -> str:
         self._baton.wait_until(lambda: key in self._messages, f"the message {key!r}")
         return self._messages[key]
 

@@ -171,7 +171,7 @@ class TwoMemories(TorchDispatchMode):
             with watch._lock:
                 return dict(watch._clock(watch._current()))
 
-        def wait(_self: Rehearsal, mark: Any) -> None:
+        def wait_for_mark(_self: Rehearsal, mark: Any) -> None:
             with watch._lock:
                 watch._join(watch._current(), mark or {})
 
@@ -201,7 +201,7 @@ class TwoMemories(TorchDispatchMode):
         methods: dict[str, Callable[..., Any]] = {
             "queue": queue,
             "mark": mark,
-            "wait": wait,
+            "wait_for_mark": wait_for_mark,
             "synchronize": synchronize,
             "copied": copied,
         }

@@ -111,3 +111,23 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         return len(list(trained(run, data, steps=2)))
 
     assert run_team(1, train) == [2]
+
+
+def test_where_there_are_huge_pages_glibc_keeps_its_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        def mallopt(self, option: int, value: int) -> None:
+            calls.append((option, value))
+
+        def malloc_trim(self, rest: int) -> None:
+            calls.append((0, rest))
+
+    monkeypatch.setattr(heap, "_glibc", Library)
+    monkeypatch.setattr(heap, "AT_START", tmp_path / "environ")
+    heap.AT_START.write_bytes(b"HOME=/\0GLIBC_TUNABLES=glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1\0")
+    heap.keep_pages()
+    assert calls == []
+    heap.AT_START.write_bytes(b"HOME=/\0")
+    heap.keep_pages()
+    assert len(calls) == 3

@@ -1,7 +1,8 @@
 """The heap of the C library: where torch takes memory that is not shared, for activations above all.
 
 By default glibc gives what is freed back to the system, and what it gets for the next step are zeroed pages, one fault
-each. After `keep_pages` it keeps them. Another C library is left alone.
+each. After `keep_pages` it keeps them. Where glibc takes huge pages (`launcher/again`) there are few faults anyway, and
+to keep pages would cost a hundredth of the memory and more. Another C library is left alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -20,14 +22,24 @@ _M_MMAP_THRESHOLD = -3
 #: memory at the peak, and for some models half (see the lab log).
 OWN_MAPPING = 32 << 20
 
+#: The environment with which this program began, also in a process forked from it.
+AT_START = Path("/proc/self/environ")
+
 
 def keep_pages() -> None:
     """Let this process keep the pages of what it frees from now on; those that are free already go back."""
     library = _glibc()
-    if library is not None:
+    if library is not None and not _takes_huge_pages():
         library.mallopt(_M_TRIM_THRESHOLD, -1)
         library.mallopt(_M_MMAP_THRESHOLD, OWN_MAPPING)
         library.malloc_trim(0)
+
+
+def _takes_huge_pages() -> bool:
+    """Return whether glibc was told to when this program began; it does not hear of it later."""
+    with contextlib.suppress(OSError):
+        return b"glibc.malloc.hugetlb=1" in AT_START.read_bytes()
+    return False
 
 
 @contextlib.contextmanager
