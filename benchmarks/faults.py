@@ -3,7 +3,7 @@
     python benchmarks/faults.py                           # prints a table; --out DIR writes it as well
 
 Pages "as they are": what glibc does by itself, and so what plain PyTorch and DDP have. "kept": what `distribute` sets,
-under any launcher. "kept, huge": what workers of `lightwork run` have besides where the system has huge pages to ask
+where glibc takes no huge pages. "huge": what workers of `lightwork run` have where the system has huge pages to ask
 for. Runs are interleaved; a figure is the median of the rounds, of each the median of the steps from the fourth on, on
 the worker whose step is the longest. Peak memory is the highest resident size that the system saw, shared pages and
 libraries included, of the worker with most.
@@ -37,7 +37,7 @@ from models import LEARNING_RATE, make_data, make_model
 HEADS = ("who", "workers", "samples a step", "pages", "faults a step", "system ms", "step ms", "peak MB")
 WARM_UP_STEPS = 3
 RUN_SECONDS = 240
-AS_THEY_ARE, KEPT, HUGE = "as they are", "kept", "kept, huge"
+AS_THEY_ARE, KEPT, HUGE = "as they are", "kept", "huge"
 
 
 @dataclass(frozen=True, kw_only=True)

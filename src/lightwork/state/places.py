@@ -98,11 +98,6 @@ class Visits:
         return stay.where
 
     @property
-    def num_here(self) -> int:
-        """Visitors that are here, or on their way here."""
-        return len(self._stays)
-
-    @property
     def coming(self) -> list[int]:
         """Visitors on their way here."""
         return [visitor for visitor, stay in self._stays.items() if stay.where is Where.COMING]
