@@ -38,7 +38,7 @@ class OneTensor:
 
     @contextlib.contextmanager
     def reading(self, what: str, meet: Any, *, is_leader: bool) -> Iterator[Walk]:
-        nothing_is_elsewhere: Any = SimpleNamespace(are_there=False, bring=None, release=None)
+        nothing_is_elsewhere: Any = SimpleNamespace(are_there=False, bring_window=None, release_window=None)
         yield Walk(what, meet, lambda: None, nothing_is_elsewhere, is_leader=is_leader)
 
     def of_model(self) -> tuple[list[Item], dict[str, str]]:
