@@ -147,3 +147,35 @@ def test_what_is_derived_of_a_step_is_not_derived_again_for_every_bucket_where_n
     ((made, num_buckets),) = run_team(1, job)
     assert num_buckets > 3
     assert made == 3  # once in each step, not for each bucket
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_step_that_was_left_in_its_middle_is_named_and_never_waited_for(num_workers: int) -> None:
+    def job() -> list[str]:
+        run, said = tiny_run(), []
+        try:
+            for step in run.steps(Numbered(44), max_steps=3):
+                for _ in step:
+                    raise KeyError("a mistake in user code")
+        except KeyError:
+            pass
+        for call in (lambda: next(run.steps(Numbered(44), max_steps=3)), run.save, run.digest):
+            with pytest.raises(lightwork.UsageError) as told:
+                call()
+            said.append(str(told.value))
+        return said
+
+    for said in run_team(num_workers, job, timeout=30):
+        for text in said:
+            assert "after step 0 was left in its middle" in text
+            assert "resume=" in text
+
+
+def test_a_closed_run_has_no_steps() -> None:
+    def job() -> None:
+        run = tiny_run()
+        run.close()
+        with pytest.raises(lightwork.UsageError, match=r"after run.close\(\). Call lightwork.distribute"):
+            next(run.steps(Numbered(44)))
+
+    run_team(1, job)

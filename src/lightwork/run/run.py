@@ -179,7 +179,7 @@ class Run:
                 step = self._make_step(order, loader, epoch, step_in_epoch)
                 self._step = step
                 yield step
-                self._check_finished(step)
+                step.check_finished()
         finally:
             self._end_loop()
             if loader is not None:
@@ -201,9 +201,12 @@ class Run:
     def _end_former_loop(self) -> None:
         """End a loop that was left without its iterator being let go of.
 
-        Raises: UsageError inside a step of it.
+        Raises: UsageError in a step, after one that was left in its middle, and after `close`.
         """
+        if self._closed:
+            raise UsageError("run.steps was called after run.close(). Call lightwork.distribute for another run.")
         if self._loop is None:
+            self._refuse_in_step("steps")
             return
         loop = self._loop()
         if loop is None or (self._step is not None and self._step.begun and not self._step.finished):
@@ -211,14 +214,6 @@ class Run:
                 "run.steps was called inside a loop over run.steps. End the one before beginning the next."
             )
         loop.close()
-
-    def _check_finished(self, step: Step) -> None:
-        if not step.finished:
-            what = "was left early" if step.begun else "was never entered"
-            raise UsageError(
-                f"the inner loop of step {step.index} {what}. Go through all of `for ... in step:`; to stop training, "
-                "break out of the outer loop after it."
-            )
 
     def _end_loop(self) -> None:
         self._loop = None
@@ -386,9 +381,16 @@ class Run:
         self._team.presence.announce(Activity.ENDED)
 
     def _refuse_in_step(self, call: str) -> None:
-        if self._step is not None and self._step.begun and not self._step.finished:
-            raise UsageError(
-                f"run.{call} was called inside the loop over the micro-batches of step "
-                f"{self._step.index}. Call it after that loop, "
-                "when the update is done."
+        step = self._step
+        if step is None or step.finished or not step.begun:
+            return
+        message = (
+            f"inside the loop over the micro-batches of step {step.index}. Call it after that loop, when the update is "
+            "done."
+        )
+        if self._loop is None:
+            message = (
+                f"after step {step.index} was left in its middle (an error, an interruption), which can not be taken "
+                "up again. Call lightwork.distribute anew, with resume= to go on from a checkpoint."
             )
+        raise UsageError(f"run.{call} was called {message}")

@@ -162,6 +162,15 @@ class Step:
         """Whether the update is done."""
         return self._result is not None
 
+    def check_finished(self) -> None:
+        """Raise UsageError when the update is not done, though the script goes on to the next step."""
+        if not self.finished:
+            what = "was left early" if self.begun else "was never entered"
+            raise UsageError(
+                f"the inner loop of step {self.index} {what}. Go through all of `for ... in step:`; to stop training, "
+                "break out of the outer loop after it."
+            )
+
     @property
     def begun(self) -> bool:
         """Whether the inner loop was entered."""
