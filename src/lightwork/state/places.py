@@ -150,6 +150,8 @@ class Visits:
 
     def leave_room(self, kept: int) -> None:
         """Let those leave that nobody holds, the least recently used first, until `kept` are here."""
+        if len(self._stays) <= kept:
+            return
         surplus = sum(stay.where is Where.HERE for stay in self._stays.values()) - kept
         if surplus > 0:
             free = [v for v, s in self._stays.items() if s.where is Where.HERE and s.held_by is HeldBy.NOBODY]

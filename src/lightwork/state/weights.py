@@ -6,7 +6,7 @@ holdings ([Note: five tensors, four places] in `spec/holdings`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class Weights:
         self._device = memory.device
         self._stays_put = memory.units is None  # tensors of it may be kept
         self._values = self._place(memory)
+        self._places_here = tuple(dict.fromkeys((*(value.here for value in self._values), self.masters_here)))
         self.homes = list(dict.fromkeys((self.masters, *(value.home for value in self._values))))
         self._versions: list[int] = []
         self._stretches_of: dict[int, list[Stretch]] = {}  # of each bucket, made once
@@ -229,10 +230,6 @@ class Weights:
         return found
 
     # --- where they lie ---------------------------------------------------------------------------------------------
-
-    @property
-    def _places_here(self) -> Iterable[Elements]:
-        return dict.fromkeys((*(value.here for value in self._values), self.masters_here))
 
     def _working_places(self, index: int) -> list[Elements]:
         """Return where a parameter's working weight is kept, beside its master."""

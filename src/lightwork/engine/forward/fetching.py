@@ -272,8 +272,7 @@ class WeightsOnTheirWay(Fetching):
 
     def _ask_ahead(self, needed: Sequence[int]) -> None:
         """Ask for what followed the parameter last time, as far as `Depths.ahead` goes."""
-        room = self._depths.ahead - sum(bucket not in needed for bucket in self._visits.coming)
-        place = self._parameter
+        place, room = self._parameter, -1
         for _ in range(_LOOK_AHEAD):
             following = self._following.get(place)
             if following is None:
@@ -281,6 +280,8 @@ class WeightsOnTheirWay(Fetching):
             place = place[1], following
             for bucket in self._buckets_of[following]:
                 if self._visits.where(bucket) is Where.AWAY:
+                    if room < 0:  # counted when it is needed
+                        room = self._depths.ahead - sum(other not in needed for other in self._visits.coming)
                     if room <= 0:
                         return
                     self._visits.ask(bucket)
