@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(BIN)/python examples/gpt_stdlib.py --compare build/demo/digests.json
 
 check: .venv/ready
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-bits check-quick check-memory
+	$(MAKE) --no-print-directory --jobs=3 --output-sync=target check-bits check-quick check-memory
 
 check-quick: lint
 	$(BIN)/python -m pytest -q tests/architecture tests/pure tests/contract tests/data
