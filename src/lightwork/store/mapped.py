@@ -86,12 +86,14 @@ def create_disk_store(folder: Path, num_bytes: int) -> MappedStore:
     """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise SpecError(f"offload to disk would go to {folder}, which {what}. Name a folder on a disk: offload_dir=...")
+        raise SpecError(
+            f"offload to disk would go to {folder}, which {what}. Name a folder on a disk: --set offload_dir=DIR."
+        )
     kind = _file_system(folder)
     if kind in ("tmpfs", "ramfs"):
         raise SpecError(
             f"offload to disk would go to {folder}, which is memory itself ({kind}). Name a folder on a disk: "
-            "offload_dir=..."
+            "--set offload_dir=DIR."
         )
     try:
         store = _create_file(num_bytes, folder)
@@ -103,7 +105,7 @@ def create_disk_store(folder: Path, num_bytes: int) -> MappedStore:
         free = format_bytes(shutil.disk_usage(folder).free)
         raise MemoryFull(
             f"offload to disk needs {format_bytes(num_bytes)} in {folder} ({error.strerror}); {free} is free. Make "
-            "room, or name another folder: offload_dir=..."
+            "room, or name another folder: --set offload_dir=DIR."
         ) from error
     return store
 
