@@ -20,7 +20,7 @@ from lightwork.state.optimizer import BlockOptimizer
 from lightwork.state.places import Visits
 from lightwork.state.scaling import LossScale
 from lightwork.state.shards import Shards
-from lightwork.state.state import Home, TrainedState
+from lightwork.state.state import TrainedState, Upkeep
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
@@ -121,6 +121,6 @@ def trained_state(parts: Parts) -> TrainedState:
         state.optimizer,
         state.buffers,
         state.loss_scale,
-        Home(partial(settle, parts), partial(drop_pages, parts), partial(take_from_first_host, parts)),
+        Upkeep(partial(settle, parts), partial(drop_pages, parts), partial(take_from_first_host, parts)),
         Shards(parts.holdings, state.weights, state.optimizer.moments, parts.exchange),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from lightwork.errors import SpecError
 from lightwork.spec.spec import Activation, Spec, check_choice
+from lightwork.spec.written import fields_in, written
 from lightwork.units import parse_bytes
 
 Carriage = Literal["host", "group"]
@@ -68,7 +68,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as a JSON object, keys sorted."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True)
+        return written(self)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -76,11 +76,7 @@ class Plan:
 
         Raises: SpecError when a field is unknown or impossible.
         """
-        values = json.loads(text)
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise SpecError(f"the plan has fields that this version does not know: {', '.join(sorted(unknown))}.")
-        return cls(**values)
+        return cls(**fields_in(text, cls, "plan"))
 
 
 #: What `--set` may name: the fields of spec and plan, but for what the launcher, the script or the engine decides.

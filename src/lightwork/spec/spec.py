@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
 
 from lightwork.errors import SpecError
+from lightwork.spec.written import fields_in, written
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Wire = Literal["fp32", "bf16"]
@@ -83,7 +83,7 @@ class Spec:
 
     def to_json(self) -> str:
         """Return the spec as a JSON object, keys sorted."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True)
+        return written(self)
 
     @classmethod
     def from_json(cls, text: str) -> Spec:
@@ -91,10 +91,7 @@ class Spec:
 
         Raises: SpecError when a field is unknown or impossible.
         """
-        values = json.loads(text)
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise SpecError(f"the spec has fields that this version does not know: {', '.join(sorted(unknown))}.")
+        values = fields_in(text, cls, "spec")
         names = {name: tuple(values.get(name, ())) for name in ("fp32_modules", "int8_activations")}
         return cls(**{**values, **names})
 

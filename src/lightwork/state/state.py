@@ -49,7 +49,7 @@ class Source(Protocol):
         """Return some elements of a tensor, flat."""
 
 
-class Home(NamedTuple):
+class Upkeep(NamedTuple):
     """What brings values to where they are kept."""
 
     settle: Callable[[], None]  #: returns when nothing is on its way, and forgets what comes and goes
@@ -68,7 +68,7 @@ class TrainedState:
         updates: BlockOptimizer,
         buffers: Buffers,
         loss_scale: LossScale,
-        home: Home,
+        upkeep: Upkeep,
         shards: Shards,
     ) -> None:
         self._model = model
@@ -78,7 +78,7 @@ class TrainedState:
         self._moments = updates.moments
         self._buffers = buffers
         self._loss_scale = loss_scale
-        self._home = home
+        self._upkeep = upkeep
         self._shards = shards
 
     # --- the items --------------------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ class TrainedState:
     def reading(self, what: str, meet: Meet, *, is_leader: bool) -> Iterator[Walk]:
         """Be where the state can be read: a context, in which every worker goes through the same items."""
         if is_leader:
-            self._home.settle()
+            self._upkeep.settle()
             self._shards.tell_what_is_initialised()
         meet(f"{what} (gathered)")
-        yield Walk(what, meet, self._home.drop, self._shards, is_leader=is_leader)
-        self._home.drop()
+        yield Walk(what, meet, self._upkeep.drop, self._shards, is_leader=is_leader)
+        self._upkeep.drop()
         meet(f"{what} (end)")
 
     def state_dict(self, meet: Meet, *, is_leader: bool) -> dict[str, torch.Tensor]:
@@ -180,7 +180,7 @@ class TrainedState:
             if not is_leader:
                 self._fill([item for item in items if isinstance(item, Plain) and not item.is_shared], model)
                 return
-            self._home.settle()
+            self._upkeep.settle()
             self._fill(items, model)
             for index, parameter in enumerate(self._weights.layout.parameters):
                 self._moments.mark(index, initialised=has_state(parameter.name))
@@ -214,7 +214,7 @@ class TrainedState:
         for window in windows(items):
             for piece in window:
                 piece.item.write(piece.start, piece.end, source.read(piece.item.name, piece.start, piece.end))
-            self._home.drop()
+            self._upkeep.drop()
             self._shards.release_window(_buckets(window))
 
     # --- editing ----------------------------------------------------------------------------------------------------
@@ -246,9 +246,9 @@ class TrainedState:
             writes = edited and is_leader
             if writes:
                 self._buffers.publish()
-            self._weights.attach(write=writes, done=lambda index: self._home.drop())
+            self._weights.attach(write=writes, done=lambda index: self._upkeep.drop())
             if writes:
-                self._home.spread()
+                self._upkeep.spread()
                 self.release()
         meet("edit (end)")
         self._buffers.restore()
