@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import final
@@ -31,7 +31,7 @@ from lightwork.engine.norms import Norms
 from lightwork.engine.parts import Parts, settle, trained_state
 from lightwork.engine.update import StepMap
 from lightwork.random import derive, seed_all
-from lightwork.spec.means import combine_metrics, weighted_mean
+from lightwork.spec.means import weighted_mean
 from lightwork.spec.tree import Node, combine
 from lightwork.state.probe import hyper_parameters
 from lightwork.team.ledger import Outcome
@@ -51,7 +51,7 @@ class StepResult:
     loss: float  #: weighted mean over the global batch
     grad_norm: float  #: L2, before clipping
     skipped: bool  #: the gradient was not finite, and the weights are as they were (loss scaling)
-    metrics: Mapping[str, float]
+    metrics: Sequence[Mapping[str, Sequence[float]]]  #: what each micro-batch collected by name, as numbers
     goes_on: bool | None  #: by the votes of the micro-batches, whether more steps follow; None where none votes
 
 
@@ -279,7 +279,7 @@ class Engine:
             loss=weighted_mean(records),
             grad_norm=self._norms.of_all(),
             skipped=not self._norms.may_be_used(),
-            metrics=combine_metrics(metrics),
+            metrics=metrics,
             goes_on=self._board.ledger.goes_on(step, self._num_micro_batches),
         )
 

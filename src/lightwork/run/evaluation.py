@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections import deque
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -12,11 +12,11 @@ import torch
 
 from lightwork.data.batch import map_tensors
 from lightwork.data.feed import Batches, Feed
+from lightwork.data.order import Ids
 from lightwork.engine.engine import Engine
 from lightwork.errors import UsageError
 from lightwork.random import RandomState
-from lightwork.run.step import as_metric
-from lightwork.spec.means import combine_metrics
+from lightwork.run.collected import Collected, Numbers, Part, combined
 from lightwork.store import heap
 from lightwork.team.team import Team
 
@@ -38,40 +38,66 @@ class Evaluation:
         self._loader: Batches | None = None  # inside the `with`
         self._claimed: deque[int] = deque()  # ahead, for the loading workers
         self._number = number
-        self._added: dict[int, dict[str, tuple[float, float]]] = {}
+        self._collected: dict[int, Collected] = {}  # by batch
         self._index = -1
-        self._size = 0
         self._exhausted = False
-        self._metrics: Mapping[str, float] | None = None
+        self._metrics: Mapping[str, Any] | None = None
         self._no_grad = torch.no_grad()
         self._phase = heap.passing_phase()
 
     def add(self, name: str, value: float | torch.Tensor, weight: float | None = None) -> None:
         """Add a value for the batch in hand; `ev[name]` becomes the mean weighted by `weight`, else by samples."""
-        if self._index < 0:
-            raise UsageError(
-                "add was called outside the loop over the evaluation. Call it in the body of `for ... in ev:`."
-            )
-        of_batch = self._added.setdefault(self._index, {})
-        if name in of_batch:
-            raise UsageError(f"add({name!r}, ...) was called twice for one batch of an evaluation.")
-        of_batch[name] = as_metric(name, value, self._size if weight is None else weight)
+        self._in_hand("add").add(name, value, weight)
 
-    def __getitem__(self, name: str) -> float:
-        if self._metrics is None:
-            raise UsageError(
-                f"{name!r} is not known yet: it belongs to all workers' batches. Read it after the `with`."
-            )
-        if name not in self._metrics:
-            known = ", ".join(self._metrics) or "nothing"
-            raise UsageError(f"no batch of the evaluation added {name!r}; they added {known}.")
-        return self._metrics[name]
+    def sum(self, name: str, value: float | torch.Tensor) -> None:
+        """Add a number or a tensor of the batch in hand; `ev[name]` becomes the sum over all batches."""
+        self._in_hand("sum").sum(name, value)
+
+    def gather(self, name: str, value: Any) -> None:
+        """Keep values of the batch in hand; `ev[name]` becomes those of all batches, in the order of the data set.
+
+        Args:
+            value: a tensor or array, of which the rows of all batches are put together, on the host; or a list with
+                something for each sample, which gives one list.
+
+        Moves: after the `with`, every worker's values to all.
+        """
+        self._in_hand("gather").gather(name, value)
 
     @property
-    def metrics(self) -> Mapping[str, float]:
-        """Every value, by name."""
+    def batch_index(self) -> int:
+        """The number of the batch in hand, from 0, whoever computes it."""
+        self._in_hand("batch_index")
+        return self._index
+
+    @property
+    def sample_ids(self) -> Ids:
+        """The ids of the samples of the batch in hand, int64; of a stream their positions."""
+        self._in_hand("sample_ids")
+        return self._ids
+
+    def _in_hand(self, call: str) -> Collected:
+        if self._index < 0:
+            raise UsageError(
+                f"{call} was called outside the loop over the evaluation. Call it in the body of `for ... in ev:`."
+            )
+        return self._collected[self._index]
+
+    def __getitem__(self, name: str) -> Any:
+        metrics = self.metrics
+        if name not in metrics:
+            known = ", ".join(metrics) or "nothing"
+            raise UsageError(f"no batch of the evaluation gave {name!r}; they gave {known}.")
+        return metrics[name]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What was added, summed and gathered, by name; the same on every worker."""
         if self._metrics is None:
-            raise UsageError("the evaluation's metrics are not known yet. Read them after the `with`.")
+            raise UsageError(
+                "what an evaluation comes to is not known yet: it belongs to all workers' batches. Read it after the "
+                "`with`."
+            )
         return self._metrics
 
     def __enter__(self) -> Evaluation:
@@ -90,11 +116,12 @@ class Evaluation:
         if loader is None:
             raise UsageError("an evaluation was iterated outside its `with`. Write `with run.evaluate(...) as ev:`.")
         while (index := self._claimed.popleft() if self._claimed else self._claim()) is not None:
-            self._index, self._size = index, len(loader.ids(0, index, 0))
-            if not self._size:  # the end of a stream
+            ids = loader.ids(0, index, 0)
+            if not len(ids):  # the end of a stream
                 break
             batch = loader.get(0, index, 0)
-            self._added.setdefault(index, {})
+            self._index, self._ids = index, ids
+            self._collected[index] = Collected(len(ids), "ev")
             batch = self._engine.device.bring_batch(batch, map_tensors)
             self._engine.seed("evaluate", index)
             with self._engine.computing():
@@ -129,8 +156,16 @@ class Evaluation:
             return
         if not self._exhausted:
             raise UsageError("the loop over an evaluation was left early. Go through all its batches.")
-        parts = self._team.meet("evaluate (results)", json.dumps(self._added).encode())
-        merged: dict[int, dict[str, tuple[float, float]]] = {}
-        for part in parts:
-            merged.update({int(index): metrics for index, metrics in json.loads(part).items()})
-        self._metrics = combine_metrics([merged[index] for index in sorted(merged)])
+        self._metrics = self._combined()
+
+    def _combined(self) -> dict[str, Any]:
+        """Exchange with the others what the batches came to."""
+        own = {index: (of_batch.numbers, of_batch.parts) for index, of_batch in self._collected.items()}
+        numbers: dict[int, Numbers] = {}
+        parts: dict[int, Mapping[str, Part]] = {}
+        for payload in self._team.meet("evaluate (results)", pickle.dumps(own)):
+            for index, (of_batch, rest) in pickle.loads(payload).items():
+                numbers[index], parts[index] = of_batch, rest
+        batches = sorted(numbers)
+        in_order = {place: parts[index] for place, index in enumerate(batches)}
+        return combined([numbers[index] for index in batches], lambda: [in_order])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -22,6 +23,7 @@ from lightwork.data.feed import Batches
 from lightwork.data.order import Ids, some_of
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, UsageError
+from lightwork.run.collected import Collected, Part, combined
 from lightwork.team.ledger import Outcome
 from lightwork.team.team import Team
 from lightwork.team.words import Kind
@@ -48,7 +50,10 @@ class _MicroBatch:
     start: float  #: of forward, on the trace's clock
     loss: float = 0.0
     weight: float = 0.0
-    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    collected: Collected = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.collected = Collected(len(self.ids), "step")
 
 
 @final
@@ -80,6 +85,8 @@ class Step:
         self._updated = updated
         self._current: _MicroBatch | None = None
         self._result: StepResult | None = None
+        self._parts: dict[int, dict[str, Part]] = {}  # of this worker's micro-batches
+        self._metrics: Mapping[str, Any] = {}
         self._begun = False
         self._own: list[int] = []
         self._num_samples = 0
@@ -125,12 +132,32 @@ class Step:
 
         `weight` is the number of samples unless given.
         """
-        micro = self._in_hand("step.add")
-        if name in micro.metrics:
-            raise UsageError(
-                f"step.add({name!r}, ...) was called twice for micro-batch {micro.index} of step {self.index}."
-            )
-        micro.metrics[name] = as_metric(name, value, len(micro.ids) if weight is None else weight)
+        self._in_hand("step.add").collected.add(name, value, weight)
+
+    def sum(self, name: str, value: float | torch.Tensor) -> None:
+        """Add a number or tensor of the micro-batch in hand: after the loop, `step[name]` is the sum over all."""
+        self._in_hand("step.sum").collected.sum(name, value)
+
+    def gather(self, name: str, value: Any) -> None:
+        """Keep values of the micro-batch in hand: after the loop, `step[name]` has those of all, in their order.
+
+        Args:
+            value: a tensor or array, of which the rows of all micro-batches are put together, on the host; or a list
+                with something for each sample, which gives one list.
+
+        Moves: at the end of the step, every worker's values to all, who meet for it.
+        """
+        self._in_hand("step.gather").collected.gather(name, value)
+
+    @property
+    def batch_index(self) -> int:
+        """The number of the micro-batch in hand, from 0 in each step, whoever computes it."""
+        return self._in_hand("step.batch_index").index
+
+    @property
+    def sample_ids(self) -> Ids:
+        """The ids of the samples of the micro-batch in hand, int64; of a stream their positions."""
+        return self._in_hand("step.sample_ids").ids
 
     # --- what is known after the loop -----------------------------------------------------------------------------
 
@@ -150,12 +177,17 @@ class Step:
         return self._finished("skipped").skipped
 
     @property
-    def metrics(self) -> Mapping[str, float]:
-        """Every metric given to `add`."""
-        return self._finished("metrics").metrics
+    def metrics(self) -> Mapping[str, Any]:
+        """What was added, summed and gathered, by name."""
+        self._finished("metrics")
+        return self._metrics
 
-    def __getitem__(self, name: str) -> float:
-        return self._finished(f"step[{name!r}]").metrics[name]
+    def __getitem__(self, name: str) -> Any:
+        self._finished(f"step[{name!r}]")
+        if name not in self._metrics:
+            known = ", ".join(self._metrics) or "nothing"
+            raise UsageError(f"no micro-batch of step {self.index} gave {name!r}; they gave {known}.")
+        return self._metrics[name]
 
     @property
     def finished(self) -> bool:
@@ -210,15 +242,17 @@ class Step:
                 outcome = Outcome(
                     loss=micro.loss,
                     weight=micro.weight,
-                    metrics=json.dumps(micro.metrics).encode() if micro.metrics else b"",
+                    metrics=json.dumps(micro.collected.numbers).encode() if micro.collected.numbers else b"",
                     goes_on=self._loader.goes_on(self.epoch, self.step_in_epoch, micro.index),
                 )
+                self._parts[micro.index] = micro.collected.parts
                 action = engine.finish_micro_batch(self.index, micro.index, outcome)
             elif action.kind in (Kind.MEASURE, Kind.UPDATE):
                 action = engine.process_bucket(self.index, action)
             else:
                 action = engine.exchange_phase(self.index, action.kind)
         self._result = engine.leave_step(self.index)
+        self._metrics = combined(self._result.metrics, self._exchange_parts)
         self._updated(self._result.goes_on)
         self._trace.event(
             "step",
@@ -230,6 +264,10 @@ class Step:
             tokens=self._num_tokens,
             micro_batches=self._own,
         )
+
+    def _exchange_parts(self) -> list[dict[int, dict[str, Part]]]:
+        payloads = self._team.meet(f"step.gather (step {self.index})", pickle.dumps(self._parts))
+        return [pickle.loads(payload) for payload in payloads]
 
     def _load(self, index: int) -> tuple[_MicroBatch, Any]:
         start = time.perf_counter()
@@ -312,16 +350,3 @@ class Loop(Iterator[Step]):
         """End the loop, as leaving it does."""
         self._was_closed = True
         self._steps.close()
-
-
-def as_metric(name: str, value: float | torch.Tensor, weight: float) -> tuple[float, float]:
-    """Return a metric's value and weight as numbers.
-
-    Raises: UsageError when they are not single numbers.
-    """
-    try:
-        return float(value), float(weight)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"metric {name!r} is not a single number ({error}). Add one number a micro-batch, such as a mean."
-        ) from error

@@ -13,9 +13,3 @@ def weighted_mean(records: Sequence[tuple[float, float]]) -> float:
     total = combine([weight for _, weight in records], operator.add)
     values = combine([value * weight if weight else None for value, weight in records], operator.add)
     return values / total if total and values is not None else 0.0
-
-
-def combine_metrics(metrics: Sequence[dict[str, tuple[float, float]]]) -> dict[str, float]:
-    """Return the weighted mean of each named metric over the micro-batches that have it."""
-    names = dict.fromkeys(name for of_one in metrics for name in of_one)
-    return {name: weighted_mean([of_one.get(name, (0.0, 0.0)) for of_one in metrics]) for name in names}

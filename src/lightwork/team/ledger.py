@@ -31,7 +31,7 @@ class Outcome:
 
     loss: float
     weight: float
-    metrics: bytes = b""  #: a JSON object: by name, value and weight
+    metrics: bytes = b""  #: a JSON object: by name, some numbers
     goes_on: bool | None = None  #: its vote, whether more steps follow; None for none
 
 
@@ -52,7 +52,7 @@ class Ledger:
         if len(outcome.metrics) > METRICS_BYTES - 8:
             raise UsageError(
                 f"the metrics of micro-batch {index} of step {step} take {len(outcome.metrics)} bytes, more than "
-                f"{METRICS_BYTES - 8}. step.add is for a few numbers; write larger things to a file."
+                f"{METRICS_BYTES - 8}. step.add is for a few numbers; step.gather takes any amount."
             )
         words, at = self._words, self._row(step) + index
         words.outcomes[2 * at], words.outcomes[2 * at + 1] = outcome.loss, outcome.weight
@@ -66,8 +66,8 @@ class Ledger:
         flat = self._words.outcomes[at : at + 2 * num_micro_batches].tolist()
         return list(zip(flat[::2], flat[1::2], strict=True))
 
-    def metrics(self, step: int, index: int) -> dict[str, tuple[float, float]]:
-        """Return value and weight of each metric of a micro-batch."""
+    def metrics(self, step: int, index: int) -> dict[str, list[float]]:
+        """Return the numbers of each metric of a micro-batch."""
         text = self._metrics(step, index)
         return json.loads(text) if text else {}
 

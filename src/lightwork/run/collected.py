@@ -1,0 +1,164 @@
+"""What a loop body collects of each batch by name, and what it comes to: means, sums, values in the order of the data.
+
+Numbers travel with the loss of a batch. Tensors and lists do not fit there: of a name that has them, everyone knows by
+an empty record, and all meet to exchange them (by pickle, between the workers of one team).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, final
+
+import numpy as np
+import torch
+
+from lightwork.errors import UsageError
+from lightwork.spec.means import weighted_mean
+from lightwork.spec.tree import combine
+
+#: Of one batch by name: value and weight of what becomes a mean, the value alone of a sum, nothing for a `Part`.
+Numbers = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One batch's part of what is no number."""
+
+    is_sum: bool
+    value: Any  #: a tensor on the host, or of what is gathered a list
+
+
+@final
+@dataclass
+class Collected:
+    """The values of one batch of `num_samples` samples; `call` is what collects them, for messages."""
+
+    num_samples: int
+    call: str
+    numbers: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def add(self, name: str, value: float | torch.Tensor, weight: float | None) -> None:
+        """Take a number that becomes a mean, weighted by the number of samples unless `weight` is given."""
+        self._refuse_again(name, "add")
+        self.numbers[name] = as_metric(name, value, self.num_samples if weight is None else weight)
+
+    def sum(self, name: str, value: float | torch.Tensor) -> None:
+        """Take a number or tensor that is summed."""
+        self._refuse_again(name, "sum")
+        if isinstance(value, torch.Tensor) and value.ndim:
+            self.numbers[name] = ()
+            self.parts[name] = Part(True, _taken(value))
+            return
+        number = value.item() if isinstance(value, torch.Tensor | np.generic) else value
+        if not isinstance(number, int | float):
+            raise UsageError(
+                f"{self.call}.sum({name!r}, ...) takes a number or a tensor, not {_named(value)}. To keep the values "
+                f"of each sample, call {self.call}.gather."
+            )
+        self.numbers[name] = (number,)
+
+    def gather(self, name: str, value: Any) -> None:
+        """Take values that are put behind those of the batches before: rows of a tensor or array, or a list."""
+        self._refuse_again(name, "gather")
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        if isinstance(value, list | tuple):
+            kept: Any = [_taken(one) if isinstance(one, torch.Tensor) else one for one in value]
+        elif isinstance(value, torch.Tensor) and value.ndim:
+            kept = _taken(value)
+        else:
+            raise UsageError(
+                f"{self.call}.gather({name!r}, ...) takes the values of a batch's samples, a tensor with rows or a "
+                f"list, not {_named(value)}. For one number a batch call {self.call}.add, for one sample's [value]."
+            )
+        self.numbers[name] = ()
+        self.parts[name] = Part(False, kept)
+
+    def _refuse_again(self, name: str, method: str) -> None:
+        if name in self.numbers:
+            raise UsageError(
+                f"{self.call}.{method}({name!r}, ...) was called twice for one batch, or after another call with "
+                "this name. Choose another name, or put the values together first."
+            )
+
+
+def as_metric(name: str, value: float | torch.Tensor, weight: float) -> tuple[float, float]:
+    """Return a metric's value and weight as numbers.
+
+    Raises: UsageError when they are not single numbers.
+    """
+    try:
+        return float(value), float(weight)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"metric {name!r} is not a single number ({error}). Add one number a micro-batch, such as a mean."
+        ) from error
+
+
+def combined(
+    batches: Sequence[Numbers], exchange: Callable[[], Iterable[Mapping[int, Mapping[str, Part]]]]
+) -> dict[str, Any]:
+    """Return what all batches of a team come to, by name; the same on every worker.
+
+    Args:
+        batches: the numbers of every batch, in order.
+        exchange: returns every worker's parts, by the batch's place in `batches`. Called where some batch has parts,
+            on every worker.
+
+    Raises: UsageError where batches do not go together.
+    """
+    parts: dict[int, Mapping[str, Part]] = {}
+    if any(not record for numbers in batches for record in numbers.values()):
+        for of_worker in exchange():
+            parts.update(of_worker)
+    names = dict.fromkeys(name for numbers in batches for name in numbers)
+    found: dict[str, Any] = {}
+    for name in names:
+        records = [numbers.get(name) for numbers in batches]
+        lengths = {len(record) for record in records if record is not None}
+        present = [parts[index][name] for index, record in enumerate(records) if record is not None and not record]
+        if len(lengths) > 1 or len({part.is_sum for part in present}) > 1:
+            _refuse(name, "some batches gave it by another call (add, sum or gather), or as a number and as a tensor")
+        if present:
+            found[name] = _of_parts(name, present)
+        elif lengths == {1}:
+            found[name] = combine([None if r is None else r[0] for r in records], operator.add)
+        else:
+            found[name] = weighted_mean([(0.0, 0.0) if r is None else (r[0], r[1]) for r in records])
+    return found
+
+
+def _of_parts(name: str, parts: Sequence[Part]) -> Any:
+    values = [part.value for part in parts]
+    kinds = {type(value) for value in values}
+    if kinds == {list}:
+        return [one for value in values for one in value]
+    if kinds != {torch.Tensor}:
+        _refuse(name, "some batches gave a tensor and others a list")
+    if len({value.dtype for value in values}) > 1:
+        _refuse(name, f"its types differ: {', '.join(sorted({str(value.dtype) for value in values}))}")
+    trailing = 0 if parts[0].is_sum else 1
+    shapes = {tuple(value.shape[trailing:]) for value in values}
+    if len(shapes) > 1:
+        shown = ", ".join(map(str, sorted(shapes)[:4]))
+        instead = "" if parts[0].is_sum else ". A list of one tensor a sample, list(value), may hold any shapes"
+        _refuse(name, f"the batches' shapes differ{'' if parts[0].is_sum else ' behind the first'}: {shown}{instead}")
+    return combine(values, operator.add) if parts[0].is_sum else torch.cat(values)
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise UsageError(f"the values of {name!r} can not become one: {why}. Give the same kind for every batch.")
+
+
+def _taken(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of its own on the host, without a graph."""
+    on_host = value.detach().cpu()
+    # A view's pickle would hold all of what it is a view of.
+    return on_host.clone() if on_host.untyped_storage().nbytes() > on_host.nbytes or on_host is value else on_host
+
+
+def _named(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
