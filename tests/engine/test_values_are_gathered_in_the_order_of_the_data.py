@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
+import lightwork
 from lightwork.errors import UsageError
 from tests.fake_ranks import pause, run_ranks
 from tests.training import tiny_run
@@ -80,7 +81,8 @@ def test_a_step_gathers_the_global_batch_in_its_order(num_workers: int, team: di
                     step.gather("of one", [step.batch_index])
                 step.sum("count", len(ids))
                 step.sum("table", torch.ones(2, 2))
-            seen.append((step["ids"].tolist(), step["count"], step["table"].tolist(), step["of one"], step["big"].shape))
+            numbers = step["count"], step["table"].tolist()
+            seen.append((step["ids"].tolist(), *numbers, step["of one"], step["big"].shape))
         run.close()
         return seen
 
@@ -130,14 +132,16 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_what_can_not_become_one_is_refused_by_name(name: str) -> None:
     call, message = BAD[name]
 
+    def evaluate(run: lightwork.Run) -> None:
+        with run.evaluate(DATA) as ev:
+            for x, _ in ev:
+                call(ev, x, ev.batch_index)
+
     def job() -> str:
         run = tiny_run()
-        try:
-            with pytest.raises(UsageError, match=message) as caught, run.evaluate(DATA) as ev:
-                for x, _ in ev:
-                    call(ev, x, ev.batch_index)
-        finally:
-            run.close()
+        with pytest.raises(UsageError, match=message) as caught:
+            evaluate(run)
+        run.close()
         return str(caught.value)
 
     (text,) = run_ranks(1, job)

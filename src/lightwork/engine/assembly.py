@@ -17,6 +17,7 @@ from lightwork.engine.backward.early import Early, UpdateInBackward
 from lightwork.engine.backward.gradients import Gradients
 from lightwork.engine.backward.outbox import Consumed, messages_of_leaves, pool_for
 from lightwork.engine.backward.slots import Slots
+from lightwork.engine.clipping import clipping_of
 from lightwork.engine.engine import Engine
 from lightwork.engine.exchange.exchange import BetweenHosts, Exchange
 from lightwork.engine.forward.activations import Activations
@@ -60,7 +61,10 @@ def make_parts(description: Description, holdings: Holdings, workplace: Workplac
         limit=holdings.depths.leaving,
     )
     are_one = holdings.widths.narrow is None
-    updater = Updater(weights, slots, state.optimizer, update_parts, fetching, masters_are_weights=are_one)
+    clipping = clipping_of(holdings.spec, weights)
+    updater = Updater(
+        weights, slots, state.optimizer, update_parts, fetching, clipping=clipping, masters_are_weights=are_one
+    )
     exchange = Exchange()
     if workplace.carrier.others:
         exchange = BetweenHosts(holdings, workplace.carrier, workplace.board.ledger, slots, state.buffers)

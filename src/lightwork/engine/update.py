@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lightwork.engine.backward.slots import LEAF, Slots, is_leaf, present_nodes
+from lightwork.engine.clipping import Clipping
 from lightwork.engine.exchange.sums import Adder
 from lightwork.engine.forward.fetching import Fetching
 from lightwork.spec.layout import ALIGNMENT, Span, span_of, spans_of
@@ -49,9 +50,11 @@ class Updater:
         parts: Visits,
         fetching: Fetching,
         *,
+        clipping: Clipping,
         masters_are_weights: bool,
     ) -> None:
         """`parts` brings masters and state that have their home elsewhere, `fetching` working weights that do."""
+        self._clipping = clipping
         device = self._device = slots.device
         self._parts = parts
         self._fetching = fetching
@@ -147,8 +150,11 @@ class Updater:
         if not self._masters_are_weights:
             # What goes home is the whole bucket: values of blocks that this update does not write are brought.
             self._fetching.bring_for_update(bucket, values=any(gradient is None for gradient in gradients))
-        self._optimizer.update_bucket(bucket, gradients)
         blocks = self._layout.blocks_of(bucket)
+        for block, gradient in zip(blocks, gradients, strict=True):
+            if gradient is not None:
+                self._clipping.clip(block, gradient)
+        self._optimizer.update_bucket(bucket, gradients)
         self._weights.write_working([b for b, gradient in zip(blocks, gradients, strict=True) if gradient is not None])
         self._parts.leave(bucket, written=True)
         self._fetching.leave_updated(bucket)

@@ -60,6 +60,8 @@ def distribute(
     wire: Wire = "fp32",
     optimizer_state: StateFormat = "fp32",
     clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+    clip_grad_adaptive: float | None = None,
     threads: int = 1,
     fp32_modules: tuple[str, ...] = (),
     buffers: Mapping[str, BufferRule] | None = None,
@@ -90,6 +92,9 @@ def distribute(
         wire: of the partial sums of gradients. "bf16" halves their memory and traffic, and rounds every one.
         optimizer_state: "int8" keeps the moments of AdamW and other element-wise optimizers in 8 bits, a quarter.
         clip_grad_norm: the largest L2 norm of the whole gradient; None does not clip.
+        clip_grad_value: the largest absolute value of an element of the gradient, in place of it.
+        clip_grad_adaptive: in place of these, the largest length of the gradient of an output unit, as a part of the
+            length of the unit's weights (adaptive clipping; 0.01 is usual).
         threads: torch's, for each worker. A part of the spec, because another number gives other bits.
         fp32_modules: names of modules whose weights stay fp32 under bf16 and fp16.
         buffers: how the values that micro-batches leave in a buffer become one, by the buffer's name: "mean", "sum",
@@ -133,6 +138,8 @@ def distribute(
         "wire": wire,
         "optimizer_state": optimizer_state,
         "clip_grad_norm": clip_grad_norm,
+        "clip_grad_value": clip_grad_value,
+        "clip_grad_adaptive": clip_grad_adaptive,
         "threads": threads,
         "fp32_modules": fp32_modules,
         "buffers": {} if buffers is None else buffers,

@@ -38,6 +38,8 @@ class Spec:
     optimizer_state: StateFormat = "fp32"  #: int8: the moments of element-wise optimizers in 8 bits
     int8_activations: tuple[str, ...] = ()  #: modules whose activations are kept in 8 bits, by name
     clip_grad_norm: float | None = None  #: the largest L2 norm of the whole gradient
+    clip_grad_value: float | None = None  #: the largest absolute value of an element of the gradient
+    clip_grad_adaptive: float | None = None  #: the largest length of a unit's gradient, as a part of its weights'
     threads: int = 1  #: of torch, a worker; a different number gives different bits
     fp32_modules: tuple[
         str, ...
@@ -62,8 +64,7 @@ class Spec:
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("optimizer_state", self.optimizer_state, get_args(StateFormat))
         check_choice("wire", self.wire, get_args(Wire))
-        if self.clip_grad_norm is not None and not _is_positive(self.clip_grad_norm):
-            raise SpecError(f"clip_grad_norm={self.clip_grad_norm!r} is not a positive number. None does not clip.")
+        self._check_clipping()
         if not isinstance(self.fp32_modules, tuple) or not all(isinstance(name, str) for name in self.fp32_modules):
             raise SpecError(
                 f'fp32_modules={self.fp32_modules!r} is not a list of names of modules. Write ("head", "layers.0").'
@@ -75,6 +76,27 @@ class Spec:
                 raise SpecError(
                     f"buffers[{name!r}]={rule!r} is not a rule. Choose one of {', '.join(get_args(BufferRule))}."
                 )
+
+    def _check_clipping(self) -> None:
+        names = ("clip_grad_norm", "clip_grad_value", "clip_grad_adaptive")
+        limits = {name: value for name, value in zip(names, self._clipping, strict=True) if value is not None}
+        for name, value in limits.items():
+            if not _is_positive(value):
+                raise SpecError(f"{name}={value!r} is not a positive number. None does not clip.")
+        if len(limits) > 1:
+            raise SpecError(
+                f"{' and '.join(f'{name}={value!r}' for name, value in limits.items())} were given together. Choose "
+                "one way to clip."
+            )
+        if self.clip_grad_adaptive is not None and self.optimizer_state != "fp32":
+            raise SpecError(
+                f"clip_grad_adaptive={self.clip_grad_adaptive!r} needs whole parameters, and "
+                f"optimizer_state={self.optimizer_state!r} pieces of them. Leave one of the two out."
+            )
+
+    @property
+    def _clipping(self) -> tuple[float | None, float | None, float | None]:
+        return self.clip_grad_norm, self.clip_grad_value, self.clip_grad_adaptive
 
     @property
     def num_micro_batches(self) -> int:

@@ -77,7 +77,8 @@ def describe(
     if weights is None:
         check_can_reset(model)
     has_meta_buffers = give_buffers_memory(model, device.place)
-    parameters, described = describe_parameters(model, optimizer, spec, whole=not is_elementwise(optimizer))
+    whole = not is_elementwise(optimizer) or spec.clip_grad_adaptive is not None
+    parameters, described = describe_parameters(model, optimizer, spec, whole=whole)
     layout = lay_out(described, cut)
     return Description(
         model=model,
