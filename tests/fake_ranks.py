@@ -225,10 +225,15 @@ class FakeRendezvous(Rendezvous):
         self._runs += 1
         return self._runs
 
+    def comes_first(self, key: str) -> bool:
+        is_first = f"{key} was asked for" not in self._messages
+        self._messages[f"{key} was asked for"] = ""
+        return is_first
+
     def publish(self, key: str, message: str) -> None:
         self._messages[key] = message
 
-    def wait_for_message(self, key: str) -> str:
+    def wait_for_message(self, key: str, what: str = "", timeout: float | None = None) -> str:
         self._baton.wait_until(lambda: key in self._messages, f"the message {key!r}")
         return self._messages[key]
 

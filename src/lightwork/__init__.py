@@ -25,6 +25,7 @@ if _typing.TYPE_CHECKING:
     from lightwork.run.step import Step
     from lightwork.spec.plan import Plan
     from lightwork.spec.spec import Spec
+    from lightwork.team.first import first, rank, world_size
 
 __version__ = "0.1.0"
 
@@ -47,7 +48,10 @@ __all__ = [
     "TeamError",
     "UsageError",
     "distribute",
+    "first",
     "load",
+    "rank",
+    "world_size",
 ]
 
 #: Where the names are that need torch. They are imported when one is first asked for: the command begins without.
@@ -59,7 +63,10 @@ _HOMES = {
     "Spec": "lightwork.spec.spec",
     "Step": "lightwork.run.step",
     "distribute": "lightwork.run.distribute",
+    "first": "lightwork.team.first",
     "load": "lightwork.checkpoint.checkpoint",
+    "rank": "lightwork.team.first",
+    "world_size": "lightwork.team.first",
 }
 
 

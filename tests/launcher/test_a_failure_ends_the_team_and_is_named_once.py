@@ -96,7 +96,11 @@ def test_a_worker_that_leaves_in_mid_run_is_named(tmp_path: Path, mischief: str,
 
 
 def test_a_worker_that_ends_before_distribute_is_named(tmp_path: Path) -> None:
-    text = HEAD + 'if os.environ["RANK"] == "1": sys.exit(0)\n' + LOOP.replace("AT", "pass").replace("MAX_STEPS", "6")
+    text = (
+        HEAD
+        + 'if os.environ["LIGHTWORK_RANK"] == "1": sys.exit(0)\n'
+        + LOOP.replace("AT", "pass").replace("MAX_STEPS", "6")
+    )
     result = lightwork_run(tmp_path, text)
     assert result.status == 1, result.text
     assert "exited with status 0 before it called lightwork.distribute, while others need it" in result.err
@@ -183,7 +187,7 @@ def test_a_value_that_the_spec_refuses_is_explained_by_the_script(tmp_path: Path
 SECOND = """\
 class Leaves(torch.optim.SGD):
     def step(self, closure=None):
-        if os.environ["RANK"] == "LEAVER":
+        if os.environ["LIGHTWORK_RANK"] == "LEAVER":
             sys.exit(0)
         return super().step(closure)
 
@@ -201,7 +205,7 @@ def test_an_end_with_0_in_a_further_distribute_or_before_it_is_a_failure(
     tmp_path: Path, leaver: str, before: str, where: str
 ) -> None:
     text = SECOND.replace("LEAVER", leaver)
-    text = text.replace("BEFORE", f"if os.environ['RANK'] == '{leaver}': sys.exit(0)" if before else "")
+    text = text.replace("BEFORE", f"if os.environ['LIGHTWORK_RANK'] == '{leaver}': sys.exit(0)" if before else "")
     start = time.monotonic()
     result = lightwork_run(tmp_path, script(end=text))
     assert time.monotonic() - start < 30

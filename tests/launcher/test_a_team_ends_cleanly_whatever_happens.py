@@ -22,7 +22,7 @@ from tests.launcher.command import finish, left_running, lightwork_run, start, w
 STREAMS = """\
 import os, signal, subprocess, sys, threading, time
 sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-rank = int(os.environ["RANK"])
+rank = int(os.environ["LIGHTWORK_RANK"])
 open(f"pid{rank}", "w").write(str(os.getpid()))
 """
 
@@ -192,7 +192,9 @@ def test_a_script_with_a_mistake_of_syntax_is_shown_as_python_shows_it(tmp_path:
 
 
 def test_the_last_words_of_a_worker_that_exits_by_itself_are_shown(tmp_path: Path) -> None:
-    text = 'import os, sys, time\nif os.environ["RANK"] == "1": sys.exit("shard 1 is missing")\ntime.sleep(60)\n'
+    text = (
+        'import os, sys, time\nif os.environ["LIGHTWORK_RANK"] == "1": sys.exit("shard 1 is missing")\ntime.sleep(60)\n'
+    )
     result = lightwork_run(tmp_path, text)
     assert result.status == 1, result.text
     assert result.err.count("shard 1 is missing") == 1, result.text
@@ -201,7 +203,7 @@ def test_the_last_words_of_a_worker_that_exits_by_itself_are_shown(tmp_path: Pat
 def test_a_run_whose_output_nobody_reads_any_more_ends(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(
         "import os, time\n"
-        'open("pid" + os.environ["RANK"], "w").write(str(os.getpid()))\n'
+        'open("pid" + os.environ["LIGHTWORK_RANK"], "w").write(str(os.getpid()))\n'
         'while True: print("a line", flush=True); time.sleep(0.01)\n'
     )
     process = start(tmp_path, "-m", "lightwork", "run", "-n", "2", "--run-dir", "here", "train.py")
@@ -252,7 +254,7 @@ def test_looking_for_a_module_does_not_import_its_packages(
 def test_a_run_directory_that_is_used_again_tells_of_the_new_run_alone(tmp_path: Path) -> None:
     train = tmp_path / "train.py"
     command = ("-m", "lightwork", "run", "-n", "2", "--run-dir", "here", "train.py")
-    head = 'import json, os, sys, time\nrank = os.environ["RANK"]\n'
+    head = 'import json, os, sys, time\nrank = os.environ["LIGHTWORK_RANK"]\n'
     train.write_text(
         head
         + """\

@@ -321,7 +321,7 @@ def test_parameters_added_to_the_optimizer_later_are_refused() -> None:
 
 def test_models_that_differ_between_workers_are_named() -> None:
     def job() -> None:
-        width = 5 + int(os.environ["RANK"])
+        width = 5 + int(os.environ["LIGHTWORK_RANK"])
         model = nn.Linear(20, width)
         lightwork.distribute(model, torch.optim.SGD(model.parameters()), global_batch=4, run_dir=new_folder())
 

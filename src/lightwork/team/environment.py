@@ -47,7 +47,7 @@ class Environment:
     job: str = ""  #: what the launcher calls the job, so that two on one machine do not meet
     attempt: str = "0"  #: of torchrun, which starts all workers anew after a failure
     run_dir: str | None = None
-    settings: Mapping[str, object] = field(default_factory=dict)  #: `--set NAME=VALUE`, parsed
+    settings: Mapping[str, object] = field(default_factory=dict, hash=False)  #: `--set NAME=VALUE`, parsed
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -59,10 +59,9 @@ class Environment:
     def variables(self) -> dict[str, str]:
         """Return the variables from which `read` makes this value again, in this process (`lightwork run` only)."""
         variables = {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.rank),  # its teams are on one host
-            "LOCAL_WORLD_SIZE": str(self.world_size),
+            # Not RANK and WORLD_SIZE, from which other libraries conclude that there is a job of torch.distributed.
+            "LIGHTWORK_RANK": str(self.rank),  # on this host as well: its teams are on one
+            "LIGHTWORK_WORLD_SIZE": str(self.world_size),
             "LIGHTWORK_SETTINGS": json.dumps(dict(self.settings)),
             "LIGHTWORK_PID": str(os.getpid()),
         }
@@ -106,7 +105,8 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
         attempt=env.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
     if "LIGHTWORK_RENDEZVOUS_FD" in env:
-        launcher, rank, size = Launcher.LIGHTWORK, _number(env, "RANK"), _number(env, "WORLD_SIZE")
+        launcher = Launcher.LIGHTWORK
+        rank, size = _number(env, "LIGHTWORK_RANK"), _number(env, "LIGHTWORK_WORLD_SIZE")
     elif "RANK" in env and "WORLD_SIZE" in env:
         launcher, rank, size = Launcher.TORCHRUN, _number(env, "RANK"), _number(env, "WORLD_SIZE")
     elif "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env:
@@ -128,11 +128,15 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
         launcher=launcher,
         rank=rank,
         world_size=size,
-        local_rank=_number(env, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", default=rank) or 0,
+        local_rank=rank if launcher is Launcher.LIGHTWORK else _local_rank(env, rank),
         rendezvous_fd=_number(env, "LIGHTWORK_RENDEZVOUS_FD"),
         port=common.port if common.port is not None else _port_of_job(common.job, launcher),
         address=common.address or "127.0.0.1",
     )
+
+
+def _local_rank(env: Mapping[str, str], rank: int) -> int:
+    return _number(env, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", default=rank) or 0
 
 
 def _machine(env: Mapping[str, str]) -> str:
@@ -151,9 +155,7 @@ def _own(env: Mapping[str, str]) -> Mapping[str, str]:
     """
     if "LIGHTWORK_RENDEZVOUS_FD" not in env or env.get("LIGHTWORK_PID") == str(os.getpid()):
         return env
-    started_by_torchrun = "TORCHELASTIC_RUN_ID" in env  # then RANK and the like are of its making
-    ranks = () if started_by_torchrun else ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return {name: value for name, value in env.items() if name not in ranks and not name.startswith("LIGHTWORK_")}
+    return {name: value for name, value in env.items() if not name.startswith("LIGHTWORK_")}
 
 
 def _job(env: Mapping[str, str]) -> str:

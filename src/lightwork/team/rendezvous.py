@@ -8,6 +8,7 @@ name. Under torchrun, srun and mpirun the key-value store of torch.distributed s
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
 import socket
@@ -30,6 +31,9 @@ _JOURNAL = struct.Struct("<qq")
 
 #: Seconds that a worker waits for rank 0 before it says so and gives up.
 JOIN_TIMEOUT = 300.0
+
+#: What workers do that wait for rank 0's message of a run.
+_DISTRIBUTE = "call lightwork.distribute"
 
 #: The first bytes of a page, so that another file is not taken for one.
 _MAGIC = b"lightwork rendezvous page"
@@ -56,6 +60,17 @@ class Progress(IntEnum):
 class Rendezvous(ABC):
     """Rank 0 publishes, everyone waits. Keys are used once."""
 
+    _num_firsts = 0
+
+    def next_first(self) -> int:
+        """Return a number for a `with lightwork.first()`: the same on every worker, as they make the same calls."""
+        self._num_firsts += 1
+        return self._num_firsts
+
+    def comes_first(self, key: str) -> bool:
+        """Return whether this worker is the first that asks for `key`; where all are on rank 0's machine, False."""
+        return False
+
     @abstractmethod
     def next_run(self) -> int:
         """Return a number for a new run of this team: the same on every worker, as they make the same calls."""
@@ -65,8 +80,12 @@ class Rendezvous(ABC):
         """Make `message` known under `key`."""
 
     @abstractmethod
-    def wait_for_message(self, key: str) -> str:
-        """Return the message under `key`. Blocks: until it is published, at most `JOIN_TIMEOUT` seconds."""
+    def wait_for_message(self, key: str, what: str = _DISTRIBUTE, timeout: float | None = None) -> str:
+        """Return the message under `key`, which comes when a worker has done `what`.
+
+        Blocks: until it is published, at most `timeout` seconds, or `JOIN_TIMEOUT`.
+        Raises: TeamError after them.
+        """
 
     @abstractmethod
     def store(self, key: str) -> Store:
@@ -161,16 +180,17 @@ class FileRendezvous(Rendezvous):
         self._page[_LINES_AT + length : _LINES_AT + end] = line
         self._write_journal(times_begun, end)
 
-    def wait_for_message(self, key: str) -> str:
+    def wait_for_message(self, key: str, what: str = _DISTRIBUTE, timeout: float | None = None) -> str:
         """Look at what is new in the journal, a thousand times a second."""
-        deadline = time.monotonic() + JOIN_TIMEOUT
+        timeout = JOIN_TIMEOUT if timeout is None else timeout
+        deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self._read_new()
             if key in self._messages:
                 return self._messages.pop(key)
             time.sleep(0.001)
         raise TeamError(
-            f"rank {self._rank} waited {JOIN_TIMEOUT:.0f} s for rank 0 to call lightwork.distribute. "
+            f"rank {self._rank} waited {timeout:.0f} s for rank 0 to {what}. "
             "Every worker must reach it; see the log of rank 0."
         )
 
@@ -248,6 +268,10 @@ class StoreRendezvous(Rendezvous):
             )
         self._prefix = f"lightwork/{environment.job}/{environment.attempt}/"
 
+    def comes_first(self, key: str) -> bool:
+        """Count in the store."""
+        return int(self._store.add(f"{self._prefix}number of {key}", 1)) == 1
+
     def next_run(self) -> int:
         """Count in the store."""
         return int(self._store.add(f"{self._prefix}runs of {self._rank}", 1))
@@ -256,14 +280,15 @@ class StoreRendezvous(Rendezvous):
         """Set the key in the store."""
         self._store.set(self._prefix + key, message)
 
-    def wait_for_message(self, key: str) -> str:
+    def wait_for_message(self, key: str, what: str = _DISTRIBUTE, timeout: float | None = None) -> str:
         """Get the key from the store."""
+        timeout = JOIN_TIMEOUT if timeout is None else timeout
         try:
+            self._store.wait([self._prefix + key], timedelta(seconds=timeout))
             return bytes(self._store.get(self._prefix + key)).decode()
         except Exception as error:
             raise TeamError(
-                f"rank {self._rank} waited {JOIN_TIMEOUT:.0f} s for rank 0 to call lightwork.distribute ({error}). "
-                "Every worker must reach it."
+                f"rank {self._rank} waited {timeout:.0f} s for rank 0 to {what} ({error}). Every worker must reach it."
             ) from error
 
     def store(self, key: str) -> Store:
@@ -300,7 +325,7 @@ class SoloRendezvous(Rendezvous):
         """Keep the message."""
         self._messages[key] = message
 
-    def wait_for_message(self, key: str) -> str:
+    def wait_for_message(self, key: str, what: str = _DISTRIBUTE, timeout: float | None = None) -> str:
         """Return the kept message."""
         return self._messages[key]
 
@@ -347,9 +372,14 @@ def _serve_on_loopback(port: int) -> TCPStore:
 
 
 def find(environment: Environment) -> Rendezvous:
-    """Return the rendezvous that this worker's launcher offers."""
+    """Return the rendezvous that this worker's launcher offers: one for all that this process asks for."""
     if environment.world_size == 1 and environment.rendezvous_fd is None:
         return SoloRendezvous()
+    return _found(environment, os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _found(environment: Environment, pid: int) -> Rendezvous:
     if environment.rendezvous_fd is not None:
         return FileRendezvous(environment.rendezvous_fd, environment.rank)
     return StoreRendezvous(environment)
