@@ -154,7 +154,7 @@ def test_an_edit_that_replaces_a_parameter_is_refused() -> None:
             run.model.weight = nn.Parameter(torch.zeros(1, 3))
         return str(caught.value)
 
-    assert "added, removed or replaced" in run_ranks(1, job)[0]
+    assert "was replaced by another object in run.edit()" in run_ranks(1, job)[0]
 
 
 def test_random_numbers_between_steps_are_the_same_on_every_worker() -> None:

@@ -35,6 +35,7 @@ from lightwork.state.parameters import DTYPES
 from lightwork.state.places import UpdateParts, Visits, WeightPages
 from lightwork.state.scaling import LossScale
 from lightwork.state.state import take_optimizer_state
+from lightwork.state.structure import Structure
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
@@ -45,6 +46,7 @@ def make_parts(description: Description, holdings: Holdings, workplace: Workplac
     memory, device = workplace.memory, workplace.memory.device
     weights = Weights(description.parameters, holdings, memory)
     state = State(
+        structure=Structure(description.model),
         weights=weights,
         buffers=Buffers(description.model, description.spec.buffers, memory),
         optimizer=BlockOptimizer(description.optimizer, weights, description.state_layout, memory),
@@ -95,6 +97,7 @@ def attach(description: Description, parts: Parts, *, write: bool) -> None:
         state.weights.accept_versions()
         state.buffers.publish()
         take_optimizer_state(description.optimizer, state.weights, state.optimizer.moments)
+    state.structure.accept()
 
 
 def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -> Engine:
@@ -105,6 +108,7 @@ def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -
     """
     holdings, weights = parts.holdings, parts.state.weights
     _take_room_at_home(holdings, memory, parts.state.optimizer)
+    parts.state.buffers.restore()
     parts.moving.fetching.watch_modules(parts.description.model)
     chosen = dict(activations) | dict.fromkeys(holdings.spec.int8_activations, "int8")
     saved = parts.backward.early if isinstance(parts.backward.early, UpdateInBackward) else parts.moving.fetching

@@ -28,7 +28,7 @@ from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.precision import Compute
 from lightwork.engine.norms import Norms
-from lightwork.engine.parts import Parts, settle, trained_state
+from lightwork.engine.parts import Parts, check_untouched, settle, trained_state
 from lightwork.engine.update import StepMap
 from lightwork.random import derive, seed_all
 from lightwork.spec.means import weighted_mean
@@ -42,6 +42,11 @@ from lightwork.transport.base import Watch
 
 #: Seconds between two looks at the other workers' health while waiting.
 WATCH_SECONDS = 0.2
+
+#: Steps, the first ones, in which more is looked at than afterwards: what modules do once, they do there.
+THOROUGH_STEPS = 2
+
+BETWEEN_STEPS = "outside the loop or between two steps"
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Engine:
         )
         self._num_micro_batches = 0
         self._num_computed = 0  # by this worker, in this step
+        self._num_steps = 0  # entered
         self._map: StepMap | None = None
         self._scale: float | None = None  # of clipping, in this step
         self._in_step = False
@@ -90,7 +96,9 @@ class Engine:
 
     def enter_step(self, step: int, num_micro_batches: int) -> Action:
         """Begin `step` and return the first thing to do."""
-        self.state.weights.check_unwritten("outside the loop or between two steps")
+        self.state.weights.check_unwritten(BETWEEN_STEPS, values=True)
+        self.state.structure.check(BETWEEN_STEPS, whole=self._num_steps < THOROUGH_STEPS)
+        self._num_steps += 1
         self._parts.backward.gradients.begin_step()
         self._in_step = True
         self._num_micro_batches = num_micro_batches
@@ -103,7 +111,10 @@ class Engine:
 
     def begin_micro_batch(self, step: int, index: int) -> None:
         """Set the random state and the buffers from which micro-batch `index` is computed, whoever does."""
-        self.state.buffers.restore()
+        if self._num_computed:
+            self.state.buffers.restore()
+        else:
+            self.state.buffers.check_unwritten(BETWEEN_STEPS)
         self.seed("micro-batch", step, index)
 
     def seed(self, *what: str | int) -> None:
@@ -155,6 +166,8 @@ class Engine:
         """
         parts = self._parts
         self.state.buffers.capture(index)
+        if self._num_steps <= THOROUGH_STEPS:
+            self._check_forward(step, index)
         share = weight / self._spec.micro_batch * self.state.loss_scale.of(step)
         consumed = parts.backward.early.begin_step(share)
         if consumed is not None:
@@ -169,6 +182,16 @@ class Engine:
             in_outbox = fold.node if fold.leaves_at_once else None
             parts.exchange.begin_sums(Held(self._whole, places, touched, in_outbox))
         return share
+
+    def _check_forward(self, step: int, index: int) -> None:
+        """Raise UsageError when forward has written weights by `.data`, or added or replaced parts of the model."""
+        when = f"in micro-batch {index} of step {step}"
+        self.state.weights.check_unwritten(when, values=True)
+        self.state.structure.check_forward(when)
+
+    def check_untouched(self, when: str) -> None:
+        """Raise UsageError when the script has written or replaced anything of the model since the last step."""
+        check_untouched(self._parts, when)
 
     def finish_micro_batch(self, step: int, index: int, outcome: Outcome) -> Action:
         """Report a computed micro-batch and return what to do next."""

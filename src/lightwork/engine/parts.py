@@ -21,6 +21,7 @@ from lightwork.state.places import Visits
 from lightwork.state.scaling import LossScale
 from lightwork.state.shards import Shards
 from lightwork.state.state import TrainedState, Upkeep
+from lightwork.state.structure import Structure
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
@@ -40,6 +41,7 @@ class Waiter(Protocol):
 class State:
     """What a run keeps from step to step."""
 
+    structure: Structure
     weights: Weights
     buffers: Buffers
     optimizer: BlockOptimizer
@@ -98,6 +100,14 @@ def take_from_first_host(parts: Parts) -> None:
     parts.state.weights.accept_versions()
 
 
+def check_untouched(parts: Parts, when: str) -> None:
+    """Raise UsageError when the script has written or replaced anything of the model since the last step or edit."""
+    state = parts.state
+    state.weights.check_unwritten(when, values=True)
+    state.structure.check(when, whole=True)
+    state.buffers.check_unwritten(when)
+
+
 def settle(parts: Parts) -> None:
     """Let everything that comes and goes leave, and return when every value is at home."""
     parts.moving.update_parts.settle()
@@ -121,6 +131,12 @@ def trained_state(parts: Parts) -> TrainedState:
         state.optimizer,
         state.buffers,
         state.loss_scale,
-        Upkeep(partial(settle, parts), partial(drop_pages, parts), partial(take_from_first_host, parts)),
+        Upkeep(
+            check=partial(check_untouched, parts),
+            check_form=state.structure.check_forward,
+            settle=partial(settle, parts),
+            drop=partial(drop_pages, parts),
+            spread=partial(take_from_first_host, parts),
+        ),
         Shards(parts.holdings, state.weights, state.optimizer.moments, parts.exchange),
     )

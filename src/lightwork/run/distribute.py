@@ -31,6 +31,7 @@ from lightwork.spec.holdings import Dials, Holdings, Tuning
 from lightwork.spec.plan import Carriage, Place, Placement, Plan
 from lightwork.spec.spec import Activation, BufferRule, DeviceKind, Precision, Spec, StateFormat, Wire
 from lightwork.state.description import Description, describe
+from lightwork.state.parameters import clear_gradients
 from lightwork.store import heap
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
@@ -220,6 +221,12 @@ def _join_team(
 def _assemble(description: Description, holdings: Holdings, plan: Plan, joined: Joined, trace: Trace) -> Engine:
     """Return the engine, with the model in the team's memory as rank 0 has it."""
     team = joined.team
+    leftover = clear_gradients(description.model)
+    if leftover:
+        team.say(
+            f"{len(leftover)} parameters had gradients when lightwork.distribute was called ({', '.join(leftover[:3])}"
+            f"{', ...' if len(leftover) > 3 else ''}). They were cleared, as optimizer.zero_grad() does."
+        )
     workplace = Workplace(
         local_rank=team.local_rank,
         memory=joined.memory,

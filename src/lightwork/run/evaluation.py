@@ -101,11 +101,11 @@ class Evaluation:
         return self._metrics
 
     def __enter__(self) -> Evaluation:
+        self._engine.check_untouched("before run.evaluate")
         self._team.meet_equal("evaluate", {**self._feed.order.describe(0), "evaluation": self._number})
         self._random_state = RandomState.capture(self._engine.device)
         self._modes = [(module, module.training) for module in self._engine.model.modules()]
         self._engine.model.eval()
-        self._engine.state.buffers.restore()
         self._no_grad.__enter__()
         self._phase.__enter__()
         self._loader = self._feed.load(self._claims_ahead())

@@ -34,6 +34,7 @@ class _Buffer:
     tensor: torch.Tensor  #: the module's own
     rule: BufferRule | None
     start: torch.Tensor  #: as the step begins, shared
+    offset: int  #: in bytes, among the buffers
     version: int = 0  #: PyTorch's count of writes at the last restore
     generation: int = 0  #: the shared count of updates seen here
 
@@ -89,14 +90,14 @@ class Buffers:
                 seen.add(id(tensor))
                 name = f"{module_name}.{key}" if module_name else key
                 start = self._memory.tensor("buffers", tensor.dtype, at, tensor.numel()).view(tensor.shape)
-                found.append(_Buffer(name, module, key, tensor, rules.get(name) or _default_rule(tensor), start))
+                found.append(_Buffer(name, module, key, tensor, rules.get(name) or _default_rule(tensor), start, at))
                 at += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
         return found
 
     def publish(self) -> None:
         """Make this worker's buffers the shared ones. One worker does, while the others wait."""
         for index, buffer in enumerate(self._buffers):
-            buffer.start.copy_(buffer.module._buffers[buffer.key])  # type: ignore[arg-type]
+            buffer.start.copy_(_of_same_form(buffer).detach())
             self._generations[index] += 1
 
     def restore(self) -> None:
@@ -105,6 +106,22 @@ class Buffers:
             if buffer.generation != self._generations[index] or self._was_written(buffer):
                 self._reset(buffer)
                 buffer.generation = self._generations[index]
+
+    def check_unwritten(self, when: str) -> None:
+        """Raise UsageError when user code has written a buffer since `restore`.
+
+        Not seen on a device: what batch normalisation writes without counting; its count of batches is.
+        """
+        for index, buffer in enumerate(self._buffers):
+            if buffer.generation != self._generations[index]:
+                self._reset(buffer)
+                buffer.generation = self._generations[index]
+            elif self._differs(buffer):
+                raise UsageError(
+                    f"buffer {buffer.name} was written {when}. A step begins with the buffers that the step before "
+                    "made, the same on all workers: put other writes into `with run.edit():`, which applies them once. "
+                    "(A forward in train mode writes buffers, too: call model.eval() before it, or use run.evaluate.)"
+                )
 
     def capture(self, micro_batch: int) -> None:
         """Store what forward of micro-batch `micro_batch` made of the buffers.
@@ -120,19 +137,13 @@ class Buffers:
             row[index] = changed
             if not changed:
                 continue
-            now = buffer.module._buffers[buffer.key]
-            if now is None or now.shape != buffer.start.shape or now.dtype != buffer.start.dtype:
-                raise UsageError(
-                    f"buffer {buffer.name} changed from {buffer.start.dtype} {tuple(buffer.start.shape)} to "
-                    f"{'None' if now is None else f'{now.dtype} {tuple(now.shape)}'} in a "
-                    "micro-batch. Buffers keep type and shape."
-                )
+            now = _of_same_form(buffer)
             if buffer.rule is None:
                 raise UsageError(
                     f"buffer {buffer.name} ({buffer.start.dtype}) was written in a micro-batch, and no rule combines "
                     f"the micro-batches' values. Name one: distribute(..., buffers={{{buffer.name!r}: 'last'}})."
                 )
-            self._leaf(index, micro_batch).copy_(now)
+            self._leaf(index, micro_batch).copy_(now.detach())
 
     def combine(self, weights: Sequence[float], micro_batch_size: int) -> None:
         """Make the step's buffers of what its micro-batches left, in the fixed tree. One worker does, at its end.
@@ -188,17 +199,19 @@ class Buffers:
 
     def _leaf(self, index: int, micro_batch: int) -> torch.Tensor:
         start = self._buffers[index].start
-        first = self._buffers[0].start.data_ptr()
-        offset = micro_batch * self._num_bytes + start.data_ptr() - first
+        offset = micro_batch * self._num_bytes + self._buffers[index].offset
         return self._memory.tensor("buffers of micro-batches", start.dtype, offset, start.numel()).view(start.shape)
 
     def _was_written(self, buffer: _Buffer) -> bool:
-        if buffer.module._buffers[buffer.key] is not buffer.tensor:
+        if not self._compares and _is_small(buffer) and buffer.rule is not None and buffer.module.training:
             return True
-        if buffer.tensor.numel() <= _SMALL and self._compares:
-            return not torch.equal(buffer.tensor, buffer.start)
-        if buffer.tensor.numel() <= _SMALL and buffer.rule is not None and buffer.module.training:
+        return self._differs(buffer)
+
+    def _differs(self, buffer: _Buffer) -> bool:
+        if buffer.module._buffers.get(buffer.key) is not buffer.tensor:
             return True
+        if self._compares and _is_small(buffer):
+            return not _equal(buffer.tensor, buffer.start)
         return buffer.tensor._version != buffer.version
 
     def _reset(self, buffer: _Buffer) -> None:
@@ -206,6 +219,32 @@ class Buffers:
             buffer.tensor.copy_(buffer.start)
         buffer.module._buffers[buffer.key] = buffer.tensor
         buffer.version = buffer.tensor._version
+
+
+def _of_same_form(buffer: _Buffer) -> torch.Tensor:
+    """Return what the module has under the buffer's name.
+
+    Raises: UsageError when that is of another type or shape than it was.
+    """
+    now = buffer.module._buffers.get(buffer.key)
+    if now is None or now.shape != buffer.start.shape or now.dtype != buffer.start.dtype:
+        raise UsageError(
+            f"buffer {buffer.name} changed from {buffer.start.dtype} {tuple(buffer.start.shape)} to "
+            f"{'None' if now is None else f'{now.dtype} {tuple(now.shape)}'}. Buffers keep type and shape: give it its "
+            "final form before lightwork.distribute (run one batch through the model, say)."
+        )
+    return now
+
+
+def _is_small(buffer: _Buffer) -> bool:
+    return buffer.tensor.numel() <= _SMALL
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors have the same values, NaN being one."""
+    if torch.equal(one, other):
+        return True
+    return not one.isfinite().all() and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _default_rule(tensor: torch.Tensor) -> BufferRule | None:
@@ -226,9 +265,12 @@ def _combine(
         case "maximum" | "minimum":
             best = combine(leaves, torch.maximum if buffer.rule == "maximum" else torch.minimum)
         case "sum":
-            increments = [None if leaf is None else leaf - buffer.start for leaf in leaves]
+            # In 64 bits: not every integer type can be added. They wrap as the type itself would.
+            dtype = buffer.start.dtype if buffer.start.is_floating_point() else torch.int64
+            start = buffer.start.to(dtype)
+            increments = [None if leaf is None else leaf.to(dtype) - start for leaf in leaves]
             total = combine(increments, operator.add)
-            best = None if total is None else buffer.start + total
+            best = None if total is None else start + total
         case _:
             # In double precision, relative to a full micro-batch: exact for a single full one.
             shares = [weight / micro_batch_size for weight in weights]

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lightwork.errors import SpecError
+from lightwork.state.sharing import overlaps_itself
 from lightwork.state.weights import Weights
 
 
@@ -37,6 +38,8 @@ def give_buffers_memory(model: nn.Module, device: torch.device) -> bool:
                 continue
             if id(buffer) not in moved:
                 moved[id(buffer)] = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+                if overlaps_itself(buffer):  # which could not be written
+                    moved[id(buffer)] = moved[id(buffer)].contiguous()
             found = found or buffer.is_meta
             module._buffers[key] = moved[id(buffer)]
     for parameter in model.parameters():

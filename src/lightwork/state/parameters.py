@@ -16,6 +16,7 @@ from torch import nn
 from lightwork.errors import SpecError
 from lightwork.spec.layout import ParameterSpec
 from lightwork.spec.spec import Spec
+from lightwork.state.sharing import overlaps_itself, refuse_shared_memory
 
 #: Of working weights and gradients, by their name in the layout.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +39,8 @@ def describe_parameters(
     """
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     for name, parameter in model.named_parameters():
-        _check_supported(name, parameter)
+        _check_supported(name, parameter, is_trained=parameter in group_of)
+    refuse_shared_memory(model, group_of)
     most, fp32 = NARROW.get(spec.precision, "float32"), _fp32_parameters(model, spec.fp32_modules)
     parameters, specs = [], []
     for name, parameter in model.named_parameters():
@@ -65,7 +67,7 @@ def describe_parameters(
     return parameters, specs
 
 
-def _check_supported(name: str, parameter: nn.Parameter) -> None:
+def _check_supported(name: str, parameter: nn.Parameter, *, is_trained: bool) -> None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise SpecError(
             f"parameter {name} is of a lazy module and has no shape yet. Run one batch through the "
@@ -82,6 +84,11 @@ def _check_supported(name: str, parameter: nn.Parameter) -> None:
         raise SpecError(f"parameter {name} is {parameter.dtype}. Keep real and imaginary parts as two parameters.")
     if parameter.layout is not torch.strided:
         raise SpecError(f"parameter {name} is sparse. Use a dense parameter.")
+    if is_trained and overlaps_itself(parameter):
+        raise SpecError(
+            f"parameter {name} has elements that share their memory (shape {tuple(parameter.shape)}, strides "
+            f"{parameter.stride()}), as expand() makes them. Give each its own: nn.Parameter(tensor.clone())."
+        )
 
 
 def _fp32_parameters(model: nn.Module, names: Sequence[str]) -> set[nn.Parameter]:
@@ -119,3 +126,11 @@ def refuse_sparse_gradients(modules: Iterable[tuple[str, nn.Module]]) -> None:
     for name, module in modules:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             raise SpecError(f"module {name} makes sparse gradients (sparse=True). Leave sparse out.")
+
+
+def clear_gradients(model: nn.Module) -> list[str]:
+    """Clear the gradients that parameters have, as `zero_grad` does, and return the names of these parameters."""
+    found = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return found

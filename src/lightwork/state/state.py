@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn, optim
 
-from lightwork.errors import SpecError, UsageError
+from lightwork.errors import SpecError
 from lightwork.state.buffers import Buffers
 from lightwork.state.items import SEPARATOR, Item, Moment, Piece, Plain, Weight, windows
 from lightwork.state.moments import Moments
@@ -50,8 +50,10 @@ class Source(Protocol):
 
 
 class Upkeep(NamedTuple):
-    """What brings values to where they are kept."""
+    """What is done so that values are where they are kept, and are those of the run."""
 
+    check: Callable[[str], None]  #: raises when the script has written the model outside an edit
+    check_form: Callable[[str], None]  #: raises when parts of the model were added, removed or replaced
     settle: Callable[[], None]  #: returns when nothing is on its way, and forgets what comes and goes
     drop: Callable[[], None]  #: lets go of the pages of what lies on disk
     spread: Callable[[], None]  #: makes the first host's memory that of all; called by the leaders
@@ -133,6 +135,7 @@ class TrainedState:
     @contextlib.contextmanager
     def reading(self, what: str, meet: Meet, *, is_leader: bool) -> Iterator[Walk]:
         """Be where the state can be read: a context, in which every worker goes through the same items."""
+        self._upkeep.check("between two steps")
         if is_leader:
             self._upkeep.settle()
             self._shards.tell_what_is_initialised()
@@ -222,7 +225,6 @@ class TrainedState:
     @contextlib.contextmanager
     def edit(self, meet: Meet, *, is_leader: bool) -> Iterator[None]:
         """Let the body write into fp32 weights and buffers of this worker's own; the leaders' become all workers'."""
-        before = dict(self._model.named_parameters())
         with self.reading("edit (begun)", meet, is_leader=is_leader) as walk:
             items = [self._weight(str(index), index) for index in range(len(self._weights.parameters))]
             for item, value in walk.copies(items):
@@ -236,11 +238,7 @@ class TrainedState:
         try:
             with torch.no_grad():
                 yield
-            after = dict(self._model.named_parameters())
-            if before.keys() != after.keys() or any(after[name] is not p for name, p in before.items()):
-                raise UsageError(
-                    "run.edit() found parameters added, removed or replaced. Write into them: parameter.copy_(...)."
-                )
+            self._upkeep.check_form("in run.edit()")
             edited = True
         finally:
             writes = edited and is_leader
@@ -251,6 +249,7 @@ class TrainedState:
                 self._upkeep.spread()
                 self.release()
         meet("edit (end)")
+        self._weights.accept_versions()
         self._buffers.restore()
 
 

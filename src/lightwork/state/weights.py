@@ -6,6 +6,7 @@ holdings ([Note: five tensors, four places] in `spec/holdings`).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import nn
 from lightwork.device.base import Mark
 from lightwork.errors import UsageError
 from lightwork.spec.holdings import MASTERS, WORKING, Holdings, Home
-from lightwork.spec.layout import ALIGNMENT, Block, span_of
+from lightwork.spec.layout import ALIGNMENT, Block, Layout, span_of
 from lightwork.state.parameters import DTYPES, like
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
@@ -59,6 +60,8 @@ class Weights:
         self._places_here = tuple(dict.fromkeys((*(value.here for value in self._values), self.masters_here)))
         self.homes = list(dict.fromkeys((self.masters, *(value.home for value in self._values))))
         self._versions: list[int] = []
+        self._addresses: list[int] = []
+        self._samples = _Samples(self.layout, holdings, memory)
         self._stretches_of: dict[int, list[Stretch]] = {}  # of each bucket, made once
         self._tensors: dict[int, list[torch.Tensor]] = {}
 
@@ -82,6 +85,11 @@ class Weights:
         """
         were_meta = []
         for index, parameter in enumerate(self.parameters):
+            if parameter.shape != self.layout.parameters[index].shape:
+                raise UsageError(
+                    f"parameter {self._name(index)} has shape {tuple(parameter.shape)}, and had "
+                    f"{self.layout.parameters[index].shape} at distribute. Parameters keep their shape."
+                )
             view = self.working_view(index)
             if parameter.is_meta:
                 were_meta.append(index)
@@ -185,20 +193,39 @@ class Weights:
     def accept_versions(self) -> None:
         """Take every parameter's value as it is now for legitimate."""
         self._versions = [p._version for p in self.parameters]
+        if self._stays_put:
+            self._addresses = list(map(torch.Tensor.data_ptr, self.parameters))
+        self._samples.take()
         self.accepted = self._device.mark()
 
-    def check_unwritten(self, when: str) -> None:
-        """Raise UsageError when user code has written a parameter in place since `accept_versions`.
+    def check_unwritten(self, when: str, *, values: bool = False) -> None:
+        """Raise UsageError when user code has written a parameter since `accept_versions`, or has moved it elsewhere.
 
-        Not seen: writes through `.data`, which PyTorch does not count.
+        With `values` some elements of each are compared, too: PyTorch does not count what is written through `.data`.
         """
         if self._versions != [p._version for p in self.parameters]:
-            index = next(i for i, p in enumerate(self.parameters) if p._version != self._versions[i])
+            counts = zip(self.parameters, self._versions, strict=True)
+            self._refuse_write([parameter._version != version for parameter, version in counts], when)
+        if self._stays_put and self._addresses != list(map(torch.Tensor.data_ptr, self.parameters)):
+            places = zip(self.parameters, self._addresses, strict=True)
+            name = next(self._name(i) for i, (p, address) in enumerate(places) if p.data_ptr() != address)
             raise UsageError(
-                f"parameter {self.layout.parameters[index].name} was written {when}. Weights are "
-                "shared by all workers and "
-                "written by the update alone: put other writes into `with run.edit():`."
+                f"parameter {name} was given other memory {when} (by `.data = ...`, model.to(...), .half(), "
+                "load_state_dict(assign=True) or the like), so that it would not be trained. Convert and move the "
+                "model before lightwork.distribute; write values in `with run.edit(): parameter.copy_(...)`."
             )
+        if values:
+            self._refuse_write(self._samples.changed(), when)
+
+    def _refuse_write(self, written: Sequence[bool], when: str) -> None:
+        if any(written):
+            raise UsageError(
+                f"parameter {self._name(list(written).index(True))} was written {when}. Weights are shared by all "
+                "workers and written by the update alone: put other writes into `with run.edit():`."
+            )
+
+    def _name(self, index: int) -> str:
+        return self.layout.parameters[index].name
 
     def values_at_home(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in which a value has its home, or its only place; each value once."""
@@ -239,3 +266,42 @@ class Weights:
 
     def _strided(self, index: int, region: Elements) -> torch.Tensor:
         return like(region.view(*self.layout.range_of(index)), self.parameters[index])
+
+
+class _Samples:
+    """A few elements of each working weight that stays in the host's memory."""
+
+    def __init__(self, layout: Layout, holdings: Holdings, memory: Regions) -> None:
+        self._regions: list[tuple[list[int], memoryview, Callable[[memoryview], tuple[int, ...]]]] = []
+        self._then: list[tuple[int, ...]] = []
+        self._num_parameters = len(layout.parameters)
+        places: dict[str, list[tuple[int, int]]] = {}
+        if memory.units is not None or holdings.weights_are_paged or holdings.shares_weights:
+            return
+        for index, (region, is_fetched, _) in enumerate(holdings.working_weights):
+            first, end = layout.range_of(index)
+            if not is_fetched:
+                found = {first, (2 * first + end) // 3, (first + 2 * end) // 3, end - 1} if end > first else set()
+                places.setdefault(region, []).extend((index, element) for element in sorted(found))
+        for region, elements in places.items():
+            size = 2 if region == WORKING else 4
+            values = memory.region(region)
+            bits = values[: len(values) // size * size].cast("H" if size == 2 else "I")
+            if elements:
+                at = [element for _, element in elements]
+                # Of one place alone it would return no tuple.
+                self._regions.append(([index for index, _ in elements], bits, operator.itemgetter(*at, at[0])))
+
+    def take(self) -> None:
+        """Remember them as they are."""
+        self._then = [read(values) for _, values, read in self._regions]
+
+    def changed(self) -> list[bool]:
+        """Return of each parameter whether one of its elements is another one now."""
+        changed = [False] * self._num_parameters
+        for then, (indices, values, read) in zip(self._then, self._regions, strict=True):
+            now = read(values)
+            if now != then:
+                for index, one, other in zip(indices, now, then, strict=False):
+                    changed[index] |= one != other
+        return changed
