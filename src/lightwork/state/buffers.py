@@ -34,7 +34,6 @@ class _Buffer:
     tensor: torch.Tensor  #: the module's own
     rule: BufferRule | None
     start: torch.Tensor  #: as the step begins, shared
-    offset: int  #: in bytes, among the buffers
     version: int = 0  #: PyTorch's count of writes at the last restore
     generation: int = 0  #: the shared count of updates seen here
 
@@ -57,6 +56,7 @@ class Buffers:
         # To compare values, the host would wait for a device: there whatever may be written counts as written.
         self._compares = not memory.device.is_late
         self._num_bytes = buffer_bytes(model)
+        self._offsets: list[int] = []  # of each, in bytes
         self._buffers = self._collect(model, rules)
         self._generations = memory.region("buffer generations").cast("q")
         self._changed = memory.region("buffers changed")  # [micro-batch][buffer]
@@ -90,7 +90,8 @@ class Buffers:
                 seen.add(id(tensor))
                 name = f"{module_name}.{key}" if module_name else key
                 start = self._memory.tensor("buffers", tensor.dtype, at, tensor.numel()).view(tensor.shape)
-                found.append(_Buffer(name, module, key, tensor, rules.get(name) or _default_rule(tensor), start, at))
+                found.append(_Buffer(name, module, key, tensor, rules.get(name) or _default_rule(tensor), start))
+                self._offsets.append(at)
                 at += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
         return found
 
@@ -199,7 +200,7 @@ class Buffers:
 
     def _leaf(self, index: int, micro_batch: int) -> torch.Tensor:
         start = self._buffers[index].start
-        offset = micro_batch * self._num_bytes + self._buffers[index].offset
+        offset = micro_batch * self._num_bytes + self._offsets[index]
         return self._memory.tensor("buffers of micro-batches", start.dtype, offset, start.numel()).view(start.shape)
 
     def _was_written(self, buffer: _Buffer) -> bool:
