@@ -28,7 +28,7 @@ from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.precision import Compute
 from lightwork.engine.norms import Norms
-from lightwork.engine.parts import Parts, check_untouched, settle, trained_state
+from lightwork.engine.parts import Parts, settle, trained_state
 from lightwork.engine.update import StepMap
 from lightwork.random import derive, seed_all
 from lightwork.spec.means import weighted_mean
@@ -188,10 +188,6 @@ class Engine:
         when = f"in micro-batch {index} of step {step}"
         self.state.weights.check_unwritten(when, values=True)
         self.state.structure.check_forward(when)
-
-    def check_untouched(self, when: str) -> None:
-        """Raise UsageError when the script has written or replaced anything of the model since the last step."""
-        check_untouched(self._parts, when)
 
     def finish_micro_batch(self, step: int, index: int, outcome: Outcome) -> Action:
         """Report a computed micro-batch and return what to do next."""

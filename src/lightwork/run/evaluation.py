@@ -101,7 +101,7 @@ class Evaluation:
         return self._metrics
 
     def __enter__(self) -> Evaluation:
-        self._engine.check_untouched("before run.evaluate")
+        self._engine.trained.check_untouched("before run.evaluate")
         self._team.meet_equal("evaluate", {**self._feed.order.describe(0), "evaluation": self._number})
         self._random_state = RandomState.capture(self._engine.device)
         self._modes = [(module, module.training) for module in self._engine.model.modules()]

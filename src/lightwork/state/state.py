@@ -130,12 +130,19 @@ class TrainedState:
         items |= {"state " + " ".join(item.name.rsplit(SEPARATOR, 1)): item for item in self.of_optimizer()}
         return items | {f"buffer {name}": Plain(name, value) for name, value in self._buffers.values().items()}
 
+    def check_untouched(self, when: str) -> None:
+        """Raise UsageError when the script has written or replaced anything of the model since the last step or edit.
+
+        `when` says where the script is.
+        """
+        self._upkeep.check(when)
+
     # --- reading ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def reading(self, what: str, meet: Meet, *, is_leader: bool) -> Iterator[Walk]:
         """Be where the state can be read: a context, in which every worker goes through the same items."""
-        self._upkeep.check("between two steps")
+        self.check_untouched("between two steps")
         if is_leader:
             self._upkeep.settle()
             self._shards.tell_what_is_initialised()
