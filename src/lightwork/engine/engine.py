@@ -88,6 +88,7 @@ class Engine:
         self._scale: float | None = None  # of clipping, in this step
         self._in_step = False
         self._settings: tuple[object, int] = (None, 0)
+        self._modules = list(parts.description.model.modules())
         self.trained = trained_state(parts)  #: the same by name
         self._seconds = dict.fromkeys(("wait", *parts.exchange.phases, "reduce", "update"), 0.0)
         self._step_start = 0.0
@@ -304,8 +305,9 @@ class Engine:
 
     def _settings_hash(self) -> int:
         """Return a hash of all that must be the same on every worker and may change between steps."""
+        modes = [module.training for module in self._modules]
         trained = [p.requires_grad for p in self.state.weights.parameters]
-        settings = (hyper_parameters(self._parts.description.optimizer), trained)
+        settings = (modes, hyper_parameters(self._parts.description.optimizer), trained)
         if settings != self._settings[0]:  # mostly they are as they were, and this takes as long as a small product
             # Not `hash`, which differs between processes for strings.
             self._settings = settings, zlib.crc32(repr(settings).encode())

@@ -182,8 +182,9 @@ def freed_by_death(words: Words, local_rank: int, step: int, phases: Sequence[Ph
 def other_settings(step: int, rank: int, other: int) -> Disagreement:
     """Return the error of two workers whose settings differ."""
     return Disagreement(
-        f"at step {step} rank {rank} has other learning rates, optimizer settings or trainable parameters than rank "
-        f"{other}. Schedulers and changes of requires_grad must run on every worker alike."
+        f"at step {step} rank {rank} has other learning rates, optimizer settings, trainable parameters or modules in "
+        f"train mode than rank {other}. Schedulers, model.train(), model.eval() and changes of requires_grad must run "
+        "on every worker alike."
     )
 
 

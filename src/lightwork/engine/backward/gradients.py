@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightwork.engine.backward.outbox import CompleteBuckets
 from lightwork.engine.backward.slots import Slots, is_leaf
+from lightwork.engine.backward.withheld import Withheld
 from lightwork.engine.forward.fetching import Fetching
 from lightwork.errors import UsageError
 from lightwork.spec.tree import Node, fold
@@ -56,6 +57,7 @@ class Gradients:
         self._views: dict[tuple[int, bool], list[torch.Tensor]] = {}
         self._held: dict[Node, tuple[int, bytes]] = {}  # slot, and which parameters are present
         self._hooks: dict[int, RemovableHandle] = {}
+        self._withheld = Withheld(self._weights.parameters, self._names)
         self._fold: Fold | None = None
 
     def begin_step(self) -> None:
@@ -68,7 +70,8 @@ class Gradients:
                 self._hooks[index] = hook
 
     def close(self) -> None:
-        """Take the hooks off the parameters."""
+        """Take the hooks off the parameters, and what stands in for gradients."""
+        self._withheld.close()
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
@@ -124,8 +127,10 @@ class Gradients:
         now = self.in_hand
         try:
             if backward is not None:
+                self._withheld.make_way()
                 now.is_open = True
                 backward()
+                self._withheld.stand_in()
             self._carry_untouched(now)
         except BaseException:
             if now.outbox is not None:
