@@ -32,7 +32,7 @@ class WithheldGradient(torch.Tensor):
         made.parameter = name
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Say what it stands for."""
         return f"<the gradient of {self.parameter}, which has gone into the sums of the team>"
 
