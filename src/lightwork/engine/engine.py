@@ -343,11 +343,15 @@ class Engine:
         """Whether other hosts read weights that this one has."""
         return self._parts.holdings.shares_weights
 
-    def close(self) -> None:
-        """Give the model back to plain PyTorch: no hooks; its weights stay where they are, as this run left them."""
+    def close(self, *, gives_back: bool) -> None:
+        """Give the model back to plain PyTorch: no hooks; with `gives_back`, its weights in memory of their own."""
         if self._in_step:  # it was left in its middle: the buffers are a micro-batch's
             self.state.buffers.restore()
         self._parts.backward.gradients.close()
         self._parts.exchange.close()
+        if gives_back:
+            with torch.no_grad():
+                self._parts.moving.fetching.settle()
+                self.state.weights.give_back()
         self._parts.moving.fetching.close()
         self._activations.close()

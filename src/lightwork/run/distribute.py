@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import sys
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from io import TextIOWrapper
@@ -44,9 +43,6 @@ from lightwork.units import parse_bytes
 
 #: Sizes that no user needs to choose.
 TUNING = Tuning()
-
-#: The attribute of a model under which its run is found, so that a second `distribute` can end the first.
-_RUN = "_lightwork_run"
 
 
 def distribute(
@@ -129,7 +125,7 @@ def distribute(
     """
     check_arguments(model, optimizer)
     environment = environments.read()
-    _end_previous_run(model)
+    EXITS.close_run_of(model)
     arguments = {
         "global_batch": global_batch,
         "micro_batch": micro_batch,
@@ -170,7 +166,6 @@ def distribute(
         guard=Guard(optimizer),
         trace=trace,
     )
-    object.__setattr__(model, _RUN, weakref.ref(run))
     trace.event("start", rank=team.rank, world_size=team.world_size, pid=os.getpid())
     _write_roster(team, folder, spec, plan)
     EXITS.add(run, team)
@@ -247,13 +242,6 @@ def _assemble(description: Description, holdings: Holdings, plan: Plan, joined: 
     if team.is_leader:
         engine.trained.release()
     return engine
-
-
-def _end_previous_run(model: nn.Module) -> None:
-    reference = model.__dict__.get(_RUN)
-    run = reference() if reference is not None else None
-    if run is not None:
-        run.close()
 
 
 def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:

@@ -36,8 +36,12 @@ class Closable(Protocol):
     def stay_while_needed(self) -> None:
         """Wait for the others, if they may still need what is here."""
 
-    def close(self) -> None:
-        """Let go of everything, and of its place in `EXITS`."""
+    @property
+    def model(self) -> object:
+        """What it trains."""
+
+    def close(self, *, gives_back: bool = True) -> None:
+        """Let go of everything, and of its place in `EXITS`; with `gives_back`, after copying the weights."""
 
 
 @dataclass
@@ -80,6 +84,13 @@ class Exits:
                 sys.excepthook = self._previous
             self._hook = None
 
+    def close_run_of(self, model: object) -> None:
+        """Close the run that trains this very object, if there is one."""
+        for living in self._here():
+            run = living.run()
+            if run is not None and run.model is model:
+                run.close()
+
     def _here(self) -> list[_Living]:
         return [living for living in self._living if living.pid == os.getpid()]
 
@@ -89,7 +100,7 @@ class Exits:
             if run is not None:
                 if not living.has_failed:
                     run.stay_while_needed()
-                run.close()
+                run.close(gives_back=False)
 
     def _hook_before(self, previous: Hook) -> Hook:
         def on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -123,7 +134,7 @@ def _tell(error: BaseException, failing: list[_Living]) -> None:
         for living in failing:
             run = living.run()
             if run is not None:
-                run.close()
+                run.close(gives_back=False)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_BECAUSE_OF_PEER)

@@ -367,14 +367,14 @@ class Run:
             with contextlib.suppress(TeamError):  # who is not coming any more is named elsewhere
                 self._team.meet("the end of the script")
 
-    def close(self) -> None:
-        """Give model and optimizer back to plain PyTorch and end the trace. Called at exit; not collective."""
+    def close(self, *, gives_back: bool = True) -> None:
+        """Give model and optimizer back to plain PyTorch, in memory of this worker's own. Not collective."""
         if self._closed:
             return
         self._closed = True
         EXITS.remove(self)
         self._guard.close()
-        self._engine.close()
+        self._engine.close(gives_back=gives_back)
         self._trace.event("end", step=self._position.step)
         self._trace.close()
         self._team.close()

@@ -83,7 +83,7 @@ def reset(model: nn.Module, weights: Weights, indices: Sequence[int], done: Call
                 parameter.data = value
             for index, parameter in own.items():
                 weights.write_value(index, parameter.data)
-                parameter.data = weights.working_view(index)
+                parameter.data = weights.own_view(index)
                 weights.leave_unread(index)
                 del index_of[id(parameter)]
                 done(index)

@@ -90,7 +90,7 @@ class Weights:
                     f"parameter {self._name(index)} has shape {tuple(parameter.shape)}, and had "
                     f"{self.layout.parameters[index].shape} at distribute. Parameters keep their shape."
                 )
-            view = self.working_view(index)
+            view = self.own_view(index)
             if parameter.is_meta:
                 were_meta.append(index)
                 # Its `.data` can not change its device; swapped, it stays the object that modules and optimizer hold.
@@ -103,6 +103,19 @@ class Weights:
             done(index)
         self.accept_versions()
         return were_meta
+
+    def give_back(self) -> None:
+        """Move every parameter that is here into memory of its own; shared out weights stay with their owners."""
+        for index, parameter in enumerate(self.parameters):
+            rows = [self._holdings.rows[bucket] for bucket in self.layout.buckets_of(index)]
+            is_moved = (
+                parameter.numel() > 0 and self.parameter_of(parameter) != index
+            )  # by the script, since the last step
+            if is_moved or any(row.weights_stay_with_owner for row in rows):
+                continue
+            value = self._values[index]
+            own = self._strided(index, value.home if value.is_fetched else value.here)
+            parameter.data = torch.empty_like(own, device=parameter.device).copy_(own)
 
     def write_value(self, index: int, value: torch.Tensor) -> None:
         """Give a parameter a value, as master and as working weight."""
@@ -138,6 +151,10 @@ class Weights:
     def working_view(self, index: int) -> torch.Tensor:
         """Return the working weight of a parameter, as computation sees it, in the parameter's shape and strides."""
         return self._strided(index, self._values[index].here)
+
+    def own_view(self, index: int) -> torch.Tensor:
+        """Return the same in a storage of its own, for the parameter itself: who saves it saves no more than it."""
+        return like(self._values[index].here.alone(*self.layout.range_of(index)), self.parameters[index])
 
     def master_view(self, index: int) -> torch.Tensor:
         """Return the fp32 value of a parameter, in its shape; of a frozen narrow one, a converted copy."""

@@ -28,6 +28,10 @@ class Elements(ABC):
     def view(self, start: int, end: int) -> torch.Tensor:
         """Return elements `start` to `end`, flat: of one parameter, or of neighbours of one bucket and type."""
 
+    def alone(self, start: int, end: int) -> torch.Tensor:
+        """Return the same for as long as it stays there, in a storage that ends where it ends, if the memory can."""
+        return self.view(start, end)
+
     @abstractmethod
     def element_of(self, tensor: torch.Tensor) -> int | None:
         """Return the element at which a tensor begins, or None if it lies elsewhere."""
@@ -73,7 +77,6 @@ class FlatElements(Elements):
         self._flat = flat
         self._size = flat.itemsize
         self._pages = pages
-        self._storage = flat.untyped_storage().data_ptr()
         self._start = flat.data_ptr()
         self._end = self._start + flat.numel() * flat.itemsize
 
@@ -81,9 +84,14 @@ class FlatElements(Elements):
         """Return a slice."""
         return self._flat[start:end]
 
+    def alone(self, start: int, end: int) -> torch.Tensor:
+        """Return a slice as if it were all: who saves or copies its storage would take the whole mapping else."""
+        array = self._flat[start:end].view(torch.uint8).numpy()
+        return torch.from_numpy(array).view(self._flat.dtype)
+
     def element_of(self, tensor: torch.Tensor) -> int | None:
         """Compare addresses."""
-        if tensor.device.type != "cpu" or tensor.untyped_storage().data_ptr() != self._storage:
+        if tensor.device.type != "cpu":
             return None
         address = tensor.data_ptr()
         return (address - self._start) // self._size if self._start <= address < self._end else None
@@ -255,6 +263,10 @@ class MixedElements(Elements):
     def view(self, start: int, end: int) -> torch.Tensor:
         """Look where they lie."""
         return self._at(start).view(start, end)
+
+    def alone(self, start: int, end: int) -> torch.Tensor:
+        """Look where they lie."""
+        return self._at(start).alone(start, end)
 
     def element_of(self, tensor: torch.Tensor) -> int | None:
         """Ask all."""

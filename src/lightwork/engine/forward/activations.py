@@ -11,7 +11,9 @@ lies in the shared memory) and small tensors are left alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +25,29 @@ from lightwork.engine.forward.recompute import recomputed
 from lightwork.state.layers import Forward
 
 
+class _OfThisRun:
+    """A module's `forward` while a run lasts.
+
+    A copy of the module, by `copy.deepcopy` or pickle, is a plain one, with the `forward` that the module had before.
+    """
+
+    def __init__(self, module: nn.Module, run: Forward, before: Forward | None) -> None:
+        self.module = module
+        self.run = run
+        self.before = before  #: of the module alone, where its class's was not used
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return self.run(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Stand for what was there before."""
+        if self.before is not None:
+            return copy.copy, (self.before,)
+        # While the copy is made it has no attributes yet, and so its class's `forward`.
+        return getattr, (self.module, "forward")
+
+
 class Activations:
     """The wrapped modules of one worker's model.
 
@@ -30,16 +55,20 @@ class Activations:
     """
 
     def __init__(self, model: nn.Module, chosen: Mapping[str, str], weights: SavedWeights, device: Device) -> None:
-        self._wrapped: list[nn.Module] = []
+        self._wrapped: list[_OfThisRun] = []
         for name, value in chosen.items():
             module = model.get_submodule(name)
-            module.__dict__["forward"] = _wrapped(value, name, module, weights, device)
-            self._wrapped.append(module)
+            before = vars(module).get("forward")
+            wrapped = _OfThisRun(module, _wrapped(value, name, module, weights, device), before)
+            module.__dict__["forward"] = wrapped
+            self._wrapped.append(wrapped)
 
     def close(self) -> None:
         """Give the modules their own `forward` back."""
-        for module in self._wrapped:
-            module.__dict__.pop("forward", None)
+        for wrapped in self._wrapped:
+            vars(wrapped.module).pop("forward", None)
+            if wrapped.before is not None:
+                wrapped.module.__dict__["forward"] = wrapped.before
         self._wrapped.clear()
 
 

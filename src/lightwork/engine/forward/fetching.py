@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lightwork.engine.forward.hooks import ModuleHook
 from lightwork.errors import RankLost, SpecError
 from lightwork.spec.holdings import Depths
 from lightwork.state.places import HeldBy, Visits, Where
@@ -137,10 +138,10 @@ class WeightsOnTheirWay(Fetching):
                     f"module {name or type(module).__name__} is compiled, and placement zero3 brings weights while "
                     "Python runs the model. Leave out torch.compile, or choose zero2."
                 )
-            self._hooks.append(module.register_forward_pre_hook(before))
+            self._hooks.append(module.register_forward_pre_hook(ModuleHook(before)))
             if _asks_for_modes(module):
                 self._watch_whole(module)
-            self._hooks.append(module.register_forward_hook(after, always_call=True))
+            self._hooks.append(module.register_forward_hook(ModuleHook(after), always_call=True))
 
     def _watch_whole(self, module: nn.Module) -> None:
         """Bring all weights of a module in eval mode, and leave it alone: it has a faster way while no mode is on."""
@@ -160,8 +161,8 @@ class WeightsOnTheirWay(Fetching):
                 within.pop().__exit__(None, None, None)
                 self._visits.let_go(HeldBy.MODULE, buckets)
 
-        self._hooks.append(module.register_forward_pre_hook(before))
-        self._hooks.append(module.register_forward_hook(after, always_call=True))
+        self._hooks.append(module.register_forward_pre_hook(ModuleHook(before)))
+        self._hooks.append(module.register_forward_hook(ModuleHook(after), always_call=True))
 
     def close(self) -> None:
         """Take the hooks off the modules, and let the other hosts' threads end."""
@@ -319,7 +320,10 @@ class WeightsOnDisk(Fetching):
                 for index in indices:
                     self._pages.leave(index, written=False)
 
-            self._hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+            self._hooks += [
+                module.register_forward_pre_hook(ModuleHook(before)),
+                module.register_forward_hook(ModuleHook(after)),
+            ]
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """As the inner one."""
