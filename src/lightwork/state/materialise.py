@@ -82,9 +82,8 @@ def reset(model: nn.Module, weights: Weights, indices: Sequence[int], done: Call
             for parameter, value in shared.items():
                 parameter.data = value
             for index, parameter in own.items():
-                weights.write_value(index, parameter.data)
-                parameter.data = weights.own_view(index)
-                weights.leave_unread(index)
+                value, parameter.data = parameter.data, weights.own_view(index)
+                weights.write_value(index, value)
                 del index_of[id(parameter)]
                 done(index)
 
@@ -120,7 +119,6 @@ def _copy(new: torch.Tensor, value: torch.Tensor, weights: Weights, index: int |
             value.data.copy_(new)
             return
         weights.write_value(index, new)
-        weights.leave_unread(index)
 
 
 def _check_alias(model: nn.Module, name: str, names: set[str], path: Path) -> None:

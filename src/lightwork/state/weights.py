@@ -99,7 +99,7 @@ class Weights:
             elif write:
                 self.write_value(index, parameter.data)
             parameter.data = view
-            self.leave_unread(index)
+            self._leave_unread(index)
             done(index)
         self.accept_versions()
         return were_meta
@@ -125,6 +125,7 @@ class Weights:
                 master.copy_(value)
         for region in self._working_places(index):
             self._strided(index, region).copy_(value)
+        self._leave_unread(index)
 
     def parts(self, index: int, start: int, end: int) -> Iterator[torch.Tensor]:
         """Yield elements `start` to `end` of a parameter, flat, in each place where it is kept: first its master.
@@ -136,7 +137,7 @@ class Weights:
         for region in (*masters, *self._working_places(index)):
             yield region.view(first + start, first + end)
 
-    def leave_unread(self, index: int) -> None:
+    def _leave_unread(self, index: int) -> None:
         """Give back the room here of a working weight that is fetched: whoever reads it next brings its value again."""
         if self._values[index].is_fetched:
             self._values[index].here.release_room(*self.layout.range_of(index))
@@ -148,18 +149,17 @@ class Weights:
         master = self._strided(index, self.masters)
         return master if master.device.type == "cpu" else None
 
-    def working_view(self, index: int) -> torch.Tensor:
-        """Return the working weight of a parameter, as computation sees it, in the parameter's shape and strides."""
-        return self._strided(index, self._values[index].here)
-
     def own_view(self, index: int) -> torch.Tensor:
-        """Return the same in a storage of its own, for the parameter itself: who saves it saves no more than it."""
+        """Return the working weight of a parameter, as computation sees it, in the parameter's shape and strides.
+
+        In a storage of its own, so that who saves the parameter saves no more than that.
+        """
         return like(self._values[index].here.alone(*self.layout.range_of(index)), self.parameters[index])
 
     def master_view(self, index: int) -> torch.Tensor:
         """Return the fp32 value of a parameter, in its shape; of a frozen narrow one, a converted copy."""
         if not self._values[index].has_master:
-            return self.working_view(index).float()
+            return self._strided(index, self._values[index].here).float()
         return self._strided(index, self.masters)
 
     def write_working(self, blocks: Sequence[Block]) -> None:
