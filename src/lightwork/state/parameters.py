@@ -8,7 +8,9 @@ fp32 working weights, because kernels of norms want them so, and they are small;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +27,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NARROW = {"bf16": "bfloat16", "fp16": "float16"}
 
 _HALVES = (torch.float16, torch.bfloat16)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def plainly(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function use parameters as they are, also those of a class that sees what scripts do with them."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def describe_parameters(

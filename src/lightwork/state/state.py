@@ -239,7 +239,8 @@ class TrainedState:
                 parameter = self._weights.parameters[index]
                 is_on_host = self._weights.home_on_host(index) is not None
                 flat = torch.empty(item.numel, dtype=torch.float32, device="cpu" if is_on_host else parameter.device)
-                parameter.data = like(flat, parameter).copy_(value)
+                with torch._C.DisableTorchFunctionSubclass():
+                    parameter.data = like(flat, parameter).copy_(value)
             self._buffers.restore()
         edited = False
         try:

@@ -17,7 +17,7 @@ from lightwork.device.base import Mark
 from lightwork.errors import UsageError
 from lightwork.spec.holdings import MASTERS, WORKING, Holdings, Home
 from lightwork.spec.layout import ALIGNMENT, Block, Layout, span_of
-from lightwork.state.parameters import DTYPES, like
+from lightwork.state.parameters import DTYPES, like, plainly
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
 
@@ -78,6 +78,7 @@ class Weights:
             values.append(_Value(places[region], here[region], is_fetched, has_master))
         return values
 
+    @plainly
     def attach(self, *, write: bool, done: Callable[[int], None] = lambda index: None) -> list[int]:
         """Point every parameter at the memory of the team; with `write`, after putting its present value there.
 
@@ -104,6 +105,7 @@ class Weights:
         self.accept_versions()
         return were_meta
 
+    @plainly
     def give_back(self) -> None:
         """Move every parameter that is here into memory of its own; shared out weights stay with their owners."""
         for index, parameter in enumerate(self.parameters):
@@ -207,6 +209,7 @@ class Weights:
                 return self.layout.parameter_at(element)
         return None
 
+    @plainly
     def accept_versions(self) -> None:
         """Take every parameter's value as it is now for legitimate."""
         self._versions = [p._version for p in self.parameters]
@@ -215,6 +218,7 @@ class Weights:
         self._samples.take()
         self.accepted = self._device.mark()
 
+    @plainly
     def check_unwritten(self, when: str, *, values: bool = False) -> None:
         """Raise UsageError when user code has written a parameter since `accept_versions`, or has moved it elsewhere.
 

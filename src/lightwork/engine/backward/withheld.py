@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightwork.errors import UsageError
+from lightwork.state.parameters import plainly
 
 _aten = torch.ops.aten
 
@@ -96,6 +97,7 @@ class Withheld:
         self._names = names
         self._gradients: list[WithheldGradient] = []
 
+    @plainly
     def make_way(self) -> None:
         """Empty `.grad` for a backward, which adds to what is there.
 
@@ -112,6 +114,7 @@ class Withheld:
                     )
                 parameter.grad = None
 
+    @plainly
     def stand_in(self) -> None:
         """Put them where a plain backward would leave gradients."""
         if not self._gradients:
@@ -121,6 +124,7 @@ class Withheld:
             if parameter.requires_grad:
                 parameter.grad = gradient
 
+    @plainly
     def close(self) -> None:
         """Take them away."""
         for parameter in self._parameters:

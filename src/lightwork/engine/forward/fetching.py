@@ -25,8 +25,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lightwork.engine.forward.away import AwayParameter, class_for
 from lightwork.engine.forward.hooks import ModuleHook
-from lightwork.errors import RankLost, SpecError
+from lightwork.errors import RankLost, SpecError, UsageError
 from lightwork.spec.holdings import Depths
 from lightwork.state.places import HeldBy, Visits, Where
 from lightwork.state.weights import Weights
@@ -111,6 +112,7 @@ class WeightsOnTheirWay(Fetching):
         self._in_backward = False
         self._depth = 0  # of modules' forwards that run
         self._is_active = False
+        self._is_closed = False
         self._hooks: list[RemovableHandle] = []
         self._mode = _BringsArguments(self)
 
@@ -119,6 +121,11 @@ class WeightsOnTheirWay(Fetching):
 
         Raises: SpecError when a part of the model is compiled.
         """
+        away = class_for(self)
+        for index in self._index_of.values():
+            parameter = self._weights.parameters[index]
+            if self._buckets_of[index] and type(parameter) is nn.Parameter:
+                parameter.__class__ = away
         entered: list[Any] = []
 
         def before(_module: nn.Module, _inputs: object) -> None:
@@ -169,6 +176,10 @@ class WeightsOnTheirWay(Fetching):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for parameter in self._weights.parameters:
+            if isinstance(parameter, AwayParameter) and not self.parameters_of(parameter):
+                parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+        self._is_closed = True
         self._close_sources()
 
     @contextlib.contextmanager
@@ -184,6 +195,29 @@ class WeightsOnTheirWay(Fetching):
         finally:
             self._is_active = False
             self._visits.let_go(HeldBy.FUNCTION)
+
+    @property
+    def brings(self) -> bool:
+        """Whether all that torch functions read is brought now."""
+        return self._is_active
+
+    def parameters_of(self, value: Any) -> Sequence[int]:
+        """Return the parameters that come and go in whose memory a value lies."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return [index for index in self._find(value) if self._buckets_of[index]]
+
+    def check_open(self, parameter: int) -> None:
+        """Raise UsageError after `close`."""
+        if self._is_closed:
+            raise UsageError(self.refusal(parameter, "was read after run.close()"))
+
+    def refusal(self, parameter: int, why: str) -> str:
+        """Say what is not possible with a parameter, and what replaces it."""
+        return (
+            f"parameter {self._weights.layout.parameters[parameter].name} {why}. Its weights are elsewhere until they "
+            "are needed (placement zero3, or weights offloaded from a device): read them with parameter.detach(), "
+            "model.state_dict() or run.state_dict(), before run.close(); write them in `with run.edit():`."
+        )
 
     @contextlib.contextmanager
     def in_backward(self) -> Iterator[None]:
@@ -376,7 +410,8 @@ class _BringsArguments(TorchFunctionMode):
         """Call `func` once the weights among its arguments are here."""
         kwargs = kwargs or {}
         if func.__name__ not in _WITHOUT_VALUES:
-            self._fetching.bring_arguments((*args, *kwargs.values()))
+            with torch._C.DisableTorchFunctionSubclass():
+                self._fetching.bring_arguments((*args, *kwargs.values()))
         return func(*args, **kwargs)
 
 
