@@ -21,7 +21,8 @@ from lightwork.engine.clipping import clipping_of
 from lightwork.engine.engine import Engine
 from lightwork.engine.exchange.exchange import BetweenHosts, Exchange
 from lightwork.engine.forward.activations import Activations
-from lightwork.engine.forward.fetching import Fetching, WeightsOnDisk, WeightsOnTheirWay
+from lightwork.engine.forward.fetching import Fetching, WeightsOnTheirWay
+from lightwork.engine.forward.paging import WeightsOnDisk
 from lightwork.engine.forward.precision import Compute
 from lightwork.engine.forward.sources import FetchedWeights, answer_requests
 from lightwork.engine.parts import Backward, Moving, Parts, State, Workplace
