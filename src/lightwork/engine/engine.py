@@ -166,8 +166,9 @@ class Engine:
         Returns: the factor of the micro-batch's loss.
         """
         parts = self._parts
-        self.state.buffers.capture(index)
-        if self._num_steps <= THOROUGH_STEPS:
+        thorough = self._num_steps <= THOROUGH_STEPS
+        self.state.buffers.capture(index, check=thorough and self._num_micro_batches > 1)
+        if thorough:
             self._check_forward(step, index)
         share = weight / self._spec.micro_batch * self.state.loss_scale.of(step)
         consumed = parts.backward.early.begin_step(share)

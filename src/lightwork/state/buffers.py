@@ -1,14 +1,13 @@
 """The model's buffers, such as BatchNorm's running statistics.
 
 Every micro-batch starts from the buffers of the step; what they become is combined in the fixed tree when the step
-ends: floating ones by weighted mean, integer ones as start plus the summed increments, or as the spec's `buffers` says
-by name. Large ones, such as masks, are compared only if PyTorch counted a write; small ones always, because batch
-normalisation writes its statistics without counting.
+ends (`rules`): floating ones by weighted mean, integer ones as start plus the summed increments, or as the spec's
+`buffers` says by name. Large ones, such as masks, are compared only if PyTorch counted a write; small ones always,
+because batch normalisation writes its statistics without counting.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,15 @@ from torch import nn
 
 from lightwork.errors import SpecError, UsageError
 from lightwork.spec.spec import BufferRule
-from lightwork.spec.tree import combine
+from lightwork.state.rules import (
+    check_count,
+    check_leaf,
+    combined,
+    counts_batches,
+    cumulative,
+    default_rule,
+    is_of_torch,
+)
 from lightwork.store.regions import Regions
 
 _ALIGNMENT = 64  # bytes; [Note: bits and addresses] in `spec/layout`
@@ -56,6 +63,7 @@ class Buffers:
         # To compare values, the host would wait for a device: there whatever may be written counts as written.
         self._compares = not memory.device.is_late
         self._num_bytes = buffer_bytes(model)
+        self._named = frozenset(rules)
         self._offsets: list[int] = []  # of each, in bytes
         self._buffers = self._collect(model, rules)
         self._generations = memory.region("buffer generations").cast("q")
@@ -90,7 +98,9 @@ class Buffers:
                 seen.add(id(tensor))
                 name = f"{module_name}.{key}" if module_name else key
                 start = self._memory.tensor("buffers", tensor.dtype, at, tensor.numel()).view(tensor.shape)
-                found.append(_Buffer(name, module, key, tensor, rules.get(name) or _default_rule(tensor), start))
+                found.append(
+                    _Buffer(name, module, key, tensor, rules.get(name) or default_rule(module, key, tensor), start)
+                )
                 self._offsets.append(at)
                 at += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
         return found
@@ -124,8 +134,8 @@ class Buffers:
                     "(A forward in train mode writes buffers, too: call model.eval() before it, or use run.evaluate.)"
                 )
 
-    def capture(self, micro_batch: int) -> None:
-        """Store what forward of micro-batch `micro_batch` made of the buffers.
+    def capture(self, micro_batch: int, *, check: bool = False) -> None:
+        """Store what forward of micro-batch `micro_batch` made of the buffers; with `check`, look whether it fits.
 
         They stay so until `restore`: backward may need them, and may write them again where it recomputes.
 
@@ -144,7 +154,9 @@ class Buffers:
                     f"buffer {buffer.name} ({buffer.start.dtype}) was written in a micro-batch, and no rule combines "
                     f"the micro-batches' values. Name one: distribute(..., buffers={{{buffer.name!r}: 'last'}})."
                 )
-            self._leaf(index, micro_batch).copy_(now.detach())
+            leaf = self._leaf(index, micro_batch).copy_(now.detach())
+            if check and buffer.rule == "mean" and self._is_by_default(buffer) and not is_of_torch(buffer.module):
+                check_leaf(buffer.name, buffer.start, leaf)
 
     def combine(self, weights: Sequence[float], micro_batch_size: int) -> None:
         """Make the step's buffers of what its micro-batches left, in the fixed tree. One worker does, at its end.
@@ -155,16 +167,46 @@ class Buffers:
         if not count:
             return
         rows = [self._changed[m * count : (m + 1) * count] for m in range(len(weights))]
-        for index, buffer in enumerate(self._buffers):
-            leaves = [
-                (self._leaf(index, m) if rows[m][index] else buffer.start) if weight else None
-                for m, weight in enumerate(weights)
-            ]
-            if not any(rows[m][index] and weight for m, weight in enumerate(weights)):
-                continue
-            combined = _combine(buffer, leaves, weights, micro_batch_size)
-            buffer.start.copy_(combined)
+        changed = [
+            index for index in range(count) if any(rows[m][index] and weight for m, weight in enumerate(weights))
+        ]
+        # All of them before any is written: an average over all batches needs the count of these as it was.
+        values = [self._value_of(index, rows, weights, micro_batch_size) for index in changed]
+        for index, value in zip(changed, values, strict=True):
+            self._buffers[index].start.copy_(value)
             self._generations[index] += 1
+
+    def _value_of(
+        self, index: int, rows: Sequence[memoryview], weights: Sequence[float], micro_batch_size: int
+    ) -> torch.Tensor:
+        buffer, leaves = self._buffers[index], self._leaves(index, rows, weights)
+        if self._is_by_default(buffer) and sum(leaf is not None for leaf in leaves) > 1:
+            counter = self._counter_of(buffer)
+            if counter is not None:
+                of_counter = self._leaves(counter, rows, weights)
+                return cumulative(buffer.start, leaves, self._buffers[counter].start, of_counter)
+            if buffer.rule == "sum" and not is_of_torch(buffer.module):
+                check_count(buffer.name, buffer.start, leaves)
+        return combined(buffer.rule, buffer.start, leaves, weights, micro_batch_size)
+
+    def _leaves(self, index: int, rows: Sequence[memoryview], weights: Sequence[float]) -> list[torch.Tensor | None]:
+        """Return what each micro-batch left in a buffer; None for those of weight 0."""
+        start = self._buffers[index].start
+        return [
+            (self._leaf(index, m) if rows[m][index] else start) if weight else None for m, weight in enumerate(weights)
+        ]
+
+    def _is_by_default(self, buffer: _Buffer) -> bool:
+        return buffer.name not in self._named
+
+    def _counter_of(self, buffer: _Buffer) -> int | None:
+        """Return the buffer that counts the batches over which another one is an average, if there is one."""
+        if not counts_batches(buffer.module, buffer.key):
+            return None
+        for index, other in enumerate(self._buffers):
+            if other.module is buffer.module and other.key == "num_batches_tracked" and self._is_by_default(other):
+                return index
+        return None
 
     def changes(self, micro_batches: range) -> bytes:
         """Return what these micro-batches, of this host, left in the buffers."""
@@ -246,41 +288,3 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     if torch.equal(one, other):
         return True
     return not one.isfinite().all() and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _default_rule(tensor: torch.Tensor) -> BufferRule | None:
-    if tensor.is_floating_point():
-        return "mean"
-    return "sum" if tensor.dtype != torch.bool and not tensor.is_complex() else None
-
-
-def _combine(
-    buffer: _Buffer, leaves: list[torch.Tensor | None], weights: Sequence[float], micro_batch_size: int
-) -> torch.Tensor:
-    present = [leaf for leaf in leaves if leaf is not None]
-    match buffer.rule:
-        case "first":
-            return present[0]
-        case "last":
-            return present[-1]
-        case "maximum" | "minimum":
-            best = combine(leaves, torch.maximum if buffer.rule == "maximum" else torch.minimum)
-        case "sum":
-            # In 64 bits: not every integer type can be added. They wrap as the type itself would.
-            dtype = buffer.start.dtype if buffer.start.is_floating_point() else torch.int64
-            start = buffer.start.to(dtype)
-            increments = [None if leaf is None else leaf.to(dtype) - start for leaf in leaves]
-            total = combine(increments, operator.add)
-            best = None if total is None else start + total
-        case _:
-            # In double precision, relative to a full micro-batch: exact for a single full one.
-            shares = [weight / micro_batch_size for weight in weights]
-            scaled = [
-                None if leaf is None else leaf.double() * share for leaf, share in zip(leaves, shares, strict=True)
-            ]
-            total = combine(scaled, operator.add)
-            of_all = combine(shares, operator.add)
-            best = None if total is None or not of_all else total / of_all
-    if best is None:
-        raise ValueError(f"no micro-batch left a value for buffer {buffer.name}")
-    return best

@@ -18,6 +18,7 @@ from lightwork.state.buffers import Buffers
 from lightwork.state.materialise import check_can_reset, give_buffers_memory
 from lightwork.state.parameters import describe_parameters, refuse_sparse_gradients
 from lightwork.state.probe import StateLayout, is_elementwise, probe_state
+from lightwork.state.rules import refuse_synchronised
 from lightwork.state.scaling import LossScale
 
 
@@ -74,6 +75,7 @@ def describe(
     Raises: SpecError for what can not be trained.
     """
     refuse_sparse_gradients(model.named_modules())
+    refuse_synchronised(model)
     if weights is None:
         check_can_reset(model)
     has_meta_buffers = give_buffers_memory(model, device.place)
