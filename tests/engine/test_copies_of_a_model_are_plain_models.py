@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 import lightwork
+from lightwork.errors import UsageError
 from tests.fake_ranks import run_ranks
 from tests.training import new_folder
 
@@ -205,3 +206,32 @@ def test_what_the_script_has_moved_before_close_stays_its_own() -> None:
         assert model[0].weight.dtype is torch.float64
 
     run_ranks(1, job)
+
+
+def test_what_is_written_into_the_shared_weights_before_close_is_named() -> None:
+    def job(write: Callable[[Any], object]) -> None:
+        model = Pickled()
+        run = start(model)
+        train(run, model)
+        with torch.no_grad():
+            write(model)
+        try:
+            run.close()
+        finally:  # it is closed all the same
+            model(INPUTS).sum().backward()
+
+    writes: list[Callable[[Any], object]] = [lambda m: m[0].bias.add_(1), lambda m: m[0].bias.data.add_(1)]
+    for write in writes:
+        with pytest.raises(UsageError, match=r"parameter 0.bias was written .* before run.close\(\)"):
+            run_ranks(2, lambda write=write: job(write))  # type: ignore[misc]
+
+
+def test_at_the_end_of_a_script_that_is_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    def job() -> None:
+        model: Any = Pickled()
+        run = start(model)
+        train(run, model)
+        model[0].bias.data.add_(1)
+
+    run_ranks(1, job)
+    assert "parameter 0.bias was written" in capsys.readouterr().err

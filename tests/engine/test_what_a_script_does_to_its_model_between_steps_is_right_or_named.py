@@ -153,6 +153,38 @@ def test_so_is_one_in_the_first_forward(name: str) -> None:
         run_ranks(1, lambda: train(Net(), lambda model, run: change(model), "inside"))
 
 
+@pytest.mark.parametrize(
+    "name", ["fill a buffer", "a forward in train mode", "loaded", "clamped by data", "a new head"]
+)
+def test_so_is_one_after_backward_in_the_loop(name: str) -> None:
+    what, change = CHANGES[name]
+    for micro_batch in (4, 8):
+        with pytest.raises(UsageError, match=f"^{what} "):
+            run_ranks(
+                1,
+                lambda micro_batch=micro_batch: train(  # type: ignore[misc]
+                    Net(), lambda model, run: change(model), "after backward", micro_batch=micro_batch
+                ),
+            )
+
+
+def test_a_buffer_that_the_loop_sets_before_forward_has_that_value() -> None:
+    def job() -> list[float]:
+        model: Any = Net()
+        run = start(model)
+        seen = []
+        for step in run.steps(TensorDataset(INPUTS), shuffle=False):
+            for (x,) in step:
+                model.temperature.fill_(1 / (1 + step.index))
+                step.backward(model(x).square().mean())
+            seen.append(model.temperature.item())
+        return seen
+
+    for num_workers in (1, 2, 3):
+        for seen in run_ranks(num_workers, job):
+            assert seen == pytest.approx([1, 1 / 2, 1 / 3])
+
+
 def halve(model: Net, run: lightwork.Run) -> None:
     with run.edit():
         model.temperature.fill_(0.5)

@@ -112,9 +112,7 @@ class Engine:
 
     def begin_micro_batch(self, step: int, index: int) -> None:
         """Set the random state and the buffers from which micro-batch `index` is computed, whoever does."""
-        if self._num_computed:
-            self.state.buffers.restore()
-        else:
+        if not self._num_computed:  # else looked at when the one before was finished
             self.state.buffers.check_unwritten(BETWEEN_STEPS)
         self.seed("micro-batch", step, index)
 
@@ -159,6 +157,7 @@ class Engine:
         """Fold a micro-batch without gradients."""
         self._begin_fold(step, index, 0.0)
         self._parts.backward.gradients.run_fold(None)
+        self.state.buffers.restore()
 
     def _begin_fold(self, step: int, index: int, weight: float) -> float:
         """Begin to fold a micro-batch's gradients and, with the last one, to exchange what is complete.
@@ -193,7 +192,10 @@ class Engine:
 
     def finish_micro_batch(self, step: int, index: int, outcome: Outcome) -> Action:
         """Report a computed micro-batch and return what to do next."""
-        self.state.weights.check_unwritten(f"in micro-batch {index} of step {step}")
+        when = f"in micro-batch {index} of step {step}, after step.backward,"
+        is_plain = not self._parts.backward.early.updates_in_backward
+        self.state.weights.check_unwritten(when, values=is_plain and self._num_steps <= THOROUGH_STEPS)
+        self.state.buffers.check_unwritten(when)
         fold = self._parts.backward.gradients.commit(self._board.ledger.touched(index))
         self._num_computed += 1
         return self._board.finished_micro_batch(step, index, outcome, freed=fold.freed, slot=fold.slot, node=fold.node)
@@ -344,15 +346,19 @@ class Engine:
         """Whether other hosts read weights that this one has."""
         return self._parts.holdings.shares_weights
 
-    def close(self, *, gives_back: bool) -> None:
-        """Give the model back to plain PyTorch: no hooks; with `gives_back`, its weights in memory of their own."""
+    def close(self, *, gives_back: bool) -> str | None:
+        """Give the model back to plain PyTorch: no hooks; with `gives_back`, its weights in memory of their own.
+
+        Returns the name of a parameter that the script has written since the last step, outside an edit.
+        """
         if self._in_step:  # it was left in its middle: the buffers are a micro-batch's
             self.state.buffers.restore()
         self._parts.backward.gradients.close()
         self._parts.exchange.close()
-        if gives_back:
-            with torch.no_grad():
+        with torch.no_grad():
+            if gives_back:
                 self._parts.moving.fetching.settle()
-                self.state.weights.give_back()
+            written = self.state.weights.give_back(copies=gives_back)
         self._parts.moving.fetching.close()
         self._activations.close()
+        return None if self._in_step else written

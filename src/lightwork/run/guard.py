@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 
 from lightwork.errors import SpecError, UsageError
+from lightwork.notice import notice
 
 
 def refused_hook(kind: str, name: str = "") -> str:
@@ -31,6 +32,23 @@ _REPLACED = {
     "register_step_pre_hook": refused_hook("pre"),
     "register_step_post_hook": refused_hook("post"),
 }
+
+
+def say_written(parameter: str | None, *, is_error: bool) -> None:
+    """Say that a script has written a weight, if there is one, after the last step, while all workers shared it.
+
+    Raises: UsageError, if it is an error; at the end of a script it is a notice.
+    """
+    if parameter is None:
+        return
+    message = (
+        f"parameter {parameter} was written after the last step and before run.close(). Until then all workers share "
+        "their weights, so that each of them has written the same memory. Call run.close() first, or write in "
+        "`with run.edit():`."
+    )
+    if is_error:
+        raise UsageError(message)
+    notice(message)
 
 
 class Guard:

@@ -27,7 +27,7 @@ from lightwork.engine.engine import Engine
 from lightwork.errors import CheckpointError, TeamError, UsageError
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.exit import EXITS
-from lightwork.run.guard import Guard
+from lightwork.run.guard import Guard, say_written
 from lightwork.run.step import Loop, Step, StepPlace
 from lightwork.spec.plan import Plan
 from lightwork.spec.spec import Spec
@@ -374,11 +374,12 @@ class Run:
         self._closed = True
         EXITS.remove(self)
         self._guard.close()
-        self._engine.close(gives_back=gives_back)
+        written = self._engine.close(gives_back=gives_back)
         self._trace.event("end", step=self._position.step)
         self._trace.close()
         self._team.close()
         self._team.presence.announce(Activity.ENDED)
+        say_written(written, is_error=gives_back)
 
     def _refuse_in_step(self, call: str) -> None:
         step = self._step

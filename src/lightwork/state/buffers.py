@@ -129,9 +129,10 @@ class Buffers:
                 buffer.generation = self._generations[index]
             elif self._differs(buffer):
                 raise UsageError(
-                    f"buffer {buffer.name} was written {when}. A step begins with the buffers that the step before "
-                    "made, the same on all workers: put other writes into `with run.edit():`, which applies them once. "
-                    "(A forward in train mode writes buffers, too: call model.eval() before it, or use run.evaluate.)"
+                    f"buffer {buffer.name} was written {when}. Buffers are what forward makes of them before "
+                    "step.backward, the same on all workers: put other writes into `with run.edit():` between steps, "
+                    "which applies them once. (A forward in train mode writes buffers, too: run it before "
+                    "step.backward, or in eval mode, or use run.evaluate.)"
                 )
 
     def capture(self, micro_batch: int, *, check: bool = False) -> None:

@@ -102,22 +102,31 @@ class Weights:
             parameter.data = view
             self._leave_unread(index)
             done(index)
+        if self._stays_put:
+            self._addresses = list(map(torch.Tensor.data_ptr, self.parameters))
         self.accept_versions()
         return were_meta
 
     @plainly
-    def give_back(self) -> None:
-        """Move every parameter that is here into memory of its own; shared out weights stay with their owners."""
+    def give_back(self, *, copies: bool) -> str | None:
+        """Move every parameter that is here into memory of its own, unless `copies` is false.
+
+        Shared out weights stay with their owners, and what the script has moved stays where it is. Returns the name of
+        a parameter that the script has written since the last step, in the memory that all workers write.
+        """
+        written: str | None = None
+        changed = self._samples.changed() or [False] * len(self.parameters)
         for index, parameter in enumerate(self.parameters):
-            rows = [self._holdings.rows[bucket] for bucket in self.layout.buckets_of(index)]
-            is_moved = (
-                parameter.numel() > 0 and self.parameter_of(parameter) != index
-            )  # by the script, since the last step
-            if is_moved or any(row.weights_stay_with_owner for row in rows):
+            if parameter.numel() and self.parameter_of(parameter) != index:
                 continue
-            value = self._values[index]
-            own = self._strided(index, value.home if value.is_fetched else value.here)
-            parameter.data = torch.empty_like(own, device=parameter.device).copy_(own)
+            if changed[index] or parameter._version != self._versions[index]:
+                written = written or self._name(index)
+            rows = [self._holdings.rows[bucket] for bucket in self.layout.buckets_of(index)]
+            if copies and not any(row.weights_stay_with_owner for row in rows):
+                value = self._values[index]
+                own = self._strided(index, value.home if value.is_fetched else value.here)
+                parameter.data = torch.empty_like(own, device=parameter.device).copy_(own)
+        return written
 
     def write_value(self, index: int, value: torch.Tensor) -> None:
         """Give a parameter a value, as master and as working weight."""
@@ -209,24 +218,23 @@ class Weights:
                 return self.layout.parameter_at(element)
         return None
 
-    @plainly
     def accept_versions(self) -> None:
         """Take every parameter's value as it is now for legitimate."""
         self._versions = [p._version for p in self.parameters]
-        if self._stays_put:
-            self._addresses = list(map(torch.Tensor.data_ptr, self.parameters))
         self._samples.take()
         self.accepted = self._device.mark()
 
-    @plainly
     def check_unwritten(self, when: str, *, values: bool = False) -> None:
-        """Raise UsageError when user code has written a parameter since `accept_versions`, or has moved it elsewhere.
+        """Raise UsageError when user code has written a parameter in place since `accept_versions`.
 
-        With `values` some elements of each are compared, too: PyTorch does not count what is written through `.data`.
+        With `values`, also when it has moved one elsewhere, or written one through `.data`, which PyTorch does not
+        count: a few elements of each are compared.
         """
         if self._versions != [p._version for p in self.parameters]:
             counts = zip(self.parameters, self._versions, strict=True)
             self._refuse_write([parameter._version != version for parameter, version in counts], when)
+        if not values:
+            return
         if self._stays_put and self._addresses != list(map(torch.Tensor.data_ptr, self.parameters)):
             places = zip(self.parameters, self._addresses, strict=True)
             name = next(self._name(i) for i, (p, address) in enumerate(places) if p.data_ptr() != address)
@@ -235,8 +243,7 @@ class Weights:
                 "load_state_dict(assign=True) or the like), so that it would not be trained. Convert and move the "
                 "model before lightwork.distribute; write values in `with run.edit(): parameter.copy_(...)`."
             )
-        if values:
-            self._refuse_write(self._samples.changed(), when)
+        self._refuse_write(self._samples.changed(), when)
 
     def _refuse_write(self, written: Sequence[bool], when: str) -> None:
         if any(written):
@@ -318,11 +325,12 @@ class _Samples:
         self._then = [read(values) for _, values, read in self._regions]
 
     def changed(self) -> list[bool]:
-        """Return of each parameter whether one of its elements is another one now."""
-        changed = [False] * self._num_parameters
+        """Return of each parameter whether one of its elements is another one now; nothing where none is."""
+        changed: list[bool] = []
         for then, (indices, values, read) in zip(self._then, self._regions, strict=True):
             now = read(values)
             if now != then:
+                changed = changed or [False] * self._num_parameters
                 for index, one, other in zip(indices, now, then, strict=False):
                     changed[index] |= one != other
         return changed

@@ -68,6 +68,7 @@ class Gradients:
             if parameter.requires_grad and index not in self._hooks:
                 hook = parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
                 self._hooks[index] = hook
+                self._withheld.add(index)
 
     def close(self) -> None:
         """Take the hooks off the parameters, and what stands in for gradients."""

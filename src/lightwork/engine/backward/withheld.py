@@ -95,39 +95,38 @@ class Withheld:
     def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str]) -> None:
         self._parameters = parameters
         self._names = names
-        self._gradients: list[WithheldGradient] = []
+        self._pairs: list[tuple[nn.Parameter, WithheldGradient]] = []  # of those that have been trainable
 
-    @plainly
+    def add(self, index: int) -> None:
+        """Stand in for the gradient of a parameter, which has become trainable."""
+        parameter = self._parameters[index]
+        self._pairs.append((parameter, WithheldGradient(parameter, self._names[index])))
+
     def make_way(self) -> None:
         """Empty `.grad` for a backward, which adds to what is there.
 
         Raises: UsageError when the script has put a gradient there.
         """
-        for index, parameter in enumerate(self._parameters):
+        for parameter, gradient in self._pairs:
             found = parameter.grad
             if found is not None:
-                if not self._gradients or found is not self._gradients[index]:
+                if found is not gradient:
                     raise UsageError(
-                        f"parameter {self._names[index]} has a gradient that is none of the run's: .grad was written, "
+                        f"parameter {gradient.parameter} has a gradient that is none of the run's: .grad was written, "
                         "or loss.backward() was called outside the loop. Only step.backward(loss) makes gradients; for "
                         "those of something else use torch.autograd.grad, or another model."
                     )
                 parameter.grad = None
 
-    @plainly
     def stand_in(self) -> None:
         """Put them where a plain backward would leave gradients."""
-        if not self._gradients:
-            pairs = zip(self._parameters, self._names, strict=True)
-            self._gradients = [WithheldGradient(parameter, name) for parameter, name in pairs]
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if parameter.requires_grad:
-                parameter.grad = gradient
+        for parameter, gradient in self._pairs:
+            parameter.grad = gradient
 
     @plainly
     def close(self) -> None:
         """Take them away."""
-        for parameter in self._parameters:
-            if isinstance(parameter.grad, WithheldGradient):
+        for parameter, gradient in self._pairs:
+            if parameter.grad is gradient:
                 parameter.grad = None
-        self._gradients.clear()
+        self._pairs.clear()
