@@ -307,6 +307,8 @@ class Odd(nn.Module):
         self.register_buffer("one", torch.ones(1).expand(4))
         self.register_buffer("count", torch.zeros(2, dtype=torch.uint16))
         self.register_buffer("seen", torch.zeros(()))
+        with torch.inference_mode():
+            self.register_buffer("loaded", torch.ones(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -328,3 +330,20 @@ def test_buffers_of_odd_forms_are_kept(settings: dict[str, Any]) -> None:
     assert alone[-1] == pytest.approx(sum(float(batch.mean()) for batch in INPUTS.split(8)), rel=1e-5)
     for num_workers in (2, 3):
         assert run_ranks(num_workers, job) == [alone] * num_workers
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_buffers_that_are_no_plain_arrays_are_refused_by_name() -> None:
+    def with_buffer(make: Callable[[], torch.Tensor]) -> nn.Module:
+        model = Net()
+        model.register_buffer("odd", make())
+        return model
+
+    for make in (
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ):
+        with pytest.raises(SpecError, match=r"^buffer odd is "):
+            run_ranks(1, lambda make=make: start(with_buffer(make)))  # type: ignore[misc]

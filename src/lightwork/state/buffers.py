@@ -55,6 +55,17 @@ def count_buffers(model: nn.Module) -> int:
     return sum(1 for _ in model.buffers())
 
 
+def refuse_odd_buffers(model: nn.Module) -> None:
+    """Raise SpecError for a buffer that is more than an array of numbers."""
+    for name, buffer in model.named_buffers():
+        kind = "nested" if buffer.is_nested else "quantized" if buffer.is_quantized else None
+        if kind is not None or buffer.layout is not torch.strided:
+            raise SpecError(
+                f"buffer {name} is {kind or buffer.layout}, and the workers share buffers as plain arrays. Register it "
+                "dense (tensor.to_dense(), .dequantize(), padded), or keep it as a plain attribute, if it is constant."
+            )
+
+
 class Buffers:
     """One worker's buffers and their shared values."""
 

@@ -14,7 +14,7 @@ from lightwork.errors import SpecError
 from lightwork.spec.holdings import StateShape
 from lightwork.spec.layout import Cut, Layout, ParameterSpec, lay_out
 from lightwork.spec.spec import Spec
-from lightwork.state.buffers import Buffers
+from lightwork.state.buffers import Buffers, refuse_odd_buffers
 from lightwork.state.materialise import check_can_reset, give_buffers_memory
 from lightwork.state.parameters import describe_parameters, refuse_sparse_gradients
 from lightwork.state.probe import StateLayout, is_elementwise, probe_state
@@ -76,6 +76,7 @@ def describe(
     """
     refuse_sparse_gradients(model.named_modules())
     refuse_synchronised(model)
+    refuse_odd_buffers(model)
     if weights is None:
         check_can_reset(model)
     has_meta_buffers = give_buffers_memory(model, device.place)

@@ -38,8 +38,8 @@ def give_buffers_memory(model: nn.Module, device: torch.device) -> bool:
                 continue
             if id(buffer) not in moved:
                 moved[id(buffer)] = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-                if overlaps_itself(buffer):  # which could not be written
-                    moved[id(buffer)] = moved[id(buffer)].contiguous()
+                if overlaps_itself(buffer) or buffer.is_inference():  # which could not be written
+                    moved[id(buffer)] = moved[id(buffer)].clone(memory_format=torch.contiguous_format)
             found = found or buffer.is_meta
             module._buffers[key] = moved[id(buffer)]
     for parameter in model.parameters():

@@ -101,6 +101,8 @@ def _check_supported(name: str, parameter: nn.Parameter, *, is_trained: bool) ->
         raise SpecError(f"parameter {name} is {parameter.dtype}. Keep real and imaginary parts as two parameters.")
     if parameter.layout is not torch.strided:
         raise SpecError(f"parameter {name} is sparse. Use a dense parameter.")
+    if parameter.is_inference():
+        raise SpecError(f"parameter {name} was made in torch.inference_mode(). Build the model outside of it.")
     if is_trained and overlaps_itself(parameter):
         raise SpecError(
             f"parameter {name} has elements that share their memory (shape {tuple(parameter.shape)}, strides "
