@@ -184,3 +184,39 @@ def test_with_one_micro_batch_or_a_rule_it_is_right(build: Callable[[], nn.Modul
     rules = {"queue": "last", "pointer": "last"}
     (alone,) = run_ranks(1, lambda: train(build(), buffers=rules))
     assert run_ranks(2, lambda: train(build(), buffers=rules)) == [alone] * 2
+
+
+class Flagged(nn.Module):
+    """Looks at its first batch, and says so in a flag; counts beside it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(4, 1)
+        self.register_buffer("ready", torch.zeros((), dtype=dtype))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("shift", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+            if not bool(self.ready):
+                self.shift.copy_(-x.mean(0))
+                self.ready.fill_(1)
+        y: torch.Tensor = self.fc(x + self.shift)
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_a_flag_is_refused_until_it_has_a_rule(dtype: torch.dtype) -> None:
+    for num_workers in (1, 2):
+        with pytest.raises(UsageError, match=r"buffer ready .*buffers="):
+            run_ranks(num_workers, lambda: train(Flagged(dtype)))
+    rule = "last" if dtype is torch.bool else "maximum"
+    (alone,) = run_ranks(1, lambda: train(Flagged(dtype), buffers={"ready": rule}))
+    assert (alone[-2]["ready"], alone[-2]["calls"]) == (1, 12)
+    assert torch.allclose(torch.tensor(alone[-2]["shift"]), -INPUTS[:8].mean(0))
+    assert run_ranks(2, lambda: train(Flagged(dtype), buffers={"ready": rule})) == [alone] * 2
+    expected, _ = by_hand(Flagged(dtype), 8)
+    (seen,) = run_ranks(1, lambda: train(Flagged(dtype), micro_batch=8))
+    assert_close(seen[-2], expected)

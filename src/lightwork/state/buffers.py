@@ -18,6 +18,7 @@ from lightwork.errors import SpecError, UsageError
 from lightwork.spec.spec import BufferRule
 from lightwork.state.rules import (
     check_count,
+    check_flag,
     check_leaf,
     combined,
     counts_batches,
@@ -28,6 +29,9 @@ from lightwork.state.rules import (
 from lightwork.store.regions import Regions
 
 _ALIGNMENT = 64  # bytes; [Note: bits and addresses] in `spec/layout`
+
+#: The count of updates goes up to its next multiple when values are published, so that the rest counts steps.
+_PUBLISHED = 1 << 32
 
 #: Elements up to which a buffer is compared with the step's value rather than by its count of writes.
 _SMALL = 64 * 1024
@@ -120,7 +124,7 @@ class Buffers:
         """Make this worker's buffers the shared ones. One worker does, while the others wait."""
         for index, buffer in enumerate(self._buffers):
             buffer.start.copy_(_of_same_form(buffer).detach())
-            self._generations[index] += 1
+            self._generations[index] = (self._generations[index] // _PUBLISHED + 1) * _PUBLISHED
 
     def restore(self) -> None:
         """Bring this worker's buffers to the shared values, where they differ."""
@@ -146,10 +150,11 @@ class Buffers:
                     "step.backward, or in eval mode, or use run.evaluate.)"
                 )
 
-    def capture(self, micro_batch: int, *, check: bool = False) -> None:
-        """Store what forward of micro-batch `micro_batch` made of the buffers; with `check`, look whether it fits.
+    def capture(self, micro_batch: int, *, several: bool, check: bool) -> None:
+        """Store what forward of micro-batch `micro_batch` made of the buffers; with `check`, look whether a rule fits.
 
-        They stay so until `restore`: backward may need them, and may write them again where it recomputes.
+        They stay so until `restore`: backward may need them, and may write them again where it recomputes. `several`
+        says whether the step has more than one micro-batch.
 
         Raises: UsageError for a buffer that no rule combines, or that changed its shape.
         """
@@ -161,13 +166,19 @@ class Buffers:
             if not changed:
                 continue
             now = _of_same_form(buffer)
-            if buffer.rule is None:
+            if buffer.rule is None and several:
                 raise UsageError(
                     f"buffer {buffer.name} ({buffer.start.dtype}) was written in a micro-batch, and no rule combines "
                     f"the micro-batches' values. Name one: distribute(..., buffers={{{buffer.name!r}: 'last'}})."
                 )
             leaf = self._leaf(index, micro_batch).copy_(now.detach())
-            if check and buffer.rule == "mean" and self._is_by_default(buffer) and not is_of_torch(buffer.module):
+            if (
+                check
+                and several
+                and buffer.rule == "mean"
+                and self._is_by_default(buffer)
+                and not is_of_torch(buffer.module)
+            ):
                 check_leaf(buffer.name, buffer.start, leaf)
 
     def combine(self, weights: Sequence[float], micro_batch_size: int) -> None:
@@ -182,6 +193,10 @@ class Buffers:
         changed = [
             index for index in range(count) if any(rows[m][index] and weight for m, weight in enumerate(weights))
         ]
+        for index, buffer in enumerate(self._buffers):
+            is_set_once = self._generations[index] % _PUBLISHED == 1 and index not in changed
+            if is_set_once and self._is_by_default(buffer) and not is_of_torch(buffer.module) and len(weights) > 1:
+                check_flag(buffer.name, buffer.start, len(weights), is_training=buffer.module.training)
         # All of them before any is written: an average over all batches needs the count of these as it was.
         values = [self._value_of(index, rows, weights, micro_batch_size) for index in changed]
         for index, value in zip(changed, values, strict=True):

@@ -100,6 +100,17 @@ def check_count(name: str, start: torch.Tensor, leaves: Leaves) -> None:
             )
 
 
+def check_flag(name: str, start: torch.Tensor, num_micro_batches: int, *, is_training: bool) -> None:
+    """Raise UsageError when an integer was set to 1 by each micro-batch of one step, and not counted on in the next."""
+    is_integer = not start.is_floating_point() and start.dtype != torch.bool
+    if is_training and is_integer and start.numel() == 1 and int(start) == num_micro_batches:
+        raise UsageError(
+            f"buffer {name} was set to 1 in one step and not written in the next, as a flag is. The default rule for "
+            f"integers added up its {num_micro_batches} micro-batches' increments: it is {num_micro_batches} now. Name "
+            f"a rule: distribute(..., buffers={{{name!r}: 'maximum'}}); 'sum' says that the default is meant."
+        )
+
+
 def _advice(name: str) -> str:
     return (
         f"Name a rule: distribute(..., buffers={{{name!r}: 'last'}}) keeps the last micro-batch's (with the same for "
@@ -131,6 +142,8 @@ def combined(
 ) -> torch.Tensor:
     """Return the step's value of a buffer, from its leaves in the fixed tree."""
     present = [leaf for leaf in leaves if leaf is not None]
+    if len(present) == 1:
+        return present[0]
     match rule:
         case "first":
             return present[0]
