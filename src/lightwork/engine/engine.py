@@ -166,7 +166,7 @@ class Engine:
         """
         parts = self._parts
         thorough = self._num_steps <= THOROUGH_STEPS
-        self.state.buffers.capture(index, several=self._num_micro_batches > 1, check=thorough)
+        self.state.buffers.capture(index, of_many=self._num_micro_batches > 1, check=thorough)
         if thorough:
             self._check_forward(step, index)
         share = weight / self._spec.micro_batch * self.state.loss_scale.of(step)

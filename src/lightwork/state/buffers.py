@@ -150,10 +150,10 @@ class Buffers:
                     "step.backward, or in eval mode, or use run.evaluate.)"
                 )
 
-    def capture(self, micro_batch: int, *, several: bool, check: bool) -> None:
+    def capture(self, micro_batch: int, *, of_many: bool, check: bool) -> None:
         """Store what forward of micro-batch `micro_batch` made of the buffers; with `check`, look whether a rule fits.
 
-        They stay so until `restore`: backward may need them, and may write them again where it recomputes. `several`
+        They stay so until `restore`: backward may need them, and may write them again where it recomputes. `of_many`
         says whether the step has more than one micro-batch.
 
         Raises: UsageError for a buffer that no rule combines, or that changed its shape.
@@ -166,7 +166,7 @@ class Buffers:
             if not changed:
                 continue
             now = _of_same_form(buffer)
-            if buffer.rule is None and several:
+            if buffer.rule is None and of_many:
                 raise UsageError(
                     f"buffer {buffer.name} ({buffer.start.dtype}) was written in a micro-batch, and no rule combines "
                     f"the micro-batches' values. Name one: distribute(..., buffers={{{buffer.name!r}: 'last'}})."
