@@ -174,7 +174,7 @@ class Buffers:
             leaf = self._leaf(index, micro_batch).copy_(now.detach())
             if (
                 check
-                and several
+                and of_many
                 and buffer.rule == "mean"
                 and self._is_by_default(buffer)
                 and not is_of_torch(buffer.module)
