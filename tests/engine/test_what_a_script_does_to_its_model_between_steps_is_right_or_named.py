@@ -297,6 +297,29 @@ def test_parts_of_one_tensor_that_do_not_overlap_are_no_tie() -> None:
     assert run_ranks(2, lambda: train(Tied(columns), lambda model, run: None)) == [alone] * 2
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.utils.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.orthogonal,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.2),
+    ],
+    ids=["old spectral norm", "old weight norm", "spectral norm", "weight norm", "orthogonal", "pruned"],
+)
+def test_weights_that_are_made_of_others_are_no_tie(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    def wrapped() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(wrap(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 1))
+
+    (alone,) = run_ranks(1, lambda: train(wrapped(), lambda model, run: None))
+    for num_workers in (2, 3):
+        assert run_ranks(num_workers, lambda: train(wrapped(), lambda model, run: None)) == [alone] * num_workers
+
+
 class Odd(nn.Module):
     """Buffers of odd forms: an empty one first, one that overlaps itself, small unsigned integers, NaN."""
 

@@ -40,7 +40,11 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters, buffers and tensors that are attributes of modules, each object once."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        for key, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+        # What torch's old spectral_norm and the like make anew before each forward.
+        hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook).__module__.startswith("torch.nn.")]
+        made = {vars(hook).get("name") for hook in hooks}
+        others = {key: value for key, value in vars(module).items() if key not in made}
+        for key, value in (*module._parameters.items(), *module._buffers.items(), *others.items()):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
                     seen.add(id(tensor))
