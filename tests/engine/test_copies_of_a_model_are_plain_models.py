@@ -235,3 +235,21 @@ def test_at_the_end_of_a_script_that_is_a_notice(capsys: pytest.CaptureFixture[s
 
     run_ranks(1, job)
     assert "parameter 0.bias was written" in capsys.readouterr().err
+
+
+def test_a_parameter_is_in_one_run_at_a_time() -> None:
+    def job(close: bool) -> list[str]:
+        model = Pickled()
+        run = start(model)
+        train(run, model)
+        if close:
+            run.close()
+        part = nn.Sequential(model[0], nn.Linear(6, 1))
+        second = start(part)
+        train(second, part)
+        return [second.digest()]
+
+    with pytest.raises(UsageError, match=r"parameter 0.weight is a parameter of another run's model"):
+        run_ranks(1, lambda: job(False))
+    (alone,) = run_ranks(1, lambda: job(True))
+    assert run_ranks(2, lambda: job(True)) == [alone] * 2

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not OWN_DISK.exists(), reason="this system has n
 
 def trained(disks: Path, *, save_on: str = "", **settings: Any) -> tuple[int, str]:
     """Train two steps where each worker has a disk of its own; return the steps before them, and the digest."""
-    rank = os.environ["RANK"]
+    rank = str(lightwork.rank())
     (disks / rank).mkdir(exist_ok=True)
     os.chdir(disks / rank)
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from lightwork.notice import notice
 from lightwork.planner.fit import fit, offloaded
 from lightwork.run.exit import EXITS
 from lightwork.run.folder import agree_on_folder, write_records
-from lightwork.run.guard import Guard
+from lightwork.run.guard import Guard, refuse_parameters_of_others
 from lightwork.run.run import Run
 from lightwork.run.settle import check_arguments, settle
 from lightwork.spec.holdings import Dials, Holdings, Tuning
@@ -85,7 +85,8 @@ def distribute(
             are moved there, and work is deterministic in the whole process (torch.use_deterministic_algorithms);
             "rehearsal": what a worker with a GPU does, on a CPU, to try a plan. Left out: where the model is.
         precision: "fp32"; "bf16": bf16 weights and autocast for the computation, fp32 masters, sums and state; "fp16":
-            the same in fp16, with dynamic loss scaling (slow on most CPUs).
+            the same in fp16, with dynamic loss scaling (slow on most CPUs). Copies of the model, such as an average of
+            its weights, are narrow as well: average `run.state_dict()`, which is fp32.
         wire: of the partial sums of gradients. "bf16" halves their memory and traffic, and rounds every one.
         optimizer_state: "int8" keeps the moments of AdamW and other element-wise optimizers in 8 bits, a quarter.
         clip_grad_norm: the largest L2 norm of the whole gradient; None does not clip.
@@ -126,6 +127,7 @@ def distribute(
     check_arguments(model, optimizer)
     environment = environments.read()
     EXITS.close_run_of(model)
+    refuse_parameters_of_others(model, EXITS.models())
     arguments = {
         "global_batch": global_batch,
         "micro_batch": micro_batch,

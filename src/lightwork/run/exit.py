@@ -91,6 +91,11 @@ class Exits:
             if run is not None and run.model is model:
                 run.close()
 
+    def models(self) -> list[object]:
+        """Return what the living runs train."""
+        runs = [living.run() for living in self._here()]
+        return [run.model for run in runs if run is not None]
+
     def _here(self) -> list[_Living]:
         return [living for living in self._living if living.pid == os.getpid()]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from lightwork.errors import SpecError, UsageError
 from lightwork.notice import notice
@@ -49,6 +51,18 @@ def say_written(parameter: str | None, *, is_error: bool) -> None:
     if is_error:
         raise UsageError(message)
     notice(message)
+
+
+def refuse_parameters_of_others(model: nn.Module, others: Iterable[object]) -> None:
+    """Raise UsageError when a parameter of the model belongs to a model of another run, which is not closed."""
+    taken = {parameter for other in others if isinstance(other, nn.Module) for parameter in other.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter in taken:
+            raise UsageError(
+                f"parameter {name} is a parameter of another run's model, too, and would be moved away from it. Call "
+                "run.close() on that run first; or give each model its own; or, if it is frozen, keep the module that "
+                "has it out of both models."
+            )
 
 
 class Guard:
