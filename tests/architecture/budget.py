@@ -18,7 +18,12 @@ ROOT = Path(lightwork.__file__).parent
 LIMITS = {"file": 400, "function": 60, "constructor": 8, "class": 15}
 
 #: Dataclasses that are settings or records, with a name for each value: never built by position.
-SETTINGS = {"spec/spec.py Spec", "spec/plan.py Plan", "team/environment.py Environment"}
+SETTINGS = {
+    "checkpoint/checkpoint.py Bookmark",
+    "spec/spec.py Spec",
+    "spec/plan.py Plan",
+    "team/environment.py Environment",
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

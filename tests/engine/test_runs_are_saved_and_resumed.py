@@ -75,29 +75,6 @@ def test_a_run_directory_with_a_checkpoint_is_gone_on_with() -> None:
     assert run_ranks(1, job) == [[2, 3, 4, 5]]
 
 
-def test_a_second_loop_is_resumed_in_its_middle() -> None:
-    case = CASES["convolution, batch norm"]
-
-    def job(resume: Path | None, stop_at: int | None, folder: Path) -> tuple[list[int], str]:
-        run, _ = distributed(case, resume=resume)
-        indices = []
-        for epochs in (1, 2):
-            for step in run.steps(case.dataset(), epochs=epochs):
-                for batch in step:
-                    step.backward(case.loss(run.model, batch)[0])
-                indices.append(step.index)
-                if step.index == stop_at:
-                    run.save(folder / "saved")
-                    return indices, ""
-        return indices, run.digest()
-
-    folder = new_folder()
-    ((everything, whole),) = run_ranks(1, lambda: job(None, None, folder))
-    assert everything == list(range(9))
-    run_ranks(2, lambda: job(None, 4, folder))
-    assert run_ranks(1, lambda: job(folder / "saved", None, folder)) == [([5, 6, 7, 8], whole)]
-
-
 def test_a_checkpoint_is_a_mapping_that_a_plain_model_loads() -> None:
     case = CASES["gpt, tied, dropout, token weights"]
     folder = new_folder()
@@ -208,8 +185,8 @@ def test_an_object_that_needs_pickle_is_refused_and_the_old_checkpoint_kept() ->
             lightwork.CheckpointError, match=r"odd\.inner is a object, which can not be saved without pickle"
         ):
             run.save(folder)
-        with pytest.raises(lightwork.UsageError, match="has no state_dict"):
-            run.keep(number=3)  # type: ignore[arg-type]
+        with pytest.raises(lightwork.UsageError, match=r"run\.keep\(number=\.\.\.\)"):
+            run.keep(number=object())
 
     run_ranks(2, job)
     assert json.loads((folder / "manifest.json").read_text())["kept"] == {}

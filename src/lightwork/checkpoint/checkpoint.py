@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,22 +27,52 @@ from lightwork.checkpoint.folder import MANIFEST, TENSOR_FILES
 from lightwork.checkpoint.tensors import TensorFile, TensorWriter, in_file_order
 from lightwork.checkpoint.values import put_together, take_apart
 from lightwork.errors import CheckpointError
+from lightwork.notice import notice
 from lightwork.spec.spec import Spec, differences
 from lightwork.state.items import SEPARATOR, Item, Piece, Plain, windows
 from lightwork.state.state import Meet, TrainedState
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bookmark:
-    """Where in its data a run is: after `step` updates in all."""
+    """Where a run is: after `step` updates in all.
+
+    The body of a loop over `run.epochs`, or the script outside of one, makes calls of run.steps. A call is one or more
+    passes over a data set.
+    """
 
     step: int = 0
-    call: int = 0  #: how many calls of run.steps came before the present one
+    loop: int = 0  #: loops over run.epochs that have ended
+    outer: int | None = None  #: the epoch of the present loop over run.epochs; None outside of one
+    plain: int = 0  #: calls outside of such loops that have ended
+    call: int = 0  #: calls of the present body that have ended
+    is_open: bool = False  #: in a call, which may have no steps left
+    is_after: bool = False  #: behind a call, in the code after it
+    data: int = 0  #: the data set of the last call, by its number
+    first_epoch: int = 0  #: of the data set, when that call began
     steps_in_call: int = 0
-    epoch: int = 0
+    last_epoch: int = 0  #: of the data set: that of the last step
+    epoch: int = 0  #: that of the next step, if it exists
     step_in_epoch: int = 0
+    order: dict[str, object] = field(default_factory=dict)  #: of the samples of `last_epoch`
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What goes on with a run besides tensors: all that code outside of the steps may change."""
+
+    position: Bookmark
+    groups: list[dict[str, Any]]  #: hyper-parameters of each parameter group
+    kept: Mapping[str, Any]  #: plain values, and state dicts of kept objects
+
+
+class Unfinished(NamedTuple):
+    """The code outside of the steps in which a checkpoint was saved."""
+
+    redo: Settings | None  #: of before that code, which may run again; None: in the body of the loop over steps
+    obstacle: str  #: why it can not run again
 
 
 @dataclass
@@ -53,11 +84,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     model: TensorFile
     optimizer_file: TensorFile
-    groups: list[dict[str, Any]]  #: hyper-parameters of each parameter group
     spec: Spec
-    position: Bookmark
-    kept: dict[str, Any] = field(default_factory=dict)
+    settings: Settings
     loss_scale: tuple[float, ...] = ()  #: of fp16: scale, steps since it changed, steps skipped
+    data_sets: list[dict[str, Any]] = field(default_factory=list)  #: those that the run has seen
+    unfinished: Unfinished | None = None  #: the code in which it was saved, unless that has ended
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.model[name]
@@ -71,7 +102,17 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     @property
     def step(self) -> int:
         """Updates done when it was saved."""
-        return self.position.step
+        return self.settings.position.step
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """What `run.keep` was given: plain values, and state dicts of objects."""
+        return self.settings.kept
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The hyper-parameters of each parameter group."""
+        return self.settings.groups
 
     @property
     def optimizer(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -87,8 +128,10 @@ class Description(NamedTuple):
     """What a checkpoint says beside the trained state."""
 
     spec: Spec
-    position: Bookmark
-    kept: Mapping[str, Any]  #: state dicts of kept objects
+    settings: Settings
+    data_sets: list[dict[str, Any]]
+    name: str  #: of this save, which no other has
+    unfinished: Unfinished | None
 
 
 def save(path: Path, state: TrainedState, description: Description | None, meet: Meet, *, is_leader: bool) -> str:
@@ -106,7 +149,8 @@ def save(path: Path, state: TrainedState, description: Description | None, meet:
                 with folders.replaced(path) as folder:
                     for name, items in files.items():
                         _write_file(folder / f"{name}.safetensors", items, pieces)
-                    _write_rest(folder, state, description, aliases)
+                    loss_scale = state.loss_scale(description.settings.position.step)
+                    _write_rest(folder, description, aliases, loss_scale)
             except CheckpointError as error:
                 problem = str(error)
             except OSError as error:
@@ -130,18 +174,45 @@ def _write_file(path: Path, items: Sequence[Item], pieces: Iterator[Piece]) -> N
         writer.abandon()
 
 
-def _write_rest(folder: Path, state: TrainedState, description: Description, aliases: Mapping[str, str]) -> None:
+def complete(path: Path, description: Description) -> None:
+    """Write anew what a checkpoint says beside the trained state, if it is still the one that was saved."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("name") != description.name:
+            return
+        with folders.replaced(path) as folder:
+            for name in ("model", "optimizer"):
+                _link(path / f"{name}.safetensors", folder / f"{name}.safetensors")
+            _write_rest(folder, description, manifest["aliases"], manifest["loss_scale"])
+    except (OSError, ValueError, CheckpointError) as error:
+        notice(f"what changed after {path} was saved could not be added to it ({error}).")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _write_rest(
+    folder: Path, description: Description, aliases: Mapping[str, str], loss_scale: Sequence[float]
+) -> None:
     """Write the objects and, last, the manifest."""
     tensors: dict[str, torch.Tensor] = {}
-    position = description.position
+    unfinished = description.unfinished
+    redo = None if unfinished is None else unfinished.redo
     manifest = {
         "format": FORMAT,
         "spec": json.loads(description.spec.to_json()),
-        "position": asdict(position),
-        "groups": [take_apart(group, tensors, f"group{i}") for i, group in enumerate(state.groups())],
-        "kept": {name: take_apart(value, tensors, name) for name, value in description.kept.items()},
-        "loss_scale": state.loss_scale(position.step),
-        "aliases": aliases,
+        **_settings(description.settings, tensors, ""),
+        "name": description.name,
+        "data_sets": description.data_sets,
+        "is_finished": unfinished is None,
+        "redo": None if redo is None else _settings(redo, tensors, "redo."),
+        "obstacle": "" if unfinished is None else unfinished.obstacle,
+        "loss_scale": list(loss_scale),
+        "aliases": dict(aliases),
     }
     items = in_file_order(Plain(name, tensor) for name, tensor in tensors.items())
     _write_file(folder / "kept.safetensors", items, (piece for window in windows(items) for piece in window))
@@ -149,6 +220,22 @@ def _write_rest(folder: Path, state: TrainedState, description: Description, ali
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _settings(settings: Settings, tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
+    return {
+        "position": asdict(settings.position),
+        "groups": [take_apart(group, tensors, f"{prefix}group{i}") for i, group in enumerate(settings.groups)],
+        "kept": {name: take_apart(value, tensors, f"{prefix}{name}") for name, value in settings.kept.items()},
+    }
+
+
+def _settings_of(manifest: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Settings:
+    return Settings(
+        Bookmark(**manifest["position"]),
+        [put_together(group, tensors) for group in manifest["groups"]],
+        {name: put_together(value, tensors) for name, value in manifest["kept"].items()},
+    )
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -170,14 +257,15 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {manifest['format']}; this version reads format {FORMAT}.")
         kept = dict(TensorFile(folder / "kept.safetensors"))
+        redo = None if manifest["redo"] is None else _settings_of(manifest["redo"], kept)
         return Checkpoint(
             model=TensorFile(folder / "model.safetensors", manifest["aliases"]),
             optimizer_file=TensorFile(folder / "optimizer.safetensors"),
-            groups=[put_together(group, kept) for group in manifest["groups"]],
             spec=Spec.from_json(json.dumps(manifest["spec"])),
-            position=Bookmark(**manifest["position"]),
-            loss_scale=tuple(manifest.get("loss_scale", ())),
-            kept={name: put_together(value, kept) for name, value in manifest["kept"].items()},
+            settings=_settings_of(manifest, kept),
+            loss_scale=tuple(manifest["loss_scale"]),
+            data_sets=manifest["data_sets"],
+            unfinished=None if manifest["is_finished"] else Unfinished(redo, manifest["obstacle"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"the checkpoint in {folder} is damaged ({error}). Use an older one.") from error

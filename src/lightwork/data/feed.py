@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 from lightwork.data.batch import Batch
+from lightwork.data.identity import Fingerprint, fingerprint_of
 from lightwork.data.loader import Loader
 from lightwork.data.order import CustomOrder, Ids
 from lightwork.data.source import source_for_evaluation, source_of, stream_of
@@ -23,8 +25,8 @@ class Schedule(Protocol):
     def describe(self, epoch: int) -> dict[str, object]:
         """Return what must be the same on every worker."""
 
-    def total_steps(self, epochs: int) -> int | None:
-        """Return the steps of the first `epochs` epochs; None where only reading shows them."""
+    def total_steps(self, epochs: int, first: int = 0) -> int | None:
+        """Return the steps of `epochs` epochs from `first` on; None where only reading shows them."""
 
     def has_step(self, epoch: int, step_in_epoch: int) -> bool:
         """Return whether an epoch has this step, as far as is known."""
@@ -64,9 +66,21 @@ def walk(order: Schedule, epoch: int, step_in_epoch: int) -> Iterator[tuple[int,
         step_in_epoch += 1
 
 
-def total_steps(order: Schedule, epochs: int | None, max_steps: int | None) -> int | None:
-    """Return how many steps a loop makes in all; None while epochs of unknown lengths lie ahead."""
-    of_epochs = order.total_steps(epochs) if epochs is not None else None
+def upcoming(
+    order: Schedule, epoch: int, step_in_epoch: int, num_steps: int | None, share: Callable[[int], Iterable[int]]
+) -> Iterator[tuple[int, int, int]]:
+    """Yield the micro-batches that fall to a worker if nobody is late, in order, from a step on.
+
+    `share` returns those of a step with so many; `num_steps` None goes on for ever.
+    """
+    for place in itertools.islice(walk(order, epoch, step_in_epoch), num_steps):
+        for index in share(order.micro_batches(*place)):
+            yield (*place, index)
+
+
+def total_steps(order: Schedule, first: int, epochs: int | None, max_steps: int | None) -> int | None:
+    """Return how many steps a loop from epoch `first` on makes in all; None where epochs of unknown lengths come."""
+    of_epochs = order.total_steps(epochs, first) if epochs is not None else None
     return min((limit for limit in (max_steps, of_epochs) if limit is not None), default=None)
 
 
@@ -76,6 +90,8 @@ class Feed:
 
     order: Schedule
     load: Callable[[Upcoming], Batches]
+    data: object  #: the data set itself
+    fingerprint: Callable[[], Fingerprint]
 
 
 def feed_of(
@@ -96,10 +112,10 @@ def feed_of(
     stream = stream_of(data, seed=seed, shuffle=shuffle, order=order, drop_last=drop_last)
     if stream is not None:
         steps = StreamOrder(stream=stream, global_batch=global_batch, micro_batch=micro_batch)
-        return Feed(steps, partial(StreamLoader, steps))
+        return Feed(steps, partial(StreamLoader, steps), stream.dataset, partial(steps.describe, 0))
     source = source_of(data, seed=seed, shuffle=shuffle, order=order)
     ids = source.order(global_batch=global_batch, micro_batch=micro_batch, drop_last=drop_last)
-    return Feed(ids, partial(Loader, source, ids))
+    return Feed(ids, partial(Loader, source, ids), source.fetcher.dataset, partial(fingerprint_of, source.fetcher))
 
 
 def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int, world_size: int) -> Feed:
@@ -112,10 +128,10 @@ def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int, world_size: i
     stream = stream_of(data, seed=seed, shuffle=False, drop_last=False)
     if stream is not None:
         steps = StreamOrder(stream=stream, global_batch=micro_batch, micro_batch=micro_batch)
-        return Feed(steps, partial(StreamLoader, steps))
+        return Feed(steps, partial(StreamLoader, steps), stream.dataset, partial(steps.describe, 0))
     source = source_for_evaluation(data, seed=seed)
     ids = source.order(global_batch=micro_batch, micro_batch=micro_batch, drop_last=False)
     if source.loading_workers.num_workers:
         share = -(-ids.num_steps(0) // world_size)
         source = replace(source, loading_workers=source.loading_workers.at_most(-(-share // 2)))
-    return Feed(ids, partial(Loader, source, ids))
+    return Feed(ids, partial(Loader, source, ids), source.fetcher.dataset, partial(fingerprint_of, source.fetcher))

@@ -67,11 +67,12 @@ class Fetcher:
         if self._gathered is not None:
             return self._gathered.fetch(ids)
         with as_in_a_loading_worker():
-            samples = [self._sample(epoch, sample_id) for sample_id in ids.tolist()]
+            samples = [self.sample(epoch, sample_id) for sample_id in ids.tolist()]
             seed_all(derive(self._seed, "collate", epoch, int(ids[0])))
             return collated(self._collate, self.name, epoch, ids, samples)
 
-    def _sample(self, epoch: int, sample_id: int) -> Any:
+    def sample(self, epoch: int, sample_id: int) -> Any:
+        """Return one sample, with the random state of (seed, epoch, sample id). Raises: DataError."""
         seed_all(derive(self._seed, "sample", epoch, sample_id))
         try:
             return self.dataset[sample_id]

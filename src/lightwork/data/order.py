@@ -94,10 +94,10 @@ class Order:
         num_ids = len(self.ids(epoch))
         return num_ids // self.global_batch if self.drop_last else -(-num_ids // self.global_batch)
 
-    def total_steps(self, epochs: int) -> int:
-        """Return the number of global batches of the first `epochs` epochs."""
+    def total_steps(self, epochs: int, first: int = 0) -> int:
+        """Return the number of global batches of `epochs` epochs from `first` on."""
         if isinstance(self.arrangement, (Custom, Sampled)):  # epochs may differ in length
-            return sum(self.num_steps(epoch) for epoch in range(epochs))
+            return sum(self.num_steps(epoch) for epoch in range(first, first + epochs))
         return epochs * self.num_steps(0) if epochs else 0
 
     def step_ids(self, epoch: int, step_in_epoch: int) -> Ids:

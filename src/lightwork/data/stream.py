@@ -161,7 +161,7 @@ class StreamOrder:
         """Return what must be the same on every worker."""
         return {"kind of data set": type(self.stream.dataset).__name__, "shards of it": self.stream.num_shards}
 
-    def total_steps(self, epochs: int) -> int | None:
+    def total_steps(self, epochs: int, first: int = 0) -> int | None:
         """Return None: it shows only as the stream is read."""
         return None
 

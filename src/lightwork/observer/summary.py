@@ -64,8 +64,9 @@ class Summary:
             if activity is not None:
                 worker.add_seconds(activity, record["seconds"])
         elif kind == "event" and name == "steps" and rank == FIRST_RANK:
-            self.first, self.total = record["first"], record["total"]
-            self.first_time = self.first_time or record["at"]
+            if self.first_time is None:
+                self.first, self.first_time = record["first"], record["at"]
+            self.total = record["total"]
         elif kind == "event" and name == "step":
             self._feed_step(rank, worker, record)
 

@@ -6,28 +6,31 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
+import sys
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint.checkpoint import Bookmark, Checkpoint, Description
-from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of, total_steps, walk
+from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of, total_steps, upcoming, walk
 from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
 from lightwork.errors import CheckpointError, TeamError, UsageError
+from lightwork.run.course import Course, Following, check_count
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.exit import EXITS
 from lightwork.run.guard import Guard, say_written
+from lightwork.run.kept import Kept
+from lightwork.run.saves import Saves
 from lightwork.run.step import Loop, Step, StepPlace
 from lightwork.spec.plan import Plan
 from lightwork.spec.spec import Spec
@@ -35,16 +38,6 @@ from lightwork.team.presence import Activity
 from lightwork.team.rendezvous import Progress
 from lightwork.team.team import Team
 from lightwork.trace import Trace
-
-
-class Stateful(Protocol):
-    """Anything that `keep` can save: a scheduler, an average of weights."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Take a state that `state_dict` returned."""
 
 
 @final
@@ -75,39 +68,46 @@ class Run:
         self._engine = engine
         self._guard = guard
         self._trace = trace
-        self._position = Bookmark()
-        self._resumed = False
-        self._kept_before: dict[str, Any] = {}  # of a run that was resumed, for objects that are still to come
-        self._calls = 0
+        self.rank = team.rank  #: this worker's number, from 0
+        self.world_size = team.world_size  #: the number of workers
+        self.is_main = team.is_main  #: whether this is the worker whose output is shown: rank 0
+        self._course = Course()
+        self._kept = Kept()
+        self._saves = Saves(spec, engine.trained, self._course, self._kept)
         self._evaluations = 0
         self._loop: weakref.ref[Loop] | None = None  # while in it
         self._step: Step | None = None
-        self._kept: dict[str, Stateful] = {}
         self._closed = False
 
     # --- who and where ----------------------------------------------------------------------------------------------
 
     @property
-    def rank(self) -> int:
-        """This worker's number, from 0."""
-        return self._team.rank
-
-    @property
-    def world_size(self) -> int:
-        """The number of workers."""
-        return self._team.world_size
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the worker whose output is shown: rank 0."""
-        return self._team.is_main
-
-    @property
     def step_index(self) -> int:
         """Updates done so far, those before a resume included."""
-        return self._position.step
+        return self._course.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the run is in: of `run.epochs` or, outside of such a loop, of the last data set."""
+        return self._course.epoch
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """What was given to `keep`, by name; on a resumed run also what was saved and not given again."""
+        return self._kept.values
 
     # --- training ---------------------------------------------------------------------------------------------------
+
+    def epochs(self, num: int) -> Iterator[int]:
+        """Go through `num` epochs, or those that are left: `for epoch in run.epochs(E):` with `run.steps(data)` in it.
+
+        A run that is resumed goes on in the middle of the epoch that was interrupted. What the body does after its
+        steps is done once for each epoch: where it was interrupted, it is done again from the state before it.
+        """
+        check_count("the number of epochs", num)
+        self._end_former_loop()
+        self._saves.check_settings()
+        return self._course.epochs(num, self._saves.body_ended)
 
     def steps(
         self,
@@ -126,9 +126,10 @@ class Run:
                 loading workers and sampler are used; the batches are the run's. Or a stream, such as an
                 IterableDataset, which the worker reads itself: in its own order or, where it has `num_shards` and
                 `shard(num_shards=, index=)`, each micro-batch of a step from shards of its own.
-            epochs: passes over the data; 1 if `max_steps` is not given either.
+            epochs: passes over the data; 1 if `max_steps` is not given either. Each has an order of its own, and is
+                the data set's next epoch in the run.
             max_steps: stop after so many steps, wherever that is. Both count from the beginning of this loop, also when
-                the run was resumed in the middle of it.
+                the run was resumed in the middle of it. `len()` of the loop says how many steps it makes in all.
             shuffle: a new permutation each epoch (the default), or the ids in order; of a stream, its shards.
             order: the ids of an epoch: a function from its number, or the same ids for every one.
             drop_last: leave out a last global batch that is short.
@@ -137,8 +138,8 @@ class Run:
         With several hosts all workers must break at the same step; another one is told so by an error.
         """
         for name, count in (("epochs", epochs), ("max_steps", max_steps)):
-            if count is not None and (not isinstance(count, int) or count < 0):
-                raise UsageError(f"{name}={count!r} is not a whole number from 0 upwards.")
+            if count is not None:
+                check_count(name, count)
         self._end_former_loop()
         feed = feed_of(
             dataset,
@@ -149,52 +150,63 @@ class Run:
             order=order,
             drop_last=drop_last,
         )
-        return Loop(partial(self._steps, feed, 1 if epochs is None and max_steps is None else epochs, max_steps))
+        epochs = 1 if epochs is None and max_steps is None else epochs
+        total = partial(total_steps, feed.order, self._course.first_epoch_of(feed), epochs, max_steps)
+        return Loop(partial(self._steps, feed, epochs, max_steps), total)
 
     def _steps(
         self, feed: Feed, epochs: int | None, max_steps: int | None, loop: weakref.ref[Loop]
     ) -> Generator[Step, None, None]:
-        order = feed.order
+        order, course = feed.order, self._course
         self._end_former_loop()
-        if not self._begin_loop(order):
+        if not self._begin_loop(feed):
             return
         self._loop = loop
         loader: Batches | None = None
+        broken = True
         try:
-            start = self._position
-            total = total_steps(order, epochs, max_steps)
-            self._trace.event(
-                "steps",
-                first=start.step,
-                total=None if total is None else start.step - start.steps_in_call + total,
-            )
-            loader = feed.load(self._upcoming(order, start, total))
-            while total is None or self._position.steps_in_call < total:
-                epoch, step_in_epoch = next(walk(order, self._position.epoch, self._position.step_in_epoch))
-                if epochs is not None and epoch >= epochs:
+            start = course.at
+            total = total_steps(order, start.first_epoch, epochs, max_steps)
+            self._trace.event("steps", first=start.step, total=course.end_of(total))
+            left = None if total is None else max(0, total - start.steps_in_call)
+            share = partial(self._team.roster.share, self.rank)
+            loader = feed.load(upcoming(order, start.epoch, start.step_in_epoch, left, share))
+            while total is None or course.at.steps_in_call < total:
+                epoch, step_in_epoch = next(walk(order, course.at.epoch, course.at.step_in_epoch))
+                if epochs is not None and epoch >= start.first_epoch + epochs:
                     break
                 if self._team.presence.anyone_left():
                     break
                 self._guard.check_parameters()
+                course.begin_step(order, epoch)
                 step = self._make_step(order, loader, epoch, step_in_epoch)
                 self._step = step
                 yield step
                 step.check_finished()
+                self._saves.body_ended()
+            broken = False
         finally:
-            self._end_loop()
+            self._end_loop(broken=broken)
             if loader is not None:
                 loader.close()
 
-    def _begin_loop(self, order: Schedule) -> bool:
+    def _begin_loop(self, feed: Feed) -> bool:
         """Meet the others before a loop; return False for one that a resumed run had finished."""
-        call, self._calls = self._calls, self._calls + 1
+        course = self._course
         self._meet_where("steps")
-        if self._resumed and call < self._position.call:
+        was_resuming = course.is_resuming
+        if was_resuming:
+            self._saves.check_settings()
+        elif not course.is_in_epochs:
+            self._saves.body_ended()
+        following = course.enter(feed, self._saves.check_unchanged)
+        if was_resuming and course.is_in_epochs and following is not Following.NEW:
+            self._saves.put_all_back()
+        if following is Following.FINISHED:
             return False
-        if call != self._position.call:
-            self._position = Bookmark(step=self._position.step, call=call)
         self._team.presence.set_left(left=False)
-        self._team.meet_equal("run.steps", order.describe(self._position.epoch))
+        fingerprint = course.data.known[course.at.data].fingerprint
+        self._team.meet_equal("run.steps", {**fingerprint, **feed.order.describe(course.at.epoch)})
         self._team.report(Progress.TRAINING)
         return True
 
@@ -215,29 +227,25 @@ class Run:
             )
         loop.close()
 
-    def _end_loop(self) -> None:
+    def _end_loop(self, *, broken: bool) -> None:
         self._loop = None
         step = self._step
+        self._course.leave(broken=broken)
+        if self.is_main:
+            self._saves.pass_ended()
         # A step that was left in its middle (an error) is not left as a loop is: the others may still need this worker.
         if step is None or step.finished or not step.begun:
             self._team.presence.set_left(left=True)
             self._team.presence.show(Activity.OUTSIDE)
             self._team.report(Progress.BETWEEN)
 
-    def _upcoming(self, order: Schedule, start: Bookmark, total: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield the micro-batches that fall to this worker if nobody is late, in order."""
-        steps = walk(order, start.epoch, start.step_in_epoch)
-        left = None if total is None else max(0, total - start.steps_in_call)
-        for epoch, step_in_epoch in itertools.islice(steps, left):
-            for index in self._team.roster.share(self.rank, order.micro_batches(epoch, step_in_epoch)):
-                yield (epoch, step_in_epoch, index)
-
     def _make_step(self, order: Schedule, loader: Batches, epoch: int, step_in_epoch: int) -> Step:
         place = StepPlace(
-            index=self._position.step,
+            index=self._course.at.step,
             epoch=epoch,
             step_in_epoch=step_in_epoch,
             num_micro_batches=order.micro_batches(epoch, step_in_epoch),
+            is_last=None if order.total_steps(1) is None else not order.has_step(epoch, step_in_epoch + 1),
         )
         updated = partial(self._advance, order, epoch, step_in_epoch)
         return Step(place, self._team, self._engine, loader, self._trace, updated)
@@ -247,20 +255,13 @@ class Run:
 
         One that left its loop early is behind: the others finished the step that they were in without it.
         """
-        places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._position)).encode())]
-        self._position = Bookmark(**max(places, key=lambda place: (place["step"], place["call"])))
+        places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._course.at)).encode())]
+        self._course.at = Bookmark(**max(places, key=lambda place: (place["step"], place["plain"], place["call"])))
 
     def _advance(self, order: Schedule, epoch: int, step_in_epoch: int, goes_on: bool | None) -> None:
         """Take note of an update that is done: what is saved from here on is the state after it."""
         self._guard.updated()
-        epoch, step_in_epoch = order.after(epoch, step_in_epoch, goes_on)
-        self._position = Bookmark(
-            step=self._position.step + 1,
-            call=self._position.call,
-            steps_in_call=self._position.steps_in_call + 1,
-            epoch=epoch,
-            step_in_epoch=step_in_epoch,
-        )
+        self._course.advance(epoch, order.after(epoch, step_in_epoch, goes_on))
 
     # --- collective calls -------------------------------------------------------------------------------------------
 
@@ -276,21 +277,17 @@ class Run:
         self._evaluations += 1
         return Evaluation(self._team, self._engine, feed, self._evaluations)
 
-    def keep(self, **objects: Stateful) -> None:
-        """Save these with the run, and restore them with it: anything with `state_dict` and `load_state_dict`.
+    def keep(self, **objects: Any) -> None:
+        """Save these with the run, and restore them with it: anything with a state dict, or plain values.
 
-        On a resumed run their saved state is loaded at once.
+        On a resumed run their saved state is loaded at once; a plain value given before the loops begin stays what was
+        saved, as `run.kept[name]` says.
 
-        Raises: UsageError when one has no state dict.
+        Raises: UsageError for what can not be saved.
         """
-        for name, value in objects.items():
-            if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
-                raise UsageError(
-                    f"run.keep({name}=...): a {type(value).__name__} has no state_dict() and load_state_dict()."
-                )
-            self._kept[name] = value
-            if name in self._kept_before:
-                value.load_state_dict(self._kept_before[name])
+        self._kept.put(objects, restores=self._saves.is_resuming)
+        if self._saves.is_resuming:
+            self._saves.put_back()
 
     @contextlib.contextmanager
     def edit(self) -> Iterator[None]:
@@ -301,6 +298,7 @@ class Run:
         """
         self._refuse_in_step("edit")
         self._team.meet("edit")
+        self._saves.edited("run.edit()")
         with self._engine.trained.edit(self._team.meet, is_leader=self._team.is_leader):
             yield
 
@@ -327,12 +325,12 @@ class Run:
         self._meet_where("save")
         description: Description | None = None
         if self.is_main:
-            kept = {name: value.state_dict() for name, value in self._kept.items()}
-            description = Description(self.spec, self._position, kept)
+            description = self._saves.describe(within_loop=self._loop is not None)
         team = self._team
         problem = checkpoints.save(folder, self._engine.trained, description, team.meet, is_leader=team.is_leader)
-        if self.is_main:
-            self._trace.event("save", path=str(folder), step=self._position.step)
+        if description is not None and not problem:
+            self._saves.saved(folder, description)
+            self._trace.event("save", path=str(folder), step=description.settings.position.step)
         problem = team.meet_main("save (result)", problem.encode()).decode()
         if problem:
             raise CheckpointError(problem)
@@ -353,10 +351,9 @@ class Run:
         checkpoints.restore(checkpoint, state, is_leader=team.is_leader)
         if team.is_leader:
             team.board.resume_at(checkpoint.step)
-        self._position = checkpoint.position
-        self._resumed, self._kept_before = True, checkpoint.kept
-        self._calls = 0
-        self.keep(**self._kept)
+        self._saves.resume(checkpoint)
+        if checkpoint.step:
+            self._guard.updated()  # before: a scheduler may step at once
         team.meet("load (end)")
         state.accept()
         self._trace.event("load", step=checkpoint.step)
@@ -372,10 +369,12 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        if gives_back and sys.exc_info()[0] is None:  # not at the end of a script, which may have been ended anywhere
+            self._saves.body_ended()
         EXITS.remove(self)
         self._guard.close()
         written = self._engine.close(gives_back=gives_back)
-        self._trace.event("end", step=self._position.step)
+        self._trace.event("end", step=self._course.at.step)
         self._trace.close()
         self._team.close()
         self._team.presence.announce(Activity.ENDED)

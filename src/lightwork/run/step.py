@@ -39,6 +39,7 @@ class StepPlace:
     epoch: int
     step_in_epoch: int
     num_micro_batches: int
+    is_last: bool | None  #: of its epoch; None where only reading shows it
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Step:
         self.epoch = place.epoch  #: 0 for the first pass over the data
         self.step_in_epoch = place.step_in_epoch
         self._num_micro_batches = place.num_micro_batches
+        self._is_last = place.is_last
         self._team = team
         self._engine = engine
         self._loader = loader
@@ -188,6 +190,11 @@ class Step:
             known = ", ".join(self._metrics) or "nothing"
             raise UsageError(f"no micro-batch of step {self.index} gave {name!r}; they gave {known}.")
         return self._metrics[name]
+
+    @property
+    def last_of_epoch(self) -> bool:
+        """Whether the data have no further step in this epoch; of a stream, known after the loop."""
+        return self._is_last if self._is_last is not None else not self._finished("last_of_epoch").goes_on
 
     @property
     def finished(self) -> bool:
@@ -334,9 +341,20 @@ class Loop(Iterator[Step]):
     It ends when it is let go of, or when the script begins another; going on with it then is a mistake.
     """
 
-    def __init__(self, steps: Callable[[weakref.ref[Loop]], Generator[Step, None, None]]) -> None:
+    def __init__(
+        self, steps: Callable[[weakref.ref[Loop]], Generator[Step, None, None]], total: Callable[[], int | None]
+    ) -> None:
+        """`total` returns the steps of the whole loop, None where only reading shows them."""
         self._steps = steps(weakref.ref(self))
+        self._total = total
         self._was_closed = False
+
+    def __len__(self) -> int:
+        """Return the steps of the whole loop, those before a resume included."""
+        total = self._total()
+        if total is None:
+            raise TypeError("the steps of a stream's epoch are not known before it is read: give max_steps=")
+        return total
 
     def __next__(self) -> Step:
         if self._was_closed:
