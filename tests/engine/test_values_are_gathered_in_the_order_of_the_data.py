@@ -146,3 +146,18 @@ def test_what_can_not_become_one_is_refused_by_name(name: str) -> None:
 
     (text,) = run_ranks(1, job)
     assert "'a'" in text
+
+
+def test_a_metric_may_still_have_a_graph() -> None:
+    def job() -> list[float]:
+        run = tiny_run()
+        for step in run.steps(DATA, max_steps=1):
+            for x, _ in step:
+                loss = run.model(x).mean()
+                step.backward(loss)
+                step.add("loss", loss)
+                step.sum("sum", loss)
+        run.close()
+        return [step["loss"] - step.loss, step["sum"] - 4 * step.loss]
+
+    assert run_ranks(2, job) == [[0.0, pytest.approx(0.0)]] * 2

@@ -52,7 +52,8 @@ class Collected:
             self.numbers[name] = ()
             self.parts[name] = Part(True, _taken(value))
             return
-        number = value.item() if isinstance(value, torch.Tensor | np.generic) else value
+        number = value.detach().item() if isinstance(value, torch.Tensor) else value
+        number = number.item() if isinstance(number, np.generic) else number
         if not isinstance(number, int | float):
             raise UsageError(
                 f"{self.call}.sum({name!r}, ...) takes a number or a tensor, not {_named(value)}. To keep the values "
@@ -91,11 +92,15 @@ def as_metric(name: str, value: float | torch.Tensor, weight: float) -> tuple[fl
     Raises: UsageError when they are not single numbers.
     """
     try:
-        return float(value), float(weight)
+        return _number(value), _number(weight)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"metric {name!r} is not a single number ({error}). Add one number a micro-batch, such as a mean."
         ) from error
+
+
+def _number(value: float | torch.Tensor) -> float:
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
 
 
 def combined(
