@@ -85,13 +85,17 @@ def test_one_worker_goes_first_and_then_all_the_others(tmp_path: Path, by: str) 
 
 def test_where_the_first_one_fails_the_others_are_told_and_do_not_wait(tmp_path: Path) -> None:
     text = """\
-import sys, lightwork
+import os, time, lightwork
 try:
     with lightwork.first():
-        if lightwork.rank() == 0:
-            raise OSError("no network")
+        raise OSError("no network")
 except lightwork.RankFailed as error:
-    open("told", "w").write(str(error))
+    open("writing", "w").write(str(error))
+    os.rename("writing", "told")
+    time.sleep(20)  # ended by the launcher
+except OSError:
+    while not os.path.exists("told"):
+        time.sleep(0.01)
     raise
 """
     result = lightwork_run(tmp_path, text, workers="2")
