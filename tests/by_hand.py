@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from lightwork.data.feed import feed_for_evaluation, feed_of
 from lightwork.random import RandomState, derive, seed_all
@@ -64,7 +65,7 @@ class HandStep:
             (loss if self._num == 1 else loss * weight).backward()
 
     def add(self, name: str, value: Any, weight: float | None = None) -> None:
-        self._metrics.setdefault(name, []).append((float(value), float(weight or self._num_samples)))
+        self._metrics.setdefault(name, []).append((as_number(value), float(weight or self._num_samples)))
 
     def __getitem__(self, name: str) -> float:
         return mean(self._metrics[name])
@@ -112,7 +113,7 @@ class HandEvaluation:
             index += 1
 
     def add(self, name: str, value: Any, weight: float | None = None) -> None:
-        self._metrics.setdefault(name, []).append((float(value), float(weight or self._num_samples)))
+        self._metrics.setdefault(name, []).append((as_number(value), float(weight or self._num_samples)))
 
     def gather(self, name: str, value: Any) -> None:
         self._gathered.setdefault(name, []).append(value)
@@ -153,8 +154,7 @@ class HandRun:
         self.run_dir = Path(run_dir or ".")
         self.is_main, self.rank, self.world_size = True, 0, 1
         self.step_index, self.grad_norm = 0, 0.0
-        self._passes: dict[int, int] = {}
-        self._data: list[Any] = []  # kept alive, so that an id is one data set's
+        self._passes: dict[Any, int] = {}  # of each data set; a script has no two of one type and length
 
     def epochs(self, num: int) -> Iterator[int]:
         return iter(range(num))
@@ -165,8 +165,8 @@ class HandRun:
         feed = feed_of(data, seed=self.seed, global_batch=self.global_batch, micro_batch=self.micro_batch, **options)
         loader = feed.load(())
         known = getattr(data, "dataset", data)
-        self._data.append(known)
-        epoch = first = self._passes.get(id(known), 0)
+        key = type(known), None if isinstance(known, IterableDataset) else len(known)
+        epoch = first = self._passes.get(key, 0)
         step_in_epoch = done = 0
         epochs = 1 if epochs is None and max_steps is None else epochs
         while done != max_steps:
@@ -175,7 +175,7 @@ class HandRun:
             if epochs is not None and epoch >= first + epochs:
                 break
             step = HandStep(self, loader, feed.order, epoch, step_in_epoch)
-            self._passes[id(known)] = epoch + 1
+            self._passes[key] = epoch + 1
             yield step
             self.step_index += 1
             done += 1
@@ -219,6 +219,10 @@ class HandRun:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
+
+
+def as_number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
 
 
 def mean(records: list[tuple[float, float]]) -> float:

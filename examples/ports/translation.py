@@ -31,7 +31,7 @@ class Translator(nn.Module):
         super().__init__()
         self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(16, WIDTH)
         self.transformer = nn.Transformer(WIDTH, 2, 1, 1, 2 * WIDTH, dropout=0.1, batch_first=True)
-        self.transformer.encoder.enable_nested_tensor = False  # in evaluation: PyTorch warns of it as unfinished
+        self.transformer.encoder.use_nested_tensor = False  # in evaluation: PyTorch warns of it as unfinished
         self.head = nn.Linear(WIDTH, WORDS)
 
     def embed(self, tokens):

@@ -20,7 +20,7 @@ import torch
 import lightwork
 from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint import folder as folders
-from lightwork.checkpoint.checkpoint import Bookmark, Description
+from lightwork.checkpoint.checkpoint import Bookmark, Description, Settings
 from lightwork.state.items import Item, Plain
 from lightwork.state.state import Walk
 from tests.cases import CASES
@@ -47,16 +47,14 @@ class OneTensor:
     def of_optimizer(self) -> list[Item]:
         return []
 
-    def groups(self) -> list[dict[str, Any]]:
-        return [{"lr": torch.tensor(0.1)}]
-
     def loss_scale(self, step: int) -> tuple[float, ...]:
         return ()
 
 
 def save(path: Path, step: int) -> str:
     spec = lightwork.Spec(global_batch=2, micro_batch=1, optimizer="none")
-    description = Description(spec, Bookmark(step=step), {})
+    settings = Settings(Bookmark(step=step), [{"lr": torch.tensor(0.1)}], {})
+    description = Description(spec, settings, [], name=f"of step {step}", unfinished=None)
     state: Any = OneTensor(step)
     return checkpoints.save(path, state, description, lambda what, payload=b"": [payload], is_leader=True)
 
