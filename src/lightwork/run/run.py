@@ -360,6 +360,7 @@ class Run:
 
     def stay_while_needed(self) -> None:
         """At the end of the script: wait for the others, if they may still read weights that are here."""
+        self._saves.script_ended()
         if self._engine.serves_weights and not self._closed:
             with contextlib.suppress(TeamError):  # who is not coming any more is named elsewhere
                 self._team.meet("the end of the script")

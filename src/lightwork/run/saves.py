@@ -83,6 +83,11 @@ class Saves:
             settings = Settings(description.settings.position, self._state.groups(), self._kept.state())
             checkpoints.complete(path, description._replace(settings=settings, unfinished=None))
 
+    def script_ended(self) -> None:
+        """Complete what could not be gone on with otherwise; the rest may run its last code again."""
+        if self._obstacle and not self._course.is_in_epochs:
+            self.body_ended()
+
     # --- going on ---------------------------------------------------------------------------------------------------
 
     def resume(self, checkpoint: Checkpoint) -> None:
