@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -155,3 +156,12 @@ def seen_by_team(
             assert sample not in of_step, "a sample came twice"
             of_step[sample] = values
     return merged
+
+
+def saved(model: nn.Module) -> nn.Module:
+    """Return what torch.load makes of what torch.save makes of a model."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 import lightwork
 from lightwork.errors import UsageError
 from tests.fake_ranks import run_ranks
-from tests.training import new_folder
+from tests.training import new_folder, saved
 
 INPUTS = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
 
@@ -60,14 +60,6 @@ def outputs(model: nn.Module) -> list[float]:
     for module, mode in zip(model.modules(), modes, strict=True):
         module.training = mode
     return values
-
-
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
 
 
 class Pickled(nn.Sequential):

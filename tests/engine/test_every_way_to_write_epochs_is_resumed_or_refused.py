@@ -124,7 +124,10 @@ WAYS = {
     "two loops over run.epochs": by_two_loops_over_epochs,
 }
 
-PLACES = ["step 4", "step 5", "before evaluation 1", "evaluation 1", "saved 1", "evaluation 3", "saved 3"]
+PLACES = ["step 4", "step 5", "before evaluation 1", "evaluation 1", "saved 1", "evaluation 3", "saved 3", "the end"]
+
+#: Where a script comes by that has no such code, or not so many epochs.
+PLACES_OF = {"one loop": ["step 4", "step 5", "the end"], "two loops over run.epochs": [*PLACES[:5], "the end"]}
 
 
 def notes_of(way: Any, num_workers: int, folder: Path, **options: Any) -> list[Any]:
@@ -144,16 +147,17 @@ def notes_of(way: Any, num_workers: int, folder: Path, **options: Any) -> list[A
     return results[0]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("way", "place"), [(way, place) for way in WAYS for place in PLACES_OF.get(way, PLACES)])
 def test_a_run_that_goes_on_is_one_that_never_stopped(way: str, place: str) -> None:
     whole = notes_of(WAYS[way], 1, new_folder())
     folder = new_folder()
     first = notes_of(WAYS[way], 2, folder, ends_at=place)
     second = notes_of(WAYS[way], 3, folder, resumes=True)
-    if first[-1][0] == "end":  # the place does not come
-        assert second == whole[-1:]
-        return
+    assert (first[-1][0] == "end") == (place == "the end")
+    if place == "the end" and way == "range(run.epoch, E)":
+        first = first[:-2]  # its last code runs again, for only run.close() would say that it has ended
+    elif place == "the end":
+        first = first[:-1]
     if place.startswith("saved"):
         # Ended before the code after the epoch had: it runs again, whole, with the same outcome.
         assert second[0] == first[-1]
@@ -450,9 +454,8 @@ def test_plain_values_are_kept_with_their_types() -> None:
 
     run_ranks(1, saves)
     (found,) = run_ranks(1, goes_on)
-    assert str(found) == str(values) or found.keys() == values.keys()
-    assert found["rows"] == (1, [2.0])
-    assert found["by number"][1].tolist() == [1.0, 1.0]
+    assert found.pop("by number")[1].tolist() == values.pop("by number")[1].tolist()
+    assert found == values
     kept = lightwork.load(folder / "d").kept
     assert (kept["best"], kept["epoch"]) == (0.25, 3)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils.data import TensorDataset
 import lightwork
 from lightwork.errors import UsageError
 from tests.fake_ranks import run_ranks
-from tests.training import in_small_pieces, new_folder, poison_what_is_given_back
+from tests.training import in_small_pieces, new_folder, poison_what_is_given_back, saved
 
 INPUTS = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
 
@@ -62,14 +61,6 @@ def whole(settings: dict[str, Any]) -> dict[str, Any]:
 
 def total(tensors: Any) -> float:
     return float(sum(tensor.detach().double().square().sum() for tensor in tensors))
-
-
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
 
 
 def kept_for_later(model: Any) -> float:

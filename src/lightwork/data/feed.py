@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from lightwork.data.batch import Batch
 from lightwork.data.identity import Fingerprint, fingerprint_of
 from lightwork.data.loader import Loader
-from lightwork.data.order import CustomOrder, Ids
-from lightwork.data.source import source_for_evaluation, source_of, stream_of
+from lightwork.data.order import CustomOrder, Ids, Order
+from lightwork.data.source import Source, source_for_evaluation, source_of, stream_of
 from lightwork.data.stream import StreamLoader, StreamOrder
 
 #: Positions that will fall to this worker, in order: epoch, step in it, micro-batch.
@@ -30,6 +30,9 @@ class Schedule(Protocol):
 
     def has_step(self, epoch: int, step_in_epoch: int) -> bool:
         """Return whether an epoch has this step, as far as is known."""
+
+    def is_last(self, epoch: int, step_in_epoch: int) -> bool | None:
+        """Return whether a step is the last of its epoch; None where only reading shows it."""
 
     def after(self, epoch: int, step_in_epoch: int, goes_on: bool | None) -> tuple[int, int]:
         """Return the epoch and step that follow; `goes_on` is the team's vote (`Batches.goes_on`), None without one."""
@@ -111,11 +114,9 @@ def feed_of(
     """
     stream = stream_of(data, seed=seed, shuffle=shuffle, order=order, drop_last=drop_last)
     if stream is not None:
-        steps = StreamOrder(stream=stream, global_batch=global_batch, micro_batch=micro_batch)
-        return Feed(steps, partial(StreamLoader, steps), stream.dataset, partial(steps.describe, 0))
+        return _of_stream(StreamOrder(stream=stream, global_batch=global_batch, micro_batch=micro_batch))
     source = source_of(data, seed=seed, shuffle=shuffle, order=order)
-    ids = source.order(global_batch=global_batch, micro_batch=micro_batch, drop_last=drop_last)
-    return Feed(ids, partial(Loader, source, ids), source.fetcher.dataset, partial(fingerprint_of, source.fetcher))
+    return _of_source(source, source.order(global_batch=global_batch, micro_batch=micro_batch, drop_last=drop_last))
 
 
 def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int, world_size: int) -> Feed:
@@ -127,11 +128,18 @@ def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int, world_size: i
     """
     stream = stream_of(data, seed=seed, shuffle=False, drop_last=False)
     if stream is not None:
-        steps = StreamOrder(stream=stream, global_batch=micro_batch, micro_batch=micro_batch)
-        return Feed(steps, partial(StreamLoader, steps), stream.dataset, partial(steps.describe, 0))
+        return _of_stream(StreamOrder(stream=stream, global_batch=micro_batch, micro_batch=micro_batch))
     source = source_for_evaluation(data, seed=seed)
     ids = source.order(global_batch=micro_batch, micro_batch=micro_batch, drop_last=False)
     if source.loading_workers.num_workers:
         share = -(-ids.num_steps(0) // world_size)
         source = replace(source, loading_workers=source.loading_workers.at_most(-(-share // 2)))
+    return _of_source(source, ids)
+
+
+def _of_stream(steps: StreamOrder) -> Feed:
+    return Feed(steps, partial(StreamLoader, steps), steps.stream.dataset, partial(steps.describe, 0))
+
+
+def _of_source(source: Source, ids: Order) -> Feed:
     return Feed(ids, partial(Loader, source, ids), source.fetcher.dataset, partial(fingerprint_of, source.fetcher))

@@ -85,6 +85,10 @@ class Order:
         """Return whether an epoch has this step."""
         return step_in_epoch < self.num_steps(epoch)
 
+    def is_last(self, epoch: int, step_in_epoch: int) -> bool:
+        """Return whether a step is the last of its epoch."""
+        return not self.has_step(epoch, step_in_epoch + 1)
+
     def after(self, epoch: int, step_in_epoch: int, goes_on: bool | None) -> tuple[int, int]:
         """Return the epoch and step after one; it need not exist (`has_step`)."""
         return epoch, step_in_epoch + 1
@@ -98,7 +102,7 @@ class Order:
         """Return the number of global batches of `epochs` epochs from `first` on."""
         if isinstance(self.arrangement, (Custom, Sampled)):  # epochs may differ in length
             return sum(self.num_steps(epoch) for epoch in range(first, first + epochs))
-        return epochs * self.num_steps(0) if epochs else 0
+        return epochs * self.num_steps(first) if epochs else 0
 
     def step_ids(self, epoch: int, step_in_epoch: int) -> Ids:
         """Return the ids of a global batch."""

@@ -169,6 +169,9 @@ class StreamOrder:
         """Return whether an epoch has this step, as far as is known."""
         return step_in_epoch < self._ends.get(epoch, step_in_epoch + 1)
 
+    def is_last(self, epoch: int, step_in_epoch: int) -> None:
+        """Return None: it shows only as the stream is read."""
+
     def after(self, epoch: int, step_in_epoch: int, goes_on: bool | None) -> tuple[int, int]:
         """Return the epoch and step after one: the epoch ends where no micro-batch, or not every one, has samples."""
         if goes_on:

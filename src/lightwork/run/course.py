@@ -112,7 +112,7 @@ class Following(Enum):
 
     FINISHED = auto()  #: it had ended
     INTERRUPTED = auto()  #: it goes on
-    NEW = auto()
+    NEW = auto()  #: it begins a pass
 
 
 @final
@@ -199,7 +199,7 @@ class Course:
                 self._epoch, self._num_epochs, self._call = epoch, num, 0
                 yield epoch
                 body_ended()
-                self.at = self._completed()
+                self.at = self.completed
                 self.is_resuming = False
             self.at = replace(self.at, loop=index + 1, outer=None, call=0)
             self.is_resuming = False
@@ -225,7 +225,7 @@ class Course:
         if following is Following.NEW:
             epoch = self.data.known[number].num_passes
             self.at = replace(
-                self._completed() if self._epoch is None else self.at,
+                self.completed if self._epoch is None else self.at,
                 data=number,
                 first_epoch=epoch,
                 epoch=epoch,
@@ -240,7 +240,7 @@ class Course:
         return following
 
     def first_epoch_of(self, feed: Feed) -> int:
-        """Return the epoch at which a call over this data set begins, or has begun before it was interrupted."""
+        """Return the epoch at which a new call over this data set begins; 0 where its object is not known."""
         for known in self.data.known:
             if known.object is not None and known.object() is feed.data:
                 return known.num_passes
@@ -285,9 +285,6 @@ class Course:
     @property
     def completed(self) -> Bookmark:
         """Where the run is when the code after the call has ended."""
-        return self._completed()
-
-    def _completed(self) -> Bookmark:
         if self._epoch is None:
             return replace(self.at, plain=self.at.plain + self.at.is_open, is_open=False, is_after=False)
         return replace(self.at, outer=self._epoch + 1, call=0, is_open=False, is_after=False)

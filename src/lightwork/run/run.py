@@ -245,7 +245,7 @@ class Run:
             epoch=epoch,
             step_in_epoch=step_in_epoch,
             num_micro_batches=order.micro_batches(epoch, step_in_epoch),
-            is_last=None if order.total_steps(1) is None else not order.has_step(epoch, step_in_epoch + 1),
+            is_last=order.is_last(epoch, step_in_epoch),
         )
         updated = partial(self._advance, order, epoch, step_in_epoch)
         return Step(place, self._team, self._engine, loader, self._trace, updated)

@@ -31,7 +31,7 @@ from lightwork.state.state import TrainedState
 
 @final
 class Saves:
-    """Of the main worker; the others' are empty."""
+    """What one worker knows of them. The main worker alone saves; all check what they go on from."""
 
     def __init__(self, spec: Spec, state: TrainedState, course: Course, kept: Kept) -> None:
         self._spec = spec
@@ -41,7 +41,8 @@ class Saves:
         self._before: Settings | None = None  # as the last pass ended
         self._obstacle = ""  # to running the code after it again
         self._unfinished: list[tuple[Path, Description]] = []
-        self._resumed: tuple[int, int] | None = None  # signatures of groups and of all, until the loops begin
+        self._resumed: Settings | None = None  # what the run goes on from
+        self._signatures_then = 0, 0  # of groups, and of all, when they were put back
 
     def describe(self, *, within_loop: bool) -> Description:
         """Return what a save says beside the trained state."""
@@ -108,22 +109,22 @@ class Saves:
                 "the run ended before that body did. What it does after run.save, such as scheduler.step(), is "
                 "missing. (run.save last in the body loses nothing.)"
             )
-        settings = redo or checkpoint.settings
-        self._course.resume(settings.position, checkpoint.data_sets)
-        self._kept.restore(settings.kept)
-        self._groups, self._values = settings.groups, copy.deepcopy(dict(settings.kept))
+        self._resumed = redo or checkpoint.settings
         self._before = redo
-        self.put_back()
+        self._course.resume(self._resumed.position, checkpoint.data_sets)
+        self.put_all_back()
 
     def put_back(self) -> None:
         """Let the settings be those of the checkpoint: a scheduler's constructor changes them."""
-        self._state.set_groups(copy.deepcopy(self._groups))
-        self._resumed = self._signatures()
+        if self._resumed is not None:
+            self._state.set_groups(copy.deepcopy(self._resumed.groups))
+            self._signatures_then = self._signatures()
 
     def put_all_back(self) -> None:
         """Let settings and kept objects be those of the checkpoint: the body of an epoch has begun again."""
-        self._kept.restore(copy.deepcopy(self._values))
-        self.put_back()
+        if self._resumed is not None:
+            self._kept.restore(copy.deepcopy(dict(self._resumed.kept)))
+            self.put_back()
 
     @property
     def is_resuming(self) -> bool:
@@ -132,8 +133,8 @@ class Saves:
 
     def check_settings(self) -> None:
         """Raise UsageError where the script has changed settings since the run was resumed, before its loops."""
-        if self.is_resuming and self._resumed is not None and self._signatures()[0] != self._resumed[0]:
-            ours, saved = self._state.groups(), self._groups
+        if self.is_resuming and self._resumed is not None and self._signatures()[0] != self._signatures_then[0]:
+            ours, saved = self._state.groups(), self._resumed.groups
             changed = [
                 f"{name} of group {i}: {group.get(name)!r}, was {theirs[name]!r}"
                 for i, (group, theirs) in enumerate(zip(ours, saved, strict=True))
@@ -148,7 +149,7 @@ class Saves:
 
     def check_unchanged(self) -> None:
         """Raise UsageError where code that has run again has changed settings or kept objects."""
-        if self._resumed is not None and self._signatures() != self._resumed:
+        if self._resumed is not None and self._signatures() != self._signatures_then:
             raise UsageError(
                 "the run was resumed behind its first loop over run.steps, and the code between that loop and this one "
                 "has run again: it has changed the optimizer's settings or what run.keep holds. Write `for epoch in "
