@@ -474,3 +474,23 @@ def test_what_cannot_run_again_is_refused_when_it_did_not_end() -> None:
     notes_of(way, 1, folder, ends_at="behind the edit")
     with pytest.raises(CheckpointError, match=r"behind run\.edit\(\)"):
         notes_of(way, 1, folder, resumes=True)
+
+
+def test_the_order_of_an_epoch_is_asked_for_once() -> None:
+    asked: list[int] = []
+
+    def order(epoch: int) -> list[int]:
+        asked.append(epoch)
+        return list(range(20))
+
+    def job() -> None:
+        run = tiny_run()
+        for step in run.steps(inputs(), epochs=5, order=order):
+            for (x,) in step:
+                step.backward(run.model(x).mean())
+        run.close()
+
+    run_ranks(1, job)
+    in_the_loop = asked[asked.index(4) + 1 :] if 4 in asked else asked  # behind the count of all steps
+    assert in_the_loop.count(0) <= 1
+    assert in_the_loop.count(3) <= 1
