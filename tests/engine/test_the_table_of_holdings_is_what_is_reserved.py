@@ -23,6 +23,7 @@ from lightwork.spec.roster import Roster
 from lightwork.spec.spec import Spec
 from lightwork.spec.tree import Node
 from lightwork.state.description import Description, describe
+from lightwork.state.optimizers import Optimizers
 from lightwork.store.elements import Elements, UnitElements, Units
 from lightwork.store.mapped import create_disk_store
 from lightwork.store.private import PrivateStore
@@ -58,7 +59,7 @@ def holdings_of(
     model = Net()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     tuning = Tuning(block=96, bucket=256, depths=Depths())
-    description = describe(model, optimizer, spec, device, tuning.cut_for(kind))
+    description = describe(model, Optimizers([optimizer]), spec, device, tuning.cut_for(kind))
     holdings = Holdings(
         layout=description.layout,
         spec=spec,

@@ -113,6 +113,11 @@ def test_a_team_gives_the_bits_of_one_worker(name: str, num_workers: int) -> Non
     assert printed
 
 
+#: Muon makes a matrix orthogonal in bf16, so that gradients that differ by an fp32 rounding give others in bf16. (With
+#: one micro-batch a step the bits are equal: `tests/engine/test_optimizers_are_plain_pytorchs_or_refused.py`.)
+ROUNDING = {"muon_adamw": 2e-3}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_one_worker_computes_what_plain_pytorch_does(name: str) -> None:
     runs: list[by_hand.HandRun] = []
@@ -130,7 +135,7 @@ def test_one_worker_computes_what_plain_pytorch_does(name: str) -> None:
         assert theirs.keys() == state.keys()
         for key, value in theirs.items():
             torch.testing.assert_close(
-                state[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+                state[key], value, rtol=1e-3, atol=ROUNDING.get(name, 1e-5), msg=lambda text, key=key: f"{key}: {text}"
             )
     assert len(lines) == len(printed.getvalue().splitlines())
 

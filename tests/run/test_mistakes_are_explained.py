@@ -115,9 +115,12 @@ def too_many_metrics(run: Any, step: Any, loss: torch.Tensor) -> None:
             lambda run, step, loss: loss.backward(),
             "loss.backward() was called on a distributed model. Call step.backward(loss)",
         ),
-        (lambda run, step, loss: run._engine.optimizer.step(), "optimizer.step() was called on a distributed run"),
         (
-            lambda run, step, loss: run._engine.optimizer.zero_grad(),
+            lambda run, step, loss: run._engine.optimizers.members[0].step(),
+            "optimizer.step() was called on a distributed run",
+        ),
+        (
+            lambda run, step, loss: run._engine.optimizers.members[0].zero_grad(),
             "optimizer.zero_grad() was called on a distributed run",
         ),
         (lambda run, step, loss: None, "step.backward was not called for micro-batch 0 of step 0"),
@@ -285,7 +288,7 @@ def test_a_hook_on_the_optimizer_s_step_is_refused_by_name(kind: str, instead: s
         lightwork.distribute(model, optimizer, global_batch=4, run_dir=new_folder())
 
     def after() -> None:
-        optimizer = setting()._engine.optimizer
+        optimizer = setting()._engine.optimizers.members[0]
         (optimizer.register_step_pre_hook if kind == "pre" else optimizer.register_step_post_hook)(clip_by_value)
 
     message = raised(before)
@@ -309,7 +312,7 @@ def test_hooks_that_were_removed_and_those_of_a_closed_run_are_the_script_s_busi
 def test_parameters_added_to_the_optimizer_later_are_refused() -> None:
     def job() -> None:
         run = setting(micro_batch=4)
-        run._engine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+        run._engine.optimizers.members[0].add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
         for step in run.steps(vectors()):
             list(step)
 
@@ -343,7 +346,7 @@ def test_learning_rates_that_differ_between_workers_are_named() -> None:
     def job() -> None:
         run = setting(micro_batch=4)
         for step in run.steps(vectors()):
-            run._engine.optimizer.param_groups[0]["lr"] = 1e-3 * (1 + run.rank)
+            run._engine.optimizers.members[0].param_groups[0]["lr"] = 1e-3 * (1 + run.rank)
             for x, y in step:
                 step.backward(F.cross_entropy(run.model(x), y))
 

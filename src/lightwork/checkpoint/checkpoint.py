@@ -142,7 +142,8 @@ def save(path: Path, state: TrainedState, description: Description | None, meet:
     problem = ""
     with state.reading("save", meet, is_leader=is_leader) as walk:
         model, aliases = state.of_model()
-        files = {"model": in_file_order(model), "optimizer": in_file_order(state.of_optimizer())}
+        moments: list[Item] = [*state.of_optimizer()]
+        files = {"model": in_file_order(model), "optimizer": in_file_order(moments)}
         pieces = walk.through(item for items in files.values() for item in items)
         if description is not None:
             try:
@@ -289,15 +290,18 @@ def check_fits(checkpoint: Checkpoint, spec: Spec, state: TrainedState) -> None:
             f"the checkpoint is of another model: only {where} {name!r}. Build the model as it was saved."
         )
     _check_shapes("model", shapes, checkpoint.model)
-    possible = {item.name: item.shape for item in state.of_optimizer(possible=True)}
+    possible = {item.name: item for item in state.of_optimizer(possible=True)}
     saved = {name.rpartition(SEPARATOR)[0] for name in checkpoint.optimizer_file}
-    needed = {name: shape for name, shape in possible.items() if name.rpartition(SEPARATOR)[0] in saved}
-    for name in sorted(needed.keys() ^ checkpoint.optimizer_file.keys()):
+    needed = {
+        name for name, item in possible.items() if name.rpartition(SEPARATOR)[0] in saved and not item.comes_later
+    }
+    there = checkpoint.optimizer_file.keys()
+    for name in sorted((needed - there) | (there - possible.keys())):
         where = "the optimizer keeps" if name in needed else "the checkpoint has"
         raise CheckpointError(
             f"the checkpoint is of another optimizer: only {where} {name!r}. Build the optimizer as it was saved."
         )
-    _check_shapes("optimizer", needed, checkpoint.optimizer_file)
+    _check_shapes("optimizer", {name: possible[name].shape for name in there}, checkpoint.optimizer_file)
     if len(checkpoint.groups) != len(state.groups()):
         raise CheckpointError(
             f"the checkpoint has {len(checkpoint.groups)} parameter groups, the optimizer {len(state.groups())}. "
@@ -316,8 +320,7 @@ def _check_shapes(what: str, shapes: Mapping[str, tuple[int, ...]], file: Tensor
 
 def restore(checkpoint: Checkpoint, state: TrainedState, *, is_leader: bool) -> None:
     """Write a checkpoint into the team's memory: every worker what is its own, the leaders the rest. Not a meeting."""
-    with_state = {name.rpartition(SEPARATOR)[0] for name in checkpoint.optimizer_file}
-    state.load(checkpoint.model, checkpoint.optimizer_file, with_state.__contains__, is_leader=is_leader)
+    state.load(checkpoint.model, checkpoint.optimizer_file, checkpoint.optimizer_file, is_leader=is_leader)
     if is_leader:
         state.set_loss_scale(checkpoint.step, checkpoint.loss_scale)
     state.set_groups(checkpoint.groups)

@@ -31,11 +31,12 @@ from lightwork.spec.holdings import MASTERS, WORKING, Holdings
 from lightwork.state.buffers import Buffers
 from lightwork.state.description import Description
 from lightwork.state.materialise import load, reset
+from lightwork.state.moments import Moments
 from lightwork.state.optimizer import BlockOptimizer
+from lightwork.state.optimizer_state import OptimizerState
 from lightwork.state.parameters import DTYPES
 from lightwork.state.places import UpdateParts, Visits, WeightPages
 from lightwork.state.scaling import LossScale
-from lightwork.state.state import take_optimizer_state
 from lightwork.state.structure import Structure
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
@@ -50,7 +51,7 @@ def make_parts(description: Description, holdings: Holdings, workplace: Workplac
         structure=Structure(description.model),
         weights=weights,
         buffers=Buffers(description.model, description.spec.buffers, memory),
-        optimizer=BlockOptimizer(description.optimizer, weights, description.state_layout, memory),
+        optimizer=BlockOptimizer(description.optimizers, weights, Moments(weights, description.state_layout, memory)),
         loss_scale=LossScale(memory, enabled=description.spec.precision == "fp16"),
     )
     slots = Slots(holdings, memory)
@@ -97,7 +98,9 @@ def attach(description: Description, parts: Parts, *, write: bool) -> None:
             reset(description.model, state.weights, were_meta, done)
         state.weights.accept_versions()
         state.buffers.publish()
-        take_optimizer_state(description.optimizer, state.weights, state.optimizer.moments)
+        taken = OptimizerState(state.weights, state.optimizer.moments, is_shared_out=False)
+        for member in description.optimizers.members:
+            taken.take(member, description.optimizers.state_of)
     state.structure.accept()
 
 

@@ -33,7 +33,6 @@ from lightwork.engine.update import StepMap
 from lightwork.random import derive, seed_all
 from lightwork.spec.means import weighted_mean
 from lightwork.spec.tree import Node, combine
-from lightwork.state.probe import hyper_parameters
 from lightwork.team.ledger import Outcome
 from lightwork.team.presence import Activity
 from lightwork.team.rules import Action
@@ -67,7 +66,7 @@ class Engine:
     def __init__(self, parts: Parts, compute: Compute, activations: Activations) -> None:
         self.state = parts.state
         self.model = parts.description.model
-        self.optimizer = parts.description.optimizer
+        self.optimizers = parts.description.optimizers
         self.device = parts.workplace.memory.device
         self._parts = parts
         self._compute = compute
@@ -289,6 +288,8 @@ class Engine:
         self.state.weights.accept_versions()
         self.state.buffers.restore()
         self._in_step = False
+        if self._norms.may_be_used():
+            self.state.optimizer.count_step()
         self._parts.moving.update_parts.leave_all()  # what was asked for here, and updated by another worker
         records = self._board.ledger.records(step, self._num_micro_batches)
         metrics = [self._board.ledger.metrics(step, index) for index in range(self._num_micro_batches)]
@@ -310,8 +311,9 @@ class Engine:
         """Return a hash of all that must be the same on every worker and may change between steps."""
         modes = [module.training for module in self._modules]
         trained = [p.requires_grad for p in self.state.weights.parameters]
-        settings = (modes, hyper_parameters(self._parts.description.optimizer), trained)
+        settings = (modes, self.optimizers.hyper_parameters(), trained)
         if settings != self._settings[0]:  # mostly they are as they were, and this takes as long as a small product
+            self.state.optimizer.check_settings()
             # Not `hash`, which differs between processes for strings.
             self._settings = settings, zlib.crc32(repr(settings).encode())
         return self._settings[1]

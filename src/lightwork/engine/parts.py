@@ -126,7 +126,7 @@ def trained_state(parts: Parts) -> TrainedState:
     state = parts.state
     return TrainedState(
         parts.description.model,
-        parts.description.optimizer,
+        parts.description.optimizers,
         state.weights,
         state.optimizer,
         state.buffers,

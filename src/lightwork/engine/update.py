@@ -66,7 +66,7 @@ class Updater:
         self._optimizer = optimizer
         spans = [spans_of(self._layout, bucket) for bucket in self._layout.buckets]
         largest = max((sum(_aligned(s.numel) for s in of_bucket) for of_bucket in spans), default=0)
-        self._scratch = torch.empty(largest, device=device.place)
+        self._scratch = torch.empty(largest, dtype=torch.float32, device=device.place)
         self._spaces = [list(self._lay_out(of_bucket)) for of_bucket in spans]
         self._adder = Adder(slots.wire, device.place)
         longest = max((s.numel for of_bucket in spans for s in of_bucket), default=0)

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -23,13 +23,14 @@ from lightwork.notice import notice
 from lightwork.planner.fit import fit, offloaded
 from lightwork.run.exit import EXITS
 from lightwork.run.folder import agree_on_folder, write_records
-from lightwork.run.guard import Guard, refuse_parameters_of_others
+from lightwork.run.guard import refuse_parameters_of_others
 from lightwork.run.run import Run
 from lightwork.run.settle import check_arguments, settle
 from lightwork.spec.holdings import Dials, Holdings, Tuning
 from lightwork.spec.plan import Carriage, Place, Placement, Plan
 from lightwork.spec.spec import Activation, BufferRule, DeviceKind, Precision, Spec, StateFormat, Wire
 from lightwork.state.description import Description, describe
+from lightwork.state.optimizers import Optimizers
 from lightwork.state.parameters import clear_gradients
 from lightwork.store import heap
 from lightwork.team import environment as environments
@@ -47,7 +48,7 @@ TUNING = Tuning()
 
 def distribute(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     *,
     global_batch: int,
     micro_batch: int | None = None,
@@ -78,6 +79,8 @@ def distribute(
     the objects that you know.
 
     Args:
+        optimizer: one, or a list of several over disjoint parameters, such as Muon for matrices and AdamW for the rest.
+            Its class takes the steps, parameter by parameter; one that can not be split so is refused.
         global_batch: samples an update.
         micro_batch: samples a forward and backward, a divisor of `global_batch`. Left out: an eighth of it, rounded up.
         seed: of the order of samples, their augmentation, and dropout.
@@ -124,7 +127,7 @@ def distribute(
     Blocks: until every worker of the team has called.
     Raises: SpecError for settings that are impossible; Disagreement when the workers' scripts differ; MemoryFull.
     """
-    check_arguments(model, optimizer)
+    optimizers = check_arguments(model, optimizer)
     environment = environments.read()
     EXITS.close_run_of(model)
     refuse_parameters_of_others(model, EXITS.models())
@@ -148,12 +151,12 @@ def distribute(
         "memory": memory,
         "activations": activations,
     }
-    spec, plan = settle(model, optimizer, arguments, plan or Plan(), environment)
+    spec, plan = settle(model, optimizers, arguments, plan or Plan(), environment)
     torch.set_num_threads(spec.threads)
     if spec.device == "cuda":
         environments.make_cublas_deterministic()
     values = Path(weights) if weights is not None else None
-    description, holdings, plan, joined = _join_team(model, optimizer, spec, plan, values, environment)
+    description, holdings, plan, joined = _join_team(model, optimizers, spec, plan, values, environment)
     team = joined.team
     folder, checkpoint = agree_on_folder(team, run_dir if run_dir is not None else environment.run_dir, resume)
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None, notice)
@@ -165,7 +168,6 @@ def distribute(
         run_dir=folder,
         team=team,
         engine=engine,
-        guard=Guard(optimizer),
         trace=trace,
     )
     trace.event("start", rank=team.rank, world_size=team.world_size, pid=os.getpid())
@@ -182,7 +184,7 @@ def distribute(
 
 def _join_team(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     spec: Spec,
     plan: Plan,
     weights: Path | None,
@@ -194,7 +196,7 @@ def _join_team(
     run_number = rendezvous.next_run()
     roster = find_roster(environment, plan, rendezvous, run_number, has_own_memory=device.has_own_memory)
     try:
-        description = describe(model, optimizer, spec, device, TUNING.cut_for(spec.device), weights)
+        description = describe(model, optimizers, spec, device, TUNING.cut_for(spec.device), weights)
         holdings = Holdings(
             layout=description.layout,
             spec=spec,

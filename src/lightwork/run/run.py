@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,17 +21,18 @@ import torch
 from torch import nn
 
 from lightwork.checkpoint import checkpoint as checkpoints
-from lightwork.checkpoint.checkpoint import Bookmark, Checkpoint, Description
+from lightwork.checkpoint.checkpoint import Bookmark, Checkpoint
 from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of, total_steps, upcoming, walk
 from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
-from lightwork.errors import CheckpointError, TeamError, UsageError
+from lightwork.errors import TeamError, UsageError
 from lightwork.run.course import Course, Following, check_count
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.exit import EXITS
 from lightwork.run.guard import Guard, say_written
 from lightwork.run.kept import Kept
 from lightwork.run.saves import Saves
+from lightwork.run.state_calls import StateCalls
 from lightwork.run.step import Loop, Step, StepPlace
 from lightwork.spec.plan import Plan
 from lightwork.spec.spec import Spec
@@ -57,7 +59,6 @@ class Run:
         run_dir: Path,
         team: Team,
         engine: Engine,
-        guard: Guard,
         trace: Trace,
     ) -> None:
         self.model = model
@@ -66,7 +67,6 @@ class Run:
         self.run_dir = run_dir
         self._team = team
         self._engine = engine
-        self._guard = guard
         self._trace = trace
         self.rank = team.rank  #: this worker's number, from 0
         self.world_size = team.world_size  #: the number of workers
@@ -74,6 +74,9 @@ class Run:
         self._course = Course()
         self._kept = Kept()
         self._saves = Saves(spec, engine.trained, self._course, self._kept)
+        self._state = StateCalls(spec, team, engine.trained, self._saves, trace)
+        load = weakref.WeakMethod(self._load_optimizer)
+        self._guard = Guard(engine.optimizers, engine.trained.optimizer_state, partial(_call, load))
         self._evaluations = 0
         self._loop: weakref.ref[Loop] | None = None  # while in it
         self._step: Step | None = None
@@ -177,7 +180,7 @@ class Run:
                     break
                 if self._team.presence.anyone_left():
                     break
-                self._guard.check_parameters()
+                self._guard.check()
                 course.begin_step(order, epoch)
                 step = self._make_step(order, loader, epoch, step_in_epoch)
                 self._step = step
@@ -289,31 +292,24 @@ class Run:
         if self._saves.is_resuming:
             self._saves.put_back()
 
-    @contextlib.contextmanager
-    def edit(self) -> Iterator[None]:
+    def edit(self) -> AbstractContextManager[None]:
         """Apply what the body writes to weights and buffers, once: as the main worker leaves them.
 
         Inside, autograd is off, and every worker sees fp32 weights of its own. Parameters can be written, not added or
         replaced.
         """
         self._refuse_in_step("edit")
-        self._team.meet("edit")
-        self._saves.edited("run.edit()")
-        with self._engine.trained.edit(self._team.meet, is_leader=self._team.is_leader):
-            yield
+        return self._state.edit()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict, under its names: full, plain fp32 tensors of its own, on the host."""
         self._refuse_in_step("state_dict")
-        self._team.meet("state_dict")
-        return self._engine.trained.state_dict(self._team.meet, is_leader=self._team.is_leader)
+        return self._state.state_dict()
 
     def digest(self) -> str:
         """Return the SHA-256 of weights, buffers and optimizer state, in hexadecimal digits; the same everywhere."""
         self._refuse_in_step("digest")
-        self._team.meet("digest")
-        team = self._team
-        return self._engine.trained.digest(team.meet, team.rank, team.world_size, is_leader=team.is_leader)
+        return self._state.digest()
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write a checkpoint to the folder `path` (the run directory's, unless given) and return it.
@@ -323,17 +319,7 @@ class Run:
         self._refuse_in_step("save")
         folder = Path(path) if path is not None else self.run_dir / "checkpoint"
         self._meet_where("save")
-        description: Description | None = None
-        if self.is_main:
-            description = self._saves.describe(within_loop=self._loop is not None)
-        team = self._team
-        problem = checkpoints.save(folder, self._engine.trained, description, team.meet, is_leader=team.is_leader)
-        if description is not None and not problem:
-            self._saves.saved(folder, description)
-            self._trace.event("save", path=str(folder), step=description.settings.position.step)
-        problem = team.meet_main("save (result)", problem.encode()).decode()
-        if problem:
-            raise CheckpointError(problem)
+        self._state.save(folder, within_loop=self._loop is not None)
         return folder
 
     def load(self, path: str | os.PathLike[str] | Checkpoint) -> None:
@@ -344,19 +330,13 @@ class Run:
         self._refuse_in_step("load")
         if self._loop is not None:
             raise UsageError("run.load was called inside the loop over run.steps. Call it before the loop.")
-        checkpoint = path if isinstance(path, Checkpoint) else checkpoints.load(path)
-        state, team = self._engine.trained, self._team
-        checkpoints.check_fits(checkpoint, self.spec, state)
-        team.meet("load")
-        checkpoints.restore(checkpoint, state, is_leader=team.is_leader)
-        if team.is_leader:
-            team.board.resume_at(checkpoint.step)
-        self._saves.resume(checkpoint)
-        if checkpoint.step:
-            self._guard.updated()  # before: a scheduler may step at once
-        team.meet("load (end)")
-        state.accept()
-        self._trace.event("load", step=checkpoint.step)
+        if self._state.load(path if isinstance(path, Checkpoint) else checkpoints.load(path)):
+            self._guard.updated()  # a scheduler may step at once
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """Give the team the state and settings of an optimizer's state dict, which is the same on every worker."""
+        self._refuse_in_step("load_state_dict", of="optimizer")
+        self._state.load_optimizer(optimizer, state_dict)
 
     def stay_while_needed(self) -> None:
         """At the end of the script: wait for the others, if they may still read weights that are here."""
@@ -381,7 +361,7 @@ class Run:
         self._team.presence.announce(Activity.ENDED)
         say_written(written, is_error=gives_back)
 
-    def _refuse_in_step(self, call: str) -> None:
+    def _refuse_in_step(self, call: str, of: str = "run") -> None:
         step = self._step
         if step is None or step.finished or not step.begun:
             return
@@ -394,4 +374,11 @@ class Run:
                 f"after step {step.index} was left in its middle (an error, an interruption), which can not be taken "
                 "up again. Call lightwork.distribute anew, with resume= to go on from a checkpoint."
             )
-        raise UsageError(f"run.{call} was called {message}")
+        raise UsageError(f"{of}.{call} was called {message}")
+
+
+def _call(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:
+    """Call a method of an object that is alive."""
+    bound = method()
+    if bound is not None:
+        bound(*args)

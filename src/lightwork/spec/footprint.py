@@ -55,7 +55,7 @@ def regions_of(holdings: Holdings, fixed: Mapping[str, int], buffers: Mapping[st
     }
     regions.update({name: Region(num_bytes=n, is_mapped=not holdings.memories.has_device) for name, n in flat.items()})
     regions["state numbers"] = Region(num_bytes=state.number_bytes)
-    regions["state initialised"] = Region(num_bytes=len(holdings.layout.blocks))
+    regions["state made"] = Region(num_bytes=state.num_flags)
     copies = holdings.num_workers * holdings.num_places
     regions[SUMS] = _like_weights(holdings, "gradients", numel, ITEMSIZE[holdings.spec.wire], copies)
     return regions
@@ -133,7 +133,9 @@ def expected_bytes(holdings: Holdings, homes: Container[Home] = frozenset(Home))
         if row.is_own or not row.weights_stay_with_owner:
             sizes["weights"] = size
         if row.is_own:
-            sizes["optimizer"] = row.num_narrow * 4 + row.numel * sum(holdings.state.itemsizes.values())
+            sizes["optimizer"] = row.num_narrow * 4 + row.numel * sum(
+                holdings.state.of_bucket(holdings.layout.buckets[row.bucket]).values()
+            )
             sizes["gradients"] = row.numel * wire * totals
         leaf = min(row.numel * wire, size)
         of_row = slots[row.keeps_sent_sums]

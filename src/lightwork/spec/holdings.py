@@ -27,7 +27,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from lightwork.errors import SpecError
-from lightwork.spec.layout import Cut, Layout, cut_for
+from lightwork.spec.layout import Bucket, Cut, Layout, cut_for
 from lightwork.spec.plan import Part, Place, Placement
 from lightwork.spec.roster import Roster
 from lightwork.spec.spec import Spec
@@ -128,9 +128,15 @@ class StateShape:
 
     itemsizes: Mapping[str, int]  #: bytes of an element of each entry of the parameters' shape
     in_8_bits: frozenset[str] = frozenset()  #: of these entries
+    of_group: Mapping[int, Mapping[str, int]] = field(default_factory=dict)  #: the same of a parameter group; else all
+    num_flags: int = 0  #: entries of all blocks, whatever their shape
     num_scales: int = 0  #: of each entry in 8 bits
     odd_bytes: int = 0  #: of entries of other shapes that lie where computation sees them
     number_bytes: int = 0  #: of entries of other shapes that lie with the host, such as counts of steps
+
+    def of_bucket(self, bucket: Bucket) -> Mapping[str, int]:
+        """Return the same of a bucket: 0 bytes for what takes none before a setting is switched on."""
+        return self.of_group.get(bucket.group, self.itemsizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,7 +361,7 @@ class Holdings:
                 MASTERS: self._holding("float32", numel * 4, away or of_state),
                 WORKING: self._holding(self.widths.narrow, num_narrow * self.widths.working, weights_away or kept),
             }
-        for entry, itemsize in self.state.itemsizes.items():
+        for entry, itemsize in self.state.of_bucket(self.layout.buckets[bucket]).items():
             kind = "uint8" if entry in self.state.in_8_bits else f"{itemsize} bytes"
             parts[state_region(entry)] = self._holding(kind, numel * itemsize, away or of_state)
         wire = self.spec.wire
@@ -378,10 +384,8 @@ class Holdings:
 
     def homes_of(self, part: Part) -> tuple[Home, ...]:
         """Return the home of a part of each bucket, whoever owns it; then that of what is in no bucket."""
-        return (
-            *(self._home(self._dials(bucket), part) for bucket in range(len(self.rows))),
-            self._home(self.dials, part),
-        )
+        of_buckets = [self._home(self._dials(bucket), part) for bucket in range(len(self.rows))]
+        return (*of_buckets, self._home(self.dials, part))
 
     def _home(self, dials: Dials, part: Part) -> Home:
         """Return where a bucket with these dials has a part, on a host that has it."""

@@ -6,20 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from lightwork.device.base import Device
 from lightwork.errors import SpecError
 from lightwork.spec.holdings import StateShape
-from lightwork.spec.layout import Cut, Layout, ParameterSpec, lay_out
+from lightwork.spec.layout import Cut, Layout, lay_out
 from lightwork.spec.spec import Spec
 from lightwork.state.buffers import Buffers, refuse_odd_buffers
 from lightwork.state.materialise import check_can_reset, give_buffers_memory
+from lightwork.state.observation import observe
+from lightwork.state.optimizers import Optimizers, is_elementwise
 from lightwork.state.parameters import describe_parameters, refuse_sparse_gradients
-from lightwork.state.probe import StateLayout, is_elementwise, probe_state
+from lightwork.state.probe import probe_state
 from lightwork.state.rules import refuse_synchronised
 from lightwork.state.scaling import LossScale
+from lightwork.state.state_layout import StateLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Description:
     """What is trained; made by `describe`."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     spec: Spec
     parameters: list[nn.Parameter]
     layout: Layout
@@ -41,6 +43,8 @@ class Description:
         layout = self.state_layout
         return StateShape(
             itemsizes={name: dtype.itemsize for name, dtype in layout.flat.items()},
+            of_group=layout.of_group,
+            num_flags=layout.first_flag[-1],
             in_8_bits=frozenset(layout.in_8_bits),
             num_scales=layout.num_scales,
             odd_bytes=layout.odd_bytes,
@@ -60,7 +64,7 @@ class Description:
 
 def describe(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     spec: Spec,
     device: Device,
     cut: Cut,
@@ -80,27 +84,30 @@ def describe(
     if weights is None:
         check_can_reset(model)
     has_meta_buffers = give_buffers_memory(model, device.place)
-    whole = not is_elementwise(optimizer) or spec.clip_grad_adaptive is not None
-    parameters, described = describe_parameters(model, optimizer, spec, whole=whole)
+    parameters, described = describe_parameters(model, optimizers, spec)
     layout = lay_out(described, cut)
     return Description(
         model=model,
-        optimizer=optimizer,
+        optimizers=optimizers,
         spec=spec,
         parameters=parameters,
         layout=layout,
-        state_layout=_state_layout(optimizer, spec, layout, described, device),
+        state_layout=_state_layout(optimizers, spec, layout, device),
         has_meta_buffers=has_meta_buffers,
         weights_file=weights,
     )
 
 
-def _state_layout(
-    optimizer: torch.optim.Optimizer, spec: Spec, layout: Layout, described: list[ParameterSpec], device: Device
-) -> StateLayout:
-    if spec.optimizer_state != "fp32" and not is_elementwise(optimizer):
+def _state_layout(optimizers: Optimizers, spec: Spec, layout: Layout, device: Device) -> StateLayout:
+    whole = next((member for member in optimizers.members if not is_elementwise(member)), None)
+    if spec.optimizer_state != "fp32" and whole is not None:
         raise SpecError(
             f"optimizer_state={spec.optimizer_state!r} is for optimizers that treat every element by itself, and "
-            f"{type(optimizer).__name__} reads whole parameters. Leave it out, or use AdamW."
+            f"{type(whole).__name__} reads whole parameters. Leave it out, or use AdamW."
         )
-    return StateLayout(layout, probe_state(optimizer, described, device.place), spec.optimizer_state)
+    observed = observe(optimizers, device.place)
+    entries = probe_state(
+        optimizers, layout.parameters, observed, device.place, has_spare_room=not device.has_own_memory
+    )
+    counted = frozenset(number for number, seen in observed.items() if seen.counts)
+    return StateLayout(layout, entries, spec.optimizer_state, counted)

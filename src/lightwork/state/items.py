@@ -15,7 +15,7 @@ import torch
 from lightwork.spec.layout import Layout
 from lightwork.state.moments import Moments
 from lightwork.state.parameters import like
-from lightwork.state.probe import StateEntry
+from lightwork.state.state_layout import StateEntry
 from lightwork.state.weights import Weights
 
 #: Elements of a piece, or those of one block if it is larger.
@@ -208,6 +208,7 @@ class Moment(Item):
         shape = weights.layout.parameters[index].shape if entry.shape is None else entry.shape
         super().__init__(f"{parameter}{SEPARATOR}{entry.name}", entry.dtype, shape)
         self._place = _Place(weights, moments.blocks_of(index), index)
+        self.comes_later = entry.comes_later  #: not with a parameter's first update, or never
         self._moments = moments
         self._entry = entry
 

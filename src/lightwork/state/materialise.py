@@ -76,7 +76,7 @@ def reset(model: nn.Module, weights: Weights, indices: Sequence[int], done: Call
             parameter.data = torch.empty_like(value, device="cpu")
         for index, parameter in own.items():
             on_host = weights.home_on_host(index)
-            parameter.data = torch.empty(parameter.shape) if on_host is None else on_host
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype) if on_host is None else on_host
         module.reset_parameters()
         with torch.no_grad():
             for parameter, value in shared.items():

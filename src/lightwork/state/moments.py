@@ -6,14 +6,14 @@ fp32 for the time of an update. The rest, such as counts of steps, lies apart, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 
 from lightwork.spec.layout import span_of
 from lightwork.state.eight_bit import SQUARES, restore_into, round_into
 from lightwork.state.parameters import like
-from lightwork.state.probe import StateEntry, StateLayout
+from lightwork.state.state_layout import StateEntry, StateLayout
 from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
@@ -39,9 +39,12 @@ class Moments:
             for name in state_layout.in_8_bits
         }
         self._wide_offsets = [sum(of_bucket[:i]) for of_bucket in sizes for i in range(len(of_bucket))]
+        self.device = memory.device.place
+        self.counted = state_layout.counted
+        self.in_8_bits = bool(state_layout.in_8_bits)
         self._odd = memory.tensor("state odd")
         self._numbers = memory.tensor("state numbers")  # of the odd state, what an optimizer keeps on the host
-        self.initialised = memory.region("state initialised")  #: a byte for each block: whether it has been updated
+        self.made = memory.region("state made")  #: a byte for each entry of each block: whether an update has made it
         self._views: dict[int, list[tuple[StateEntry, torch.Tensor]]] = {}  # of each block, made once
 
     @property
@@ -66,16 +69,29 @@ class Moments:
             views = self._views[index] = [(entry, self._view(index, entry, offset)) for entry, offset in places]
         return views
 
+    def flags(self, blocks: range) -> bytes:
+        """Return for each entry of neighbouring blocks whether it has been made."""
+        return bytes(self.made[self._state_layout.flags_of(blocks)])
+
+    def set_flags(self, blocks: range, flags: bytes) -> None:
+        """Say so of each entry of neighbouring blocks."""
+        self.made[self._state_layout.flags_of(blocks)] = flags
+
     def widen(self, index: int) -> None:
         """Bring a block's state in 8 bits, if it has any, into fp32."""
         for name in self._wide:
-            if self.initialised[index]:
+            if self._is_made(index, name):
                 restore_into(self._wide_view(name, index), *self._packed(name, index, self._here), square=_square(name))
 
     def round_widened(self, index: int) -> None:
         """Round a block's state to 8 bits again, after an update."""
         for name in self._wide:
-            round_into(*self._packed(name, index, self._here), self._wide_view(name, index), square=_square(name))
+            if self._is_made(index, name):
+                round_into(*self._packed(name, index, self._here), self._wide_view(name, index), square=_square(name))
+
+    def may_have(self, group: int) -> frozenset[str]:
+        """Return the names of the entries for which parameters of a group have room."""
+        return frozenset(self._state_layout.names_of_group.get(group, ()))
 
     # --- by name ----------------------------------------------------------------------------------------------------
 
@@ -89,20 +105,20 @@ class Moments:
             if layout.blocks[index].parameter == parameter
         ]
 
-    def entries_of(self, parameter: int) -> dict[str, StateEntry]:
-        """Return the entries of a parameter's state by name, whether it has been updated or not."""
+    def entries_of(self, parameter: int, *, possible: bool = False) -> dict[str, StateEntry]:
+        """Return the entries of a parameter's state by name: those that were made or, with `possible`, may be."""
         blocks = self.blocks_of(parameter)
-        return {entry.name: entry for entry, _ in self._state_layout.of_block[blocks[0]]} if blocks else {}
+        if not blocks:
+            return {}
+        flags = self.flags(range(blocks[0], blocks[0] + 1))
+        places = zip(self._state_layout.of_block[blocks[0]], flags, strict=True)
+        return {entry.name: entry for (entry, _), is_made in places if possible or is_made}
 
-    def has_state(self, parameter: int) -> bool:
-        """Return whether a parameter has been updated."""
-        blocks = self.blocks_of(parameter)
-        return bool(blocks) and bool(self.initialised[blocks[0]])
-
-    def mark(self, parameter: int, *, initialised: bool) -> None:
-        """Say whether a parameter has state; without, the next update begins anew."""
+    def mark(self, parameter: int, made: Container[str]) -> None:
+        """Say which entries of a parameter's state there are; without any, the next update begins anew."""
         for index in self.blocks_of(parameter):
-            self.initialised[index] = initialised
+            flags = bytes(entry.name in made for entry, _ in self._state_layout.of_block[index])
+            self.set_flags(range(index, index + 1), flags)
 
     def read(self, entry: StateEntry, blocks: range) -> torch.Tensor:
         """Return an entry of the state of neighbouring blocks, flat, in the order in which the parameter lies."""
@@ -151,6 +167,10 @@ class Moments:
     def _elements(self, blocks: range) -> tuple[int, int]:
         first, last = (span_of(self._layout, self._layout.blocks[index]) for index in (blocks[0], blocks[-1]))
         return first.start, last.end
+
+    def _is_made(self, index: int, name: str) -> bool:
+        names = [entry.name for entry, _ in self._state_layout.of_block[index]]
+        return name in names and bool(self.made[self._state_layout.first_flag[index] + names.index(name)])
 
     def _offset(self, index: int, entry: StateEntry) -> int:
         return next(offset for other, offset in self._state_layout.of_block[index] if other.name == entry.name)

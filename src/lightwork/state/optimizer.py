@@ -1,4 +1,4 @@
-"""The user's optimizer, carried out on blocks of the shared weights.
+"""The script's optimizers, carried out on blocks of the shared weights.
 
 An element-wise optimizer (a list of known classes) gives the same bits on a block as on the whole parameter, because
 blocks are cut at multiples of the kernels' vector width. Any other, known (Muon, Adafactor) or not, gets whole
@@ -9,31 +9,30 @@ usual.
 
 Where a class has a fused implementation it is used, unless the user chose one (`fused=False`, `foreach=True`).
 
-Not covered: optimizers that keep state in their parameter groups or on themselves, need a closure, or want sparse
-gradients. They are refused by name.
+Whether a class may be carried out so is observed before the first step, and again whenever a setting is switched on or
+off (`observation`). What it does later than that, and a team can not share, is refused when it does it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import optim
 
+from lightwork.errors import SpecError
 from lightwork.spec.layout import Block, span_of
 from lightwork.state.moments import Moments
+from lightwork.state.observation import observe
+from lightwork.state.optimizers import Optimizers, Switches, has_plain_adam_kernel, is_elementwise, should_fuse
 from lightwork.state.parameters import like
-from lightwork.state.probe import (
-    StateLayout,
-    bare_step,
-    has_plain_adam_kernel,
-    shadow_of,
-    should_fuse,
-)
+from lightwork.state.shadow import bare_step, shadow_of
 from lightwork.state.weights import Weights
-from lightwork.store.regions import Regions
+
+#: Elements of a parameter on which a count of steps in a group advances.
+_COUNTED_ON = (4, 4)
 
 
 def _fused_adam(
@@ -68,17 +67,47 @@ def _fused_adam(
 class BlockOptimizer:
     """Updates buckets of the shared weights, with the shared state."""
 
-    def __init__(
-        self, optimizer: optim.Optimizer, weights: Weights, state_layout: StateLayout, memory: Regions
-    ) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizers: Optimizers, weights: Weights, moments: Moments) -> None:
+        self._optimizers = optimizers
+        self._switches = optimizers.switches()
         self._weights = weights
         self._layout = weights.layout
-        self.moments = Moments(weights, state_layout, memory)
-        self._in_8_bits = bool(state_layout.in_8_bits)
-        self._step = bare_step(optimizer)
+        self.moments = moments
+        self._in_8_bits = moments.in_8_bits
         self._shadows: dict[int, tuple[optim.Optimizer, list[torch.Tensor]]] = {}
         self._lists: dict[int, tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]] = {}  # of each bucket
+
+    def check_settings(self) -> None:
+        """Raise SpecError when a setting was switched on or off that the optimizer can not be shared with.
+
+        To be called when settings have changed, before a step is taken with them.
+        """
+        switches = self._optimizers.switches()
+        if switches == self._switches:
+            return
+        for number, now in observe(self._optimizers, self.moments.device, anew=True).items():
+            new = sorted(now.entries - self.moments.may_have(number))
+            if new:
+                name = type(self._optimizers.owner(number)).__name__
+                raise SpecError(
+                    f"{name} keeps state {new[0]!r} with the settings that it has now, and did not when the run began: "
+                    f"{_difference(self._switches[number], switches[number])}. There is no room for it. Switch it on "
+                    "before distribute, with a small value where it grows later; or close the run and call distribute "
+                    "again."
+                )
+        self._switches = switches
+
+    def count_step(self) -> None:
+        """Let the settings advance that the class's own `step` changes, such as a count of steps. Every worker does."""
+        for number in sorted(self.moments.counted):
+            group = self._optimizers.group(number)
+            scratch = torch.zeros(_COUNTED_ON, dtype=torch.float32, device=self.moments.device)
+            scratch.grad = torch.ones_like(scratch)
+            optimizer = self._optimizers.owner(number)
+            shadow = shadow_of(optimizer, group, [scratch])
+            with torch.no_grad():
+                bare_step(optimizer)(shadow)
+            group.update({k: v for k, v in shadow.param_groups[0].items() if k not in ("params", "fused")})
 
     def update_bucket(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take one optimizer step on the blocks of `bucket`; `gradients`, one for each, flat or None to skip it.
@@ -99,29 +128,44 @@ class BlockOptimizer:
 
     def _update(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
         spec = self._layout.buckets[bucket]
-        group, first = self._optimizer.param_groups[spec.group], spec.first_block
+        optimizer, group = self._optimizers.owner(spec.group), self._optimizers.group(spec.group)
+        first, moments = spec.first_block, self.moments
         present = [gradient for gradient in gradients if gradient is not None]
-        is_new = 0 in bytes(self.moments.initialised[first : spec.end_block])
-        if len(present) == len(gradients) and not is_new and has_plain_adam_kernel(self._optimizer, group):
+        is_new = 0 in moments.flags(range(first, spec.end_block))
+        if len(present) == len(gradients) and not is_new and has_plain_adam_kernel(optimizer, group):
             parameters, state = self._lists_of(bucket)
             _fused_adam(group, parameters, present, state)
             return
         shadow, tensors = self._shadow(bucket)
-        indices = [first + i for i, gradient in enumerate(gradients) if gradient is not None]
-        old = [i for i in indices if self.moments.initialised[i]]
-        # New blocks in a call of their own: a fused kernel takes its list for new or old as a whole.
-        for chosen in (old, [i for i in indices if not self.moments.initialised[i]]):
-            if not chosen:
-                continue
+        # Blocks with the same state in a call of their own: a fused kernel takes its list for new or old as a whole.
+        alike: dict[bytes, list[int]] = defaultdict(list)
+        for index in (first + i for i, gradient in enumerate(gradients) if gradient is not None):
+            alike[moments.flags(range(index, index + 1))].append(index)
+        for flags, chosen in sorted(alike.items(), reverse=True):
             for index in chosen:
                 tensor, gradient = tensors[index - first], gradients[index - first]
                 tensor.grad = like(gradient, tensor) if gradient is not None else None
-                if chosen is old:
-                    self._attach(shadow, tensor, index)
-            self._step(shadow)
+                self._attach(shadow, tensor, index, flags)
+            bare_step(optimizer)(shadow)
             for index in chosen:
                 tensors[index - first].grad = None
                 self._keep(shadow, tensors[index - first], index)
+        if not is_elementwise(optimizer):
+            self._check_shadow(shadow, group, spec.group)
+
+    def _check_shadow(self, shadow: optim.Optimizer, group: Mapping[str, Any], number: int) -> None:
+        """Raise SpecError when a class that is not known has done in this step what the scratch steps did not show."""
+        if number in self.moments.counted:
+            return
+        now = shadow.param_groups[0]
+        kept = {"params"} | {n for n in group if n != "params" and (now[n] is group[n] or now[n] == group[n])}
+        changed = [name for name in now if name not in kept]
+        if changed:
+            raise SpecError(
+                f"{type(shadow).__name__} has changed {changed[0]!r} of its parameter groups in step(), and not in the "
+                "scratch steps before the run, so that it can not be shared by a team. Use an optimizer that keeps its "
+                "state in optimizer.state[parameter]."
+            )
 
     def forget(self) -> None:
         """Begin with new shadows: state was written from elsewhere, and may be gone. Every worker does."""
@@ -129,15 +173,15 @@ class BlockOptimizer:
 
     def _shadow(self, index: int) -> tuple[optim.Optimizer, list[torch.Tensor]]:
         bucket = self._layout.buckets[index]
-        group = self._optimizer.param_groups[bucket.group]
+        optimizer, group = self._optimizers.owner(bucket.group), self._optimizers.group(bucket.group)
         if index not in self._shadows:
             tensors = [self._block_tensor(block) for block in self._layout.blocks_of(index)]
-            self._shadows[index] = shadow_of(self._optimizer, group, tensors), tensors
+            self._shadows[index] = shadow_of(optimizer, group, tensors), tensors
         shadow, tensors = self._shadows[index]
         fresh = {**group, "params": tensors}
-        if should_fuse(self._optimizer, group, on_gpu=tensors[0].is_cuda):
+        if should_fuse(optimizer, group, on_gpu=tensors[0].is_cuda):
             fresh["fused"] = True
-        shadow.param_groups[0].update(fresh)
+        shadow.param_groups[0] = fresh
         return shadow, tensors
 
     def _block_tensor(self, block: Block) -> torch.Tensor:
@@ -147,11 +191,16 @@ class BlockOptimizer:
         span = span_of(self._layout, block)
         return self._weights.masters_here.view(span.start, span.end)
 
-    def _attach(self, shadow: optim.Optimizer, tensor: torch.Tensor, index: int) -> None:
+    def _attach(self, shadow: optim.Optimizer, tensor: torch.Tensor, index: int, flags: bytes) -> None:
         """Make the shadow see the shared state of a block that any worker may have updated last."""
+        if not any(flags):
+            shadow.state.pop(tensor, None)
+            return
         state = shadow.state[tensor]
-        for entry, view in self.moments.views_of(index):
-            if entry.number is not None:
+        for (entry, view), is_made in zip(self.moments.views_of(index), flags, strict=True):
+            if not is_made:
+                state.pop(entry.name, None)
+            elif entry.number is not None:
                 state[entry.name] = entry.number(view.item())
             elif entry.name not in state:
                 state[entry.name] = view
@@ -159,7 +208,8 @@ class BlockOptimizer:
     def _keep(self, shadow: optim.Optimizer, tensor: torch.Tensor, index: int) -> None:
         """Put what the optimizer made outside the shared state (at a block's first update, or anew at each) into it."""
         state = shadow.state[tensor]
-        for entry, view in self.moments.views_of(index):
+        views = self.moments.views_of(index)
+        for entry, view in views:
             value = state.get(entry.name)
             if value is None or value is view:
                 continue
@@ -168,7 +218,15 @@ class BlockOptimizer:
             else:
                 view.copy_(value)
                 state[entry.name] = view
-        self.moments.initialised[index] = 1
+        made = [state.get(entry.name) is not None for entry, _ in views]
+        self.moments.set_flags(range(index, index + 1), bytes(made))
+        if sum(made) < len(state) and sum(made) < sum(value is not None for value in state.values()):
+            known = {entry.name for entry, _ in views}
+            new = next(name for name, value in state.items() if value is not None and name not in known)
+            raise SpecError(
+                f"{type(shadow).__name__} has begun to keep state {new!r}, and did not in the scratch steps before the "
+                "run, so that there is no room for it. Use an optimizer that makes its state in its first steps."
+            )
 
     def _lists_of(self, bucket: int) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
         """Return the blocks of a bucket and each entry of their state, block by block."""
@@ -181,3 +239,9 @@ class BlockOptimizer:
             blocks = [self._block_tensor(block) for block in self._layout.blocks_of(bucket)]
             lists = self._lists[bucket] = blocks, dict(state)
         return lists
+
+
+def _difference(before: Switches, after: Switches) -> str:
+    """Say which settings were switched."""
+    then = dict(before)
+    return ", ".join(f"{name} is {'on' if value else 'off'}" for name, value in after if then.get(name) != value)

@@ -18,6 +18,7 @@ from torch import nn
 from lightwork.errors import SpecError
 from lightwork.spec.layout import ParameterSpec
 from lightwork.spec.spec import Spec
+from lightwork.state.optimizers import Optimizers, is_elementwise
 from lightwork.state.sharing import overlaps_itself, refuse_shared_memory
 
 #: Of working weights and gradients, by their name in the layout.
@@ -45,7 +46,7 @@ def plainly(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def describe_parameters(
-    model: nn.Module, optimizer: torch.optim.Optimizer, spec: Spec, *, whole: bool
+    model: nn.Module, optimizers: Optimizers, spec: Spec
 ) -> tuple[list[nn.Parameter], list[ParameterSpec]]:
     """Return the model's floating-point parameters, each once, and what the layout needs to know of them.
 
@@ -54,7 +55,7 @@ def describe_parameters(
     Raises: SpecError for lazy parameters, parameters of a type that is not supported, trained parameters whose
     memory overlaps itself, and an optimizer with parameters of another model.
     """
-    group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    group_of = {p: number for number, group in enumerate(optimizers.groups) for p in group["params"]}
     for name, parameter in model.named_parameters():
         _check_supported(name, parameter, is_trained=parameter in group_of)
     refuse_shared_memory(model, group_of)
@@ -64,12 +65,16 @@ def describe_parameters(
         if not parameter.is_floating_point():
             continue
         parameters.append(parameter)
+        group = group_of.pop(parameter, None)
+        whole = spec.clip_grad_adaptive is not None or (
+            group is not None and not is_elementwise(optimizers.owner(group))
+        )
         specs.append(
             ParameterSpec(
                 name=name,
                 shape=tuple(parameter.shape),
                 dtype="float32" if parameter in fp32 else most,
-                group=group_of.pop(parameter, None),
+                group=group,
                 whole=whole,
             )
         )

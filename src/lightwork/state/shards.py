@@ -43,16 +43,19 @@ class Shards:
         """Whether anything is shared out."""
         return bool(self._shared_out)
 
-    def tell_what_is_initialised(self) -> None:
-        """Let every host know which blocks have state."""
+    def tell_what_is_made(self) -> None:
+        """Let every host know which state there is."""
         if not self.are_there:
             return
-        initialised = self._moments.initialised
-        received = self._between.exchange_bytes("state", bytes(initialised))
-        for bucket in self._shared_out:
-            blocks = self._layout.block_indices(bucket)
-            own = slice(blocks.start, blocks.stop)
-            initialised[own] = received[self._rows[bucket].owner][own]
+        moments = self._moments
+        buckets = sorted(self._shared_out)
+        blocks = {bucket: self._layout.block_indices(bucket) for bucket in buckets}
+        received = self._between.exchange_bytes("state", b"".join(moments.flags(blocks[b]) for b in buckets))
+        at = 0
+        for bucket in buckets:
+            end = at + len(moments.flags(blocks[bucket]))
+            moments.set_flags(blocks[bucket], received[self._rows[bucket].owner][at:end])
+            at = end
 
     def bring_window(self, pieces: Iterable[Piece]) -> None:
         """Bring these pieces to every host, until their buckets are released."""

@@ -18,17 +18,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn, optim
+from torch import nn
 
-from lightwork.errors import SpecError
 from lightwork.state.buffers import Buffers
 from lightwork.state.items import SEPARATOR, Item, Moment, Piece, Plain, Weight, windows
-from lightwork.state.moments import Moments
 from lightwork.state.optimizer import BlockOptimizer
+from lightwork.state.optimizer_state import OptimizerState
+from lightwork.state.optimizers import Optimizers
 from lightwork.state.parameters import like
 from lightwork.state.scaling import LossScale, Scale
 from lightwork.state.shards import Shards
@@ -65,7 +65,7 @@ class TrainedState:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: optim.Optimizer,
+        optimizers: Optimizers,
         weights: Weights,
         updates: BlockOptimizer,
         buffers: Buffers,
@@ -74,7 +74,7 @@ class TrainedState:
         shards: Shards,
     ) -> None:
         self._model = model
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._weights = weights
         self._updates = updates
         self._moments = updates.moments
@@ -82,6 +82,9 @@ class TrainedState:
         self._loss_scale = loss_scale
         self._upkeep = upkeep
         self._shards = shards
+        self.optimizer_state = OptimizerState(
+            weights, updates.moments, is_shared_out=shards.are_there, settle=upkeep.settle
+        )
 
     # --- the items --------------------------------------------------------------------------------------------------
 
@@ -103,18 +106,17 @@ class TrainedState:
             items.append(Plain(name, value) if index is None else self._weight(name, index))
         return items, aliases
 
-    def of_optimizer(self, *, possible: bool = False) -> list[Item]:
-        """Return the items of the state of every parameter that has been updated or, with `possible`, may be."""
+    def of_optimizer(self, *, possible: bool = False) -> list[Moment]:
+        """Return the items of the state of every parameter: what was made or, with `possible`, may be."""
         return [
             Moment(parameter.name, self._weights, self._moments, index, entry)
             for index, parameter in enumerate(self._weights.layout.parameters)
-            if possible or self._moments.has_state(index)
-            for entry in self._moments.entries_of(index).values()
+            for entry in self._moments.entries_of(index, possible=possible).values()
         ]
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the hyper-parameters of each parameter group."""
-        return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizers.groups]
 
     def loss_scale(self, step: int) -> tuple[float, ...]:
         """Return the state of loss scaling as `step` begins; empty where losses are not scaled."""
@@ -145,7 +147,7 @@ class TrainedState:
         self.check_untouched("between two steps")
         if is_leader:
             self._upkeep.settle()
-            self._shards.tell_what_is_initialised()
+            self._shards.tell_what_is_made()
         meet(f"{what} (gathered)")
         yield Walk(what, meet, self._upkeep.drop, self._shards, is_leader=is_leader)
         self._upkeep.drop()
@@ -180,10 +182,10 @@ class TrainedState:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def load(self, model: Source, optimizer: Source, has_state: Callable[[str], bool], *, is_leader: bool) -> None:
+    def load(self, model: Source, optimizer: Source, state: Container[str], *, is_leader: bool) -> None:
         """Write everything, from tensors by the names of the items: the leaders what is shared, each what is its own.
 
-        `has_state` says of a parameter whether its state is in `optimizer`; another's begins anew.
+        `state` are the names of the items that are in `optimizer`; another one begins anew.
         """
         with torch.no_grad():
             items, _ = self.of_model()
@@ -193,10 +195,9 @@ class TrainedState:
             self._upkeep.settle()
             self._fill(items, model)
             for index, parameter in enumerate(self._weights.layout.parameters):
-                self._moments.mark(index, initialised=has_state(parameter.name))
-            self._fill(
-                [item for item in self.of_optimizer() if has_state(item.name.rpartition(SEPARATOR)[0])], optimizer
-            )
+                possible = self._moments.entries_of(index, possible=True)
+                self._moments.mark(index, {name for name in possible if f"{parameter.name}{SEPARATOR}{name}" in state})
+            self._fill(self.of_optimizer(), optimizer)
             self._buffers.publish()
 
     def set_loss_scale(self, step: int, state: Sequence[float]) -> None:
@@ -207,7 +208,7 @@ class TrainedState:
 
     def set_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take these hyper-parameters. Every worker does."""
-        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
+        for group, saved in zip(self._optimizers.groups, groups, strict=True):
             group.update(saved)
 
     def accept(self) -> None:
@@ -287,7 +288,7 @@ class Walk:
 
     def copies(self, items: Iterable[Item]) -> Iterator[tuple[Item, torch.Tensor]]:
         """Yield each item with a copy of its value, on the host."""
-        whole = torch.empty(0)
+        whole = torch.empty(0, dtype=torch.float32)
         for piece in self.through(items):
             if piece.start == 0:
                 whole = torch.empty(piece.item.shape, dtype=piece.item.dtype)
@@ -302,35 +303,3 @@ def _nothing(_: object) -> None:
 
 def _buckets(window: Sequence[Piece]) -> list[int]:
     return sorted({bucket for piece in window for bucket in piece.item.buckets(piece.start, piece.end)})
-
-
-def take_optimizer_state(optimizer: optim.Optimizer, weights: Weights, moments: Moments) -> None:
-    """Begin with the state that the user's optimizer has, of steps before it came to the team. The leaders do.
-
-    Raises: SpecError when an entry is missing or has another shape.
-    """
-    for index, parameter in enumerate(weights.parameters):
-        state, spec = optimizer.state.get(parameter), weights.layout.parameters[index]
-        if state and spec.group is not None:
-            moments.mark(index, initialised=True)
-            for entry in moments.entries_of(index).values():
-                item = Moment(spec.name, weights, moments, index, entry)
-                values = _checked(state, entry.name, item, spec.name).reshape(-1)
-                for start, end in item.ranges():
-                    item.write(start, end, values[start:end])
-
-
-def _checked(state: Mapping[str, Any], entry: str, item: Item, parameter: str) -> torch.Tensor:
-    """Return an entry of the user's optimizer's state.
-
-    Raises: SpecError when it is missing or has another shape.
-    """
-    if entry not in state:
-        raise SpecError(f"the optimizer's state for {parameter} has no {entry!r}; it has {', '.join(state)}.")
-    value = torch.as_tensor(state[entry])
-    if value.numel() != item.numel:
-        raise SpecError(
-            f"the optimizer's state {entry!r} for {parameter} has {value.numel()} elements, where {item.numel} are "
-            "expected. Make the optimizer anew, or load state that belongs to it."
-        )
-    return value

@@ -95,7 +95,7 @@ class Weights:
             if parameter.is_meta:
                 were_meta.append(index)
                 # Its `.data` can not change its device; swapped, it stays the object that modules and optimizer hold.
-                empty = nn.Parameter(torch.empty(0), requires_grad=parameter.requires_grad)
+                empty = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
                 torch.utils.swap_tensors(parameter, empty)  # type: ignore[no-untyped-call]
             elif write:
                 self.write_value(index, parameter.data)

@@ -86,6 +86,8 @@ class FlatElements(Elements):
 
     def alone(self, start: int, end: int) -> torch.Tensor:
         """Return a slice as if it were all: who saves or copies its storage would take the whole mapping else."""
+        if start == end:
+            return self._flat[start:end].clone()
         array = self._flat[start:end].view(torch.uint8).numpy()
         return torch.from_numpy(array).view(self._flat.dtype)
 

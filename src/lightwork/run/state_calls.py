@@ -1,0 +1,97 @@
+"""Collective calls on what is trained: every worker makes them, outside a step, in the same order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightwork.checkpoint import checkpoint as checkpoints
+from lightwork.checkpoint.checkpoint import Checkpoint, Description
+from lightwork.errors import CheckpointError
+from lightwork.run.saves import Saves
+from lightwork.spec.spec import Spec
+from lightwork.state.optimizer_state import take_settings
+from lightwork.state.state import TrainedState
+from lightwork.team.team import Team
+from lightwork.trace import Trace
+
+
+class StateCalls:
+    """The calls of one run."""
+
+    def __init__(self, spec: Spec, team: Team, trained: TrainedState, saves: Saves, trace: Trace) -> None:
+        self._spec = spec
+        self._team = team
+        self._trained = trained
+        self._saves = saves
+        self._trace = trace
+
+    @contextlib.contextmanager
+    def edit(self) -> Iterator[None]:
+        """Apply what the body writes to weights and buffers, once: as the main worker leaves them."""
+        self._team.meet("edit")
+        self._saves.edited("run.edit()")
+        with self._trained.edit(self._team.meet, is_leader=self._team.is_leader):
+            yield
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the model's state dict: plain fp32 tensors, on the host."""
+        self._team.meet("state_dict")
+        return self._trained.state_dict(self._team.meet, is_leader=self._team.is_leader)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of everything."""
+        team = self._team
+        team.meet("digest")
+        return self._trained.digest(team.meet, team.rank, team.world_size, is_leader=team.is_leader)
+
+    def save(self, folder: Path, *, within_loop: bool) -> None:
+        """Write a checkpoint, when all have met.
+
+        Raises: CheckpointError when it can not be written.
+        """
+        team = self._team
+        description: Description | None = None
+        if team.is_main:
+            description = self._saves.describe(within_loop=within_loop)
+        problem = checkpoints.save(folder, self._trained, description, team.meet, is_leader=team.is_leader)
+        if description is not None and not problem:
+            self._saves.saved(folder, description)
+            self._trace.event("save", path=str(folder), step=description.settings.position.step)
+        problem = team.meet_main("save (result)", problem.encode()).decode()
+        if problem:
+            raise CheckpointError(problem)
+
+    def load(self, checkpoint: Checkpoint) -> bool:
+        """Take everything from a checkpoint, and return whether steps were done before it.
+
+        Raises: CheckpointError when it is of another model, optimizer or spec.
+        """
+        trained, team = self._trained, self._team
+        checkpoints.check_fits(checkpoint, self._spec, trained)
+        team.meet("load")
+        checkpoints.restore(checkpoint, trained, is_leader=team.is_leader)
+        if team.is_leader:
+            team.board.resume_at(checkpoint.step)
+        self._saves.resume(checkpoint)
+        team.meet("load (end)")
+        trained.accept()
+        self._trace.event("load", step=checkpoint.step)
+        return checkpoint.step > 0
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """Take an optimizer's state and settings from its state dict, which is the same on every worker."""
+        trained, team = self._trained, self._team
+        loaded = trained.optimizer_state.loaded(optimizer, state_dict)
+        team.meet("optimizer.load_state_dict")
+        self._saves.edited("optimizer.load_state_dict()")
+        take_settings(optimizer, loaded)
+        if team.is_leader:
+            trained.optimizer_state.take_loaded(optimizer, loaded)
+            trained.release()
+        team.meet("optimizer.load_state_dict (end)")
+        trained.accept()
