@@ -142,7 +142,7 @@ class HandRun:
         run_dir: Any = None,
         name: str | None = None,
     ) -> None:
-        self.model, self.seed, self.name = model, seed, name
+        self.model, self.seed, self.name = model, seed if name is None else derive(seed, "run", name), name
         self.optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         for group in (group for one in self.optimizers for group in one.param_groups):
             if "fused" in group and group["fused"] is None and not group.get("foreach"):

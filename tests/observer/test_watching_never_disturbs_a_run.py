@@ -70,6 +70,22 @@ def test_a_fast_run_that_was_hardly_looked_at_has_its_total_and_its_duration(tmp
     assert "6000 steps in 6.0 s by 1 worker, 8 k samples/s; traces" in progress.final_line()
 
 
+def test_the_runs_of_a_script_that_has_several_are_told_apart(tmp_path: Path) -> None:
+    start = time.time()
+    progress = RunProgress(tmp_path, 1, quiet=False)
+    for name, num in (("generator", 3), ("critic", 5)):
+        path = tmp_path / name / "trace" / "rank0.jsonl"
+        path.parent.mkdir(parents=True)
+        write(path, {"kind": "event", "name": "steps", "at": start, "first": 0, "total": 6})
+        write(path, *(step(index, start + index + 1) for index in range(num)))
+    progress.update()
+    assert progress.line().startswith("critic:  step 5/6")
+    assert progress.last_step == 4
+    lines = progress.final_line().splitlines()
+    assert ["critic: 5 steps" in lines[0], "generator: 3 steps" in lines[1], len(lines)] == [True, True, 2]
+    assert lines[0].endswith("/critic")
+
+
 def test_a_summary_that_never_saw_the_beginning_counts_from_what_it_saw() -> None:
     summary = Summary()
     for index in range(50, 60):

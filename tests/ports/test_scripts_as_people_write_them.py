@@ -113,6 +113,9 @@ def test_a_team_gives_the_bits_of_one_worker(name: str, num_workers: int) -> Non
     assert printed
 
 
+#: Of a script that has several; each is saved.
+NUM_RUNS = {"gan": 2}
+
 #: Muon makes a matrix orthogonal in bf16, so that gradients that differ by an fp32 rounding give others in bf16. (With
 #: one micro-batch a step the bits are equal: `tests/engine/test_optimizers_are_plain_pytorchs_or_refused.py`.)
 ROUNDING = {"muon_adamw": 2e-3}
@@ -143,11 +146,18 @@ def test_one_worker_computes_what_plain_pytorch_does(name: str) -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_that_was_ended_in_mid_epoch_goes_on_with_another_team(name: str) -> None:
     out = new_folder()
-    run_script(name, 2, out, stop_after_saves=1)
+    run_script(name, 2, out, stop_after_saves=NUM_RUNS.get(name, 1))
     ended, printed = run_script(name, 3, out)
     expected, expected_print = alone(name)
     assert digests(ended) == digests(expected)
     assert printed[-1:] == expected_print[-1:]
+
+
+def test_two_runs_of_which_one_was_saved_later_are_not_gone_on_with() -> None:
+    out = new_folder()
+    run_script("gan", 1, out, stop_after_saves=3)  # the critic once more, the generator not
+    with pytest.raises(lightwork.CheckpointError, match="generator and critic do not belong together"):
+        run_script("gan", 1, out)
 
 
 PLANS: list[tuple[str, dict[str, Any]]] = [

@@ -89,6 +89,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     loss_scale: tuple[float, ...] = ()  #: of fp16: scale, steps since it changed, steps skipped
     data_sets: list[dict[str, Any]] = field(default_factory=list)  #: those that the run has seen
     unfinished: Unfinished | None = None  #: the code in which it was saved, unless that has ended
+    beside: Mapping[str, int] = field(default_factory=dict)  #: steps of the script's other runs, by their folders
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.model[name]
@@ -132,6 +133,7 @@ class Description(NamedTuple):
     data_sets: list[dict[str, Any]]
     name: str  #: of this save, which no other has
     unfinished: Unfinished | None
+    beside: Mapping[str, int]  #: steps of the script's other runs, by the names of their folders
 
 
 def save(path: Path, state: TrainedState, description: Description | None, meet: Meet, *, is_leader: bool) -> str:
@@ -211,6 +213,7 @@ def _write_rest(
         "data_sets": description.data_sets,
         "is_finished": unfinished is None,
         "redo": None if redo is None else _settings(redo, tensors, "redo."),
+        "beside": dict(description.beside),
         "obstacle": "" if unfinished is None else unfinished.obstacle,
         "loss_scale": list(loss_scale),
         "aliases": dict(aliases),
@@ -267,6 +270,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             loss_scale=tuple(manifest["loss_scale"]),
             data_sets=manifest["data_sets"],
             unfinished=None if manifest["is_finished"] else Unfinished(redo, manifest["obstacle"]),
+            beside=manifest.get("beside", {}),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"the checkpoint in {folder} is damaged ({error}). Use an older one.") from error

@@ -24,6 +24,7 @@ from typing import final
 
 import torch
 
+from lightwork.engine.beside import Beside
 from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.precision import Compute
@@ -85,7 +86,8 @@ class Engine:
         self._num_steps = 0  # entered
         self._map: StepMap | None = None
         self._scale: float | None = None  # of clipping, in this step
-        self._in_step = False
+        self.beside = Beside(parts.backward.gradients, parts.state.buffers)
+        parts.backward.gradients.listen()
         self._settings: tuple[object, int] = (None, 0)
         self._modules = list(parts.description.model.modules())
         self.trained = trained_state(parts)  #: the same by name
@@ -100,7 +102,7 @@ class Engine:
         self.state.structure.check(BETWEEN_STEPS, whole=self._num_steps < THOROUGH_STEPS)
         self._num_steps += 1
         self._parts.backward.gradients.begin_step()
-        self._in_step = True
+        self.beside.is_in_step = True
         self._num_micro_batches = num_micro_batches
         self._num_computed = 0
         self._map, self._scale = None, None
@@ -287,7 +289,7 @@ class Engine:
         """Return what `step` came to, once it is committed, and set buffers and random state for the code between."""
         self.state.weights.accept_versions()
         self.state.buffers.restore()
-        self._in_step = False
+        self.beside.is_in_step = False
         if self._norms.may_be_used():
             self.state.optimizer.count_step()
         self._parts.moving.update_parts.leave_all()  # what was asked for here, and updated by another worker
@@ -353,7 +355,7 @@ class Engine:
 
         Returns the name of a parameter that the script has written since the last step, outside an edit.
         """
-        if self._in_step:  # it was left in its middle: the buffers are a micro-batch's
+        if self.beside.is_in_step:  # it was left in its middle: the buffers are a micro-batch's
             self.state.buffers.restore()
         self._parts.backward.gradients.close()
         self._parts.exchange.close()
@@ -363,4 +365,4 @@ class Engine:
             written = self.state.weights.give_back(copies=gives_back)
         self._parts.moving.fetching.close()
         self._activations.close()
-        return None if self._in_step else written
+        return None if self.beside.is_in_step else written

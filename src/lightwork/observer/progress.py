@@ -36,6 +36,28 @@ LINE_SECONDS = 10.0
 _COLOURS = {"compute": "green", "update": "cyan", "load": "yellow", "wait": "bright_black"}
 
 
+class _Watched:
+    """One run of the script: its traces, and where it stands."""
+
+    def __init__(self, folder: Path, name: str, num_workers: int, *, skip_existing: bool) -> None:
+        self.name = name  #: empty for that of the directory itself
+        self.summary = Summary()
+        self._tails = [
+            Tail(
+                folder / "trace" / f"rank{rank}.jsonl",
+                max_read=max(_READ_BYTES // num_workers, 16 * 1024),
+                keep='"name": "steps"' if rank == FIRST_RANK else None,
+                skip_existing=skip_existing,
+            )
+            for rank in range(num_workers)
+        ]
+
+    def read(self) -> None:
+        for rank, tail in enumerate(self._tails):
+            for record in tail.read():
+                self.summary.feed(rank, record)
+
+
 class RunProgress:
     """Shows a run's progress on standard error, and passes the main worker's output on, above it.
 
@@ -59,16 +81,9 @@ class RunProgress:
         self._run_dir = run_dir
         self._quiet = quiet
         self._console = Console(stderr=True)
-        self._tails = [
-            Tail(
-                run_dir / "trace" / f"rank{rank}.jsonl",
-                max_read=max(_READ_BYTES // num_workers, 16 * 1024),
-                keep='"name": "steps"' if rank == FIRST_RANK else None,
-                skip_existing=skip_existing,
-            )
-            for rank in range(num_workers)
-        ]
-        self._summary = Summary()
+        self._num_workers = num_workers
+        self._watched = [_Watched(run_dir, "", num_workers, skip_existing=skip_existing)]
+        self._find_runs(skip_existing=skip_existing)
         self._shown_at = time.monotonic()
         self._pending: list[tuple[TextIO, bytes]] = []
         self._wrote_at = 0.0
@@ -88,6 +103,19 @@ class RunProgress:
     def last_step(self) -> int:
         """The last step that was done, -1 for none."""
         return self._summary.step
+
+    @property
+    def _summary(self) -> Summary:
+        """That of the run which has done a step last."""
+        return max((one.summary for one in self._watched), key=lambda summary: summary.last_time or 0.0)
+
+    def _find_runs(self, *, skip_existing: bool) -> None:
+        """Watch what has a folder of its own in the run directory: a run with a name, or a script's second."""
+        known = {one.name for one in self._watched}
+        for trace in sorted(self._run_dir.glob("*/trace")):
+            if trace.parent.name not in known:
+                name = trace.parent.name
+                self._watched.append(_Watched(trace.parent, name, self._num_workers, skip_existing=skip_existing))
 
     def write_out(self, data: bytes) -> None:
         """Show the main worker's standard output."""
@@ -113,9 +141,9 @@ class RunProgress:
 
     def update(self) -> None:
         """Read what the workers have written since."""
-        for rank, tail in enumerate(self._tails):
-            for record in tail.read():
-                self._summary.feed(rank, record)
+        self._find_runs(skip_existing=False)
+        for one in self._watched:
+            one.read()
 
     def close(self, *, finished: bool) -> None:
         """Take the display away; if the run came to its end, with one line on what it did."""
@@ -125,12 +153,17 @@ class RunProgress:
             self._live.stop()
             self._live = None
         if finished and not self._quiet and self._summary.done:
-            self._print(self.final_line())
+            for line in self.final_line().splitlines():
+                self._print(line)
 
     def line(self) -> str:
         """Return where the run stands, on one line."""
         summary = self._summary
-        parts = [f"step {summary.step + 1}{'' if summary.total is None else f'/{summary.total}'}"]
+        name = next(one.name for one in self._watched if one.summary is summary)
+        parts = [
+            f"{name}:" if name else "",
+            f"step {summary.step + 1}{'' if summary.total is None else f'/{summary.total}'}",
+        ]
         if summary.loss is not None:
             parts.append(f"loss {summary.loss:.4g}")
         if summary.grad_norm is not None:
@@ -141,14 +174,17 @@ class RunProgress:
         return "  ".join(part for part in parts if part)
 
     def final_line(self) -> str:
-        """Return what the run did, on one line."""
-        summary = self._summary
-        rate = _rate(summary.mean_rates())
-        return (
-            f"lightwork: {summary.done} steps in {format_seconds(summary.seconds)} by {len(self._tails)} "
-            f"worker{'s' if len(self._tails) > 1 else ''}{', ' if rate else ''}{rate}; "
-            f"traces and logs in {_short(self._run_dir)}"
-        )
+        """Return what the run did, on one line; of several, on one each."""
+        lines = []
+        for one in (one for one in self._watched if one.summary.done):
+            summary, workers = one.summary, self._num_workers
+            rate = _rate(summary.mean_rates())
+            lines.append(
+                f"lightwork: {f'{one.name}: ' if one.name else ''}{summary.done} steps in "
+                f"{format_seconds(summary.seconds)} by {workers} worker{'s' if workers > 1 else ''}"
+                f"{', ' if rate else ''}{rate}; traces and logs in {_short(self._run_dir / one.name)}"
+            )
+        return "\n".join(lines)
 
     def _render(self) -> Group:
         summary = self._summary

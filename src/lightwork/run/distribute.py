@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lightwork.checkpoint import checkpoint as checkpoints
+from lightwork.checkpoint.checkpoint import Checkpoint
 from lightwork.device.cuda import open_device
 from lightwork.engine.assembly import attach, make_engine, make_parts
 from lightwork.engine.engine import Engine
@@ -21,8 +23,9 @@ from lightwork.engine.parts import Workplace, take_from_first_host
 from lightwork.errors import LightworkError
 from lightwork.notice import notice
 from lightwork.planner.fit import fit, offloaded
+from lightwork.random import derive
 from lightwork.run.exit import EXITS
-from lightwork.run.folder import agree_on_folder, write_records
+from lightwork.run.folder import FOLDERS, Wanted, agree_on_folder, check_name, write_records
 from lightwork.run.guard import refuse_parameters_of_others
 from lightwork.run.run import Run
 from lightwork.run.settle import check_arguments, settle
@@ -72,6 +75,7 @@ def distribute(
     plan: Plan | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
+    name: str | None = None,
 ) -> Run:
     """Join the team that this process was started in, and return the run that trains `model` with it.
 
@@ -123,18 +127,21 @@ def distribute(
         run_dir: where traces and logs go: `runs/1`, `runs/2`, ... unless given. If it holds a checkpoint, the run
             goes on from there.
         resume: a checkpoint to go on from.
+        name: where a script has several runs, such as the two of a GAN: the run has a folder of this name in the run
+            directory, and random numbers of its own.
 
     Blocks: until every worker of the team has called.
     Raises: SpecError for settings that are impossible; Disagreement when the workers' scripts differ; MemoryFull.
     """
     optimizers = check_arguments(model, optimizer)
+    check_name(name)
     environment = environments.read()
     EXITS.close_run_of(model)
     refuse_parameters_of_others(model, EXITS.models())
     arguments = {
         "global_batch": global_batch,
         "micro_batch": micro_batch,
-        "seed": seed,
+        "seed": seed if name is None else derive(seed, "run", name),
         "device": device,
         "precision": precision,
         "wire": wire,
@@ -158,7 +165,8 @@ def distribute(
     values = Path(weights) if weights is not None else None
     description, holdings, plan, joined = _join_team(model, optimizers, spec, plan, values, environment)
     team = joined.team
-    folder, checkpoint = agree_on_folder(team, run_dir if run_dir is not None else environment.run_dir, resume)
+    wanted = Wanted(run_dir=run_dir, launched=environment.run_dir, resume=resume, name=name)
+    folder, checkpoint = agree_on_folder(team, wanted, EXITS.folders())
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None, notice)
     engine = _assemble(description, holdings, plan, joined, trace)
     run = Run(
@@ -172,12 +180,15 @@ def distribute(
     )
     trace.event("start", rank=team.rank, world_size=team.world_size, pid=os.getpid())
     _write_roster(team, folder, spec, plan)
-    EXITS.add(run, team)
+    EXITS.add(run, team, engine.beside)
     _say_hello(team, environment, spec)
     team.report(Progress.JOINED)
+    saved: Checkpoint | None = None
     if checkpoint is not None:
-        run.load(checkpoint)
+        saved = checkpoints.load(checkpoint)
+        run.load(saved)
         team.say(f"resumed after {run.step_index} steps, from {checkpoint}.")
+    FOLDERS.begin(folder, run.step_index, saved.beside if saved is not None else {}, EXITS.folders())
     heap.keep_pages()
     return run
 

@@ -18,11 +18,14 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import torch
 
+from lightwork.engine.beside import Beside
 from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost
 from lightwork.notice import notice
 from lightwork.team.team import Team
@@ -40,6 +43,14 @@ class Closable(Protocol):
     def model(self) -> object:
         """What it trains."""
 
+    @property
+    def run_dir(self) -> Path:
+        """Where it writes."""
+
+    @property
+    def step_index(self) -> int:
+        """The steps that it has done."""
+
     def close(self, *, gives_back: bool = True) -> None:
         """Let go of everything, and of its place in `EXITS`; with `gives_back`, after copying the weights."""
 
@@ -50,6 +61,7 @@ class _Living:
 
     run: weakref.ref[Closable]
     team: weakref.ref[Team]
+    beside: weakref.ref[Beside]
     pid: int  #: a process that is forked from a worker later is not that worker
     has_failed: bool = False
 
@@ -63,9 +75,10 @@ class Exits:
         self._previous: Hook = sys.__excepthook__
         self._registered_in = 0  # the process
 
-    def add(self, run: Closable, team: Team) -> None:
-        """See to a run's end."""
-        self._living = [*self._living, _Living(weakref.ref(run), weakref.ref(team), os.getpid())]
+    def add(self, run: Closable, team: Team, beside: Beside) -> None:
+        """See to a run's end, and to what other runs do to its model."""
+        self._living = [*self._living, _Living(weakref.ref(run), weakref.ref(team), weakref.ref(beside), os.getpid())]
+        beside.listen(partial(self._others_in_backward, weakref.ref(beside)))
         if self._registered_in != os.getpid():
             self._registered_in = os.getpid()
             atexit.register(self._at_exit)
@@ -93,8 +106,34 @@ class Exits:
 
     def models(self) -> list[object]:
         """Return what the living runs train."""
-        runs = [living.run() for living in self._here()]
-        return [run.model for run in runs if run is not None]
+        return [run.model for run in self._runs()]
+
+    def steps_beside(self, run: Closable) -> dict[str, int]:
+        """Return the steps that the others have done, by the names of their folders."""
+        return {other.run_dir.name: other.step_index for other in self._runs() if other is not run}
+
+    def folders(self) -> list[Path]:
+        """Return where the living runs write."""
+        return [run.run_dir for run in self._runs()]
+
+    def leave_out(self, beside: Beside) -> None:
+        """Let a step of a run leave nothing in the models of the others."""
+        for other in self._beside(beside):
+            other.leave_out()
+
+    def _others_in_backward(self, beside: weakref.ref[Beside]) -> bool:
+        alive = beside()
+        return alive is not None and any(other.is_in_backward for other in self._beside(alive))
+
+    def _beside(self, beside: Beside) -> list[Beside]:
+        """Return the models beside one."""
+        if len(self._living) < 2:
+            return []
+        found = [living.beside() for living in self._here()]
+        return [other for other in found if other is not None and other is not beside]
+
+    def _runs(self) -> list[Closable]:
+        return [run for living in self._here() if (run := living.run()) is not None]
 
     def _here(self) -> list[_Living]:
         return [living for living in self._living if living.pid == os.getpid()]

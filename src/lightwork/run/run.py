@@ -232,6 +232,8 @@ class Run:
 
     def _end_loop(self, *, broken: bool) -> None:
         self._loop = None
+        if self._closed:
+            return
         step = self._step
         self._course.leave(broken=broken)
         if self.is_main:
@@ -251,7 +253,9 @@ class Run:
             is_last=order.is_last(epoch, step_in_epoch),
         )
         updated = partial(self._advance, order, epoch, step_in_epoch)
-        return Step(place, self._team, self._engine, loader, self._trace, updated)
+        return Step(
+            place, self._team, self._engine, loader, self._trace, updated, partial(EXITS.leave_out, self._engine.beside)
+        )
 
     def _meet_where(self, what: str) -> None:
         """Meet, and take over the place of the worker that is farthest.
@@ -319,7 +323,7 @@ class Run:
         self._refuse_in_step("save")
         folder = Path(path) if path is not None else self.run_dir / "checkpoint"
         self._meet_where("save")
-        self._state.save(folder, within_loop=self._loop is not None)
+        self._state.save(folder, EXITS.steps_beside(self), within_loop=self._loop is not None)
         return folder
 
     def load(self, path: str | os.PathLike[str] | Checkpoint) -> None:

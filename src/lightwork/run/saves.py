@@ -13,6 +13,7 @@ import copy
 import json
 import uuid
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -44,8 +45,8 @@ class Saves:
         self._resumed: Settings | None = None  # what the run goes on from
         self._signatures_then = 0, 0  # of groups, and of all, when they were put back
 
-    def describe(self, *, within_loop: bool) -> Description:
-        """Return what a save says beside the trained state."""
+    def describe(self, beside: Mapping[str, int], *, within_loop: bool) -> Description:
+        """Return what a save says beside the trained state; `beside` are the steps of the script's other runs."""
         course = self._course
         is_after = course.at.is_after and not within_loop
         position = course.completed if is_after else course.at
@@ -56,6 +57,7 @@ class Saves:
             data_sets=course.data.to_json(),
             name=uuid.uuid4().hex,
             unfinished=self._unfinished_code(is_after=is_after) if is_after or within_loop else None,
+            beside=beside,
         )
 
     def _unfinished_code(self, *, is_after: bool) -> Unfinished:

@@ -49,15 +49,15 @@ class StateCalls:
         team.meet("digest")
         return self._trained.digest(team.meet, team.rank, team.world_size, is_leader=team.is_leader)
 
-    def save(self, folder: Path, *, within_loop: bool) -> None:
-        """Write a checkpoint, when all have met.
+    def save(self, folder: Path, beside: Mapping[str, int], *, within_loop: bool) -> None:
+        """Write a checkpoint, when all have met; `beside` are the steps of the script's other runs.
 
         Raises: CheckpointError when it can not be written.
         """
         team = self._team
         description: Description | None = None
         if team.is_main:
-            description = self._saves.describe(within_loop=within_loop)
+            description = self._saves.describe(beside, within_loop=within_loop)
         problem = checkpoints.save(folder, self._trained, description, team.meet, is_leader=team.is_leader)
         if description is not None and not problem:
             self._saves.saved(folder, description)

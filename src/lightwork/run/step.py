@@ -73,8 +73,14 @@ class Step:
         loader: Batches,
         trace: Trace,
         updated: Callable[[bool | None], None],
+        leave_out: Callable[[], None] = lambda: None,
     ) -> None:
-        """`updated` is called when the update is done, with whether samples follow, where that is told."""
+        """Be the step at `place`.
+
+        Args:
+            updated: called when the update is done, with whether samples follow, where that is told.
+            leave_out: called after each micro-batch, for what it has left in models of other runs.
+        """
         self.index = place.index  #: 0 for the first update of the run
         self.epoch = place.epoch  #: 0 for the first pass over the data
         self.step_in_epoch = place.step_in_epoch
@@ -85,6 +91,7 @@ class Step:
         self._loader = loader
         self._trace = trace
         self._updated = updated
+        self._leave_out = leave_out
         self._current: _MicroBatch | None = None
         self._result: StepResult | None = None
         self._parts: dict[int, dict[str, Part]] = {}  # of this worker's micro-batches
@@ -237,6 +244,7 @@ class Step:
                     with engine.computing():
                         yield batch
                     self._current = None
+                    self._leave_out()
                     del batch
                 else:
                     engine.skip(self.index, micro.index)

@@ -133,6 +133,17 @@ class Buffers:
                 self._reset(buffer)
                 buffer.generation = self._generations[index]
 
+    def put_back(self) -> str | None:
+        """Put every buffer back as `restore` left it; return the name of one that was written, if there is one."""
+        written = None
+        for index, buffer in enumerate(self._buffers):
+            is_old = buffer.generation != self._generations[index]
+            if is_old or self._differs(buffer):
+                written = written if is_old else buffer.name
+                self._reset(buffer)
+                buffer.generation = self._generations[index]
+        return written
+
     def check_unwritten(self, when: str) -> None:
         """Raise UsageError when user code has written a buffer since `restore`.
 

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightwork.engine.backward.outbox import CompleteBuckets
 from lightwork.engine.backward.slots import Slots, is_leaf
-from lightwork.engine.backward.withheld import Withheld
+from lightwork.engine.backward.withheld import Withheld, WithheldGradient
 from lightwork.engine.forward.fetching import Fetching
 from lightwork.errors import UsageError
 from lightwork.spec.tree import Node, fold
@@ -59,11 +59,22 @@ class Gradients:
         self._hooks: dict[int, RemovableHandle] = {}
         self._withheld = Withheld(self._weights.parameters, self._names)
         self._fold: Fold | None = None
+        #: Whether a gradient that comes now is of another run's loss, which goes through this model.
+        self.others_in_backward: Callable[[], bool] = lambda: False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether gradients are being taken."""
+        return self._fold is not None and self._fold.is_open
 
     def begin_step(self) -> None:
         """Forget the partial sums of the step before, and listen to parameters that have become trainable."""
         self._held.clear()
         self._fold = None
+        self.listen()
+
+    def listen(self) -> None:
+        """Listen to parameters that have become trainable."""
         for index, parameter in enumerate(self._weights.parameters):
             if parameter.requires_grad and index not in self._hooks:
                 hook = parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
@@ -166,6 +177,9 @@ class Gradients:
         def receive(parameter: torch.Tensor) -> None:
             with torch._C.DisableTorchFunction():  # modes are for user code, which backward may run again
                 now, gradient = self._taken(index, parameter)
+                if now is None:
+                    self._fetching.has_gradient(index)
+                    return
                 is_packed = gradient is not None and trained and self._receive(now, index, gradient, parameter)
             self._fetching.has_gradient(index)
             if now.outbox is not None and not is_packed:
@@ -173,12 +187,16 @@ class Gradients:
 
         return receive
 
-    def _taken(self, index: int, parameter: torch.Tensor) -> tuple[Fold, torch.Tensor | None]:
-        """Return the fold in progress and the gradient of a parameter, which lets go of it."""
-        gradient = parameter.grad
+    def _taken(self, index: int, parameter: torch.Tensor) -> tuple[Fold | None, torch.Tensor | None]:
+        """Return the fold in progress and the gradient of a parameter, which lets go of it; no fold: it is left out."""
+        gradient, now = parameter.grad, self._fold
+        is_ours = now is not None and now.is_open
+        if not is_ours and self.others_in_backward():
+            if not isinstance(gradient, WithheldGradient):
+                parameter.grad = None
+            return None, None
         parameter.grad = None
-        now = self._fold
-        if now is None or not now.is_open:
+        if now is None or not is_ours:
             raise UsageError(
                 "loss.backward() was called on a distributed model. Call step.backward(loss) instead: it scales the "
                 "loss and adds the gradients of all workers."
