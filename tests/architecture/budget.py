@@ -19,7 +19,8 @@ LIMITS = {"file": 400, "function": 60, "constructor": 8, "class": 15}
 
 #: Dataclasses that are settings or records, with a name for each value: never built by position.
 SETTINGS = {
-    "checkpoint/checkpoint.py Bookmark",
+    "checkpoint/settings.py Bookmark",
+    "checkpoint/checkpoint.py Checkpoint",
     "spec/spec.py Spec",
     "spec/plan.py Plan",
     "team/environment.py Environment",

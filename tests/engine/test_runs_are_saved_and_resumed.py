@@ -97,6 +97,7 @@ def test_a_checkpoint_is_a_mapping_that_a_plain_model_loads() -> None:
         name: value.tolist() for name, value in state.items()
     }
     assert sorted(p.name for p in (folder / "model").iterdir()) == [
+        "buffers.safetensors",
         "kept.safetensors",
         "manifest.json",
         "model.safetensors",

@@ -20,9 +20,10 @@ import torch
 import lightwork
 from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint import folder as folders
-from lightwork.checkpoint.checkpoint import Bookmark, Description, Settings
+from lightwork.checkpoint.checkpoint import Description
+from lightwork.checkpoint.settings import Bookmark, Settings
 from lightwork.state.items import Item, Plain
-from lightwork.state.state import Walk
+from lightwork.state.state import OfModel, Walk
 from tests.cases import CASES
 from tests.training import distributed, new_folder, run_team
 
@@ -41,8 +42,8 @@ class OneTensor:
         nothing_is_elsewhere: Any = SimpleNamespace(are_there=False, bring_window=None, release_window=None)
         yield Walk(what, meet, lambda: None, nothing_is_elsewhere, is_leader=is_leader)
 
-    def of_model(self) -> tuple[list[Item], dict[str, str]]:
-        return self.items, {}
+    def of_model(self) -> OfModel:
+        return OfModel(self.items, {}, [])
 
     def of_optimizer(self) -> list[Item]:
         return []
@@ -54,7 +55,7 @@ class OneTensor:
 def save(path: Path, step: int) -> str:
     spec = lightwork.Spec(global_batch=2, micro_batch=1, optimizer="none")
     settings = Settings(Bookmark(step=step), [{"lr": torch.tensor(0.1)}], {})
-    description = Description(spec, settings, [], name=f"of step {step}", unfinished=None)
+    description = Description(spec, settings, [], name=f"of step {step}", unfinished=None, beside={}, extra={})
     state: Any = OneTensor(step)
     return checkpoints.save(path, state, description, lambda what, payload=b"": [payload], is_leader=True)
 

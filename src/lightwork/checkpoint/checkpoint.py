@@ -1,7 +1,8 @@
-"""A checkpoint: a folder with a manifest and three tensor files.
+"""A checkpoint: a folder with a manifest and four tensor files.
 
     manifest.json           format, spec, position in the data, hyper-parameters, kept objects, aliases of tied tensors
     model.safetensors       the model's state dict: fp32 weights, buffers
+    buffers.safetensors     buffers that are not in it
     optimizer.safetensors   "PARAMETER|ENTRY": the optimizer's state of each parameter
     kept.safetensors        tensors of the objects given to `run.keep`
 
@@ -23,7 +24,9 @@ from typing import Any, NamedTuple
 import torch
 
 from lightwork.checkpoint import folder as folders
+from lightwork.checkpoint import foreign
 from lightwork.checkpoint.folder import MANIFEST, TENSOR_FILES
+from lightwork.checkpoint.settings import Bookmark, Settings, Unfinished
 from lightwork.checkpoint.tensors import TensorFile, TensorWriter, in_file_order
 from lightwork.checkpoint.values import put_together, take_apart
 from lightwork.errors import CheckpointError
@@ -32,57 +35,18 @@ from lightwork.spec.spec import Spec, differences
 from lightwork.state.items import SEPARATOR, Item, Piece, Plain, windows
 from lightwork.state.state import Meet, TrainedState
 
-FORMAT = 2
+FORMAT = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bookmark:
-    """Where a run is: after `step` updates in all.
-
-    The body of a loop over `run.epochs`, or the script outside of one, makes calls of run.steps. A call is one or more
-    passes over a data set.
-    """
-
-    step: int = 0
-    loop: int = 0  #: loops over run.epochs that have ended
-    outer: int | None = None  #: the epoch of the present loop over run.epochs; None outside of one
-    plain: int = 0  #: calls outside of such loops that have ended
-    call: int = 0  #: calls of the present body that have ended
-    is_open: bool = False  #: in a call, which may have no steps left
-    is_after: bool = False  #: behind a call, in the code after it
-    data: int = 0  #: the data set of the last call, by its number
-    first_epoch: int = 0  #: of the data set, when that call began
-    steps_in_call: int = 0
-    last_epoch: int = 0  #: of the data set: that of the last step
-    epoch: int = 0  #: that of the next step, if it exists
-    step_in_epoch: int = 0
-    order: dict[str, object] = field(default_factory=dict)  #: of the samples of `last_epoch`
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What goes on with a run besides tensors: all that code outside of the steps may change."""
-
-    position: Bookmark
-    groups: list[dict[str, Any]]  #: hyper-parameters of each parameter group
-    kept: Mapping[str, Any]  #: plain values, and state dicts of kept objects
-
-
-class Unfinished(NamedTuple):
-    """The code outside of the steps in which a checkpoint was saved."""
-
-    redo: Settings | None  #: of before that code, which may run again; None: in the body of the loop over steps
-    obstacle: str  #: why it can not run again
-
-
-@dataclass
-class Checkpoint(Mapping[str, torch.Tensor]):
+@dataclass(kw_only=True)
+class Checkpoint(Mapping[str, Any]):
     """What `lightwork.load` returns: a mapping of the model's tensors by name, ready for `model.load_state_dict`.
 
     A tensor is read from the file when it is asked for. Everything else that a run needs to go on is in its attributes.
     """
 
     model: TensorFile
+    buffers: TensorFile  #: those that are not in the model's state dict
     optimizer_file: TensorFile
     spec: Spec
     settings: Settings
@@ -90,15 +54,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     data_sets: list[dict[str, Any]] = field(default_factory=list)  #: those that the run has seen
     unfinished: Unfinished | None = None  #: the code in which it was saved, unless that has ended
     beside: Mapping[str, int] = field(default_factory=dict)  #: steps of the script's other runs, by their folders
+    extra: Mapping[str, Any] = field(default_factory=dict)  #: what modules keep beside tensors, by its name
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.model[name]
+    def __getitem__(self, name: str) -> Any:
+        return self.extra[name] if name in self.extra else self.model[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.model)
+        return iter([*self.model, *self.extra])
 
     def __len__(self) -> int:
-        return len(self.model)
+        return len(self.model) + len(self.extra)
 
     @property
     def step(self) -> int:
@@ -134,6 +99,7 @@ class Description(NamedTuple):
     name: str  #: of this save, which no other has
     unfinished: Unfinished | None
     beside: Mapping[str, int]  #: steps of the script's other runs, by the names of their folders
+    extra: Mapping[str, Any]  #: what modules keep beside tensors
 
 
 def save(path: Path, state: TrainedState, description: Description | None, meet: Meet, *, is_leader: bool) -> str:
@@ -143,9 +109,13 @@ def save(path: Path, state: TrainedState, description: Description | None, meet:
     """
     problem = ""
     with state.reading("save", meet, is_leader=is_leader) as walk:
-        model, aliases = state.of_model()
+        model, aliases, rest = state.of_model()
         moments: list[Item] = [*state.of_optimizer()]
-        files = {"model": in_file_order(model), "optimizer": in_file_order(moments)}
+        files = {
+            "model": in_file_order(model),
+            "buffers": in_file_order(rest),
+            "optimizer": in_file_order(moments),
+        }
         pieces = walk.through(item for items in files.values() for item in items)
         if description is not None:
             try:
@@ -184,7 +154,7 @@ def complete(path: Path, description: Description) -> None:
         if manifest.get("name") != description.name:
             return
         with folders.replaced(path) as folder:
-            for name in ("model", "optimizer"):
+            for name in ("model", "buffers", "optimizer"):
                 _link(path / f"{name}.safetensors", folder / f"{name}.safetensors")
             _write_rest(folder, description, manifest["aliases"], manifest["loss_scale"])
     except (OSError, ValueError, CheckpointError) as error:
@@ -214,6 +184,7 @@ def _write_rest(
         "is_finished": unfinished is None,
         "redo": None if redo is None else _settings(redo, tensors, "redo."),
         "beside": dict(description.beside),
+        "extra": take_apart(dict(description.extra), tensors, "extra"),
         "obstacle": "" if unfinished is None else unfinished.obstacle,
         "loss_scale": list(loss_scale),
         "aliases": dict(aliases),
@@ -242,8 +213,23 @@ def _settings_of(manifest: Mapping[str, Any], tensors: dict[str, torch.Tensor]) 
     )
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Return the checkpoint in the folder `path`, or in the `checkpoint` folder of a run directory.
+def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return the checkpoint in the folder `path`, or in the `checkpoint` folder of a run directory: a `Checkpoint`.
+
+    Of what others have written (a file of torch.save, safetensors, a folder of torch.distributed.checkpoint or Hugging
+    Face), the model's state dict.
+
+    Raises: CheckpointError when there is none, or it is damaged.
+    """
+    if not (folders.exists(Path(path)) or folders.exists(Path(path) / "checkpoint")):
+        weights = foreign.load_weights(Path(path))
+        if weights is not None:
+            return weights
+    return load_whole(path)
+
+
+def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
+    """Return a checkpoint that lightwork has written in its own form.
 
     Raises: CheckpointError when there is none, or it is damaged.
     """
@@ -252,6 +238,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         folder = folders.find(folder / "checkpoint")
     for name in (MANIFEST, *(f"{name}.safetensors" for name in TENSOR_FILES)):
         if not (folder / name).exists():
+            if foreign.is_there(folder):
+                raise CheckpointError(
+                    f"{folder} has no place in the data, which only run.save() without format= keeps. Begin with it "
+                    "instead of going on: model.load_state_dict(lightwork.load(path)) before distribute, and "
+                    "optimizer.load_state_dict(...)."
+                )
             raise CheckpointError(
                 f"{folder} is not a checkpoint: {name} is missing. Pass the folder given to run.save, "
                 "or a run directory."
@@ -264,13 +256,15 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         redo = None if manifest["redo"] is None else _settings_of(manifest["redo"], kept)
         return Checkpoint(
             model=TensorFile(folder / "model.safetensors", manifest["aliases"]),
+            buffers=TensorFile(folder / "buffers.safetensors"),
             optimizer_file=TensorFile(folder / "optimizer.safetensors"),
             spec=Spec.from_json(json.dumps(manifest["spec"])),
             settings=_settings_of(manifest, kept),
             loss_scale=tuple(manifest["loss_scale"]),
             data_sets=manifest["data_sets"],
             unfinished=None if manifest["is_finished"] else Unfinished(redo, manifest["obstacle"]),
-            beside=manifest.get("beside", {}),
+            beside=manifest["beside"],
+            extra=put_together(manifest["extra"], kept),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"the checkpoint in {folder} is damaged ({error}). Use an older one.") from error
@@ -285,19 +279,27 @@ def check_fits(checkpoint: Checkpoint, spec: Spec, state: TrainedState) -> None:
             f"the checkpoint is of another spec: {listed}. Resume with the same settings; for its weights alone, "
             "model.load_state_dict(lightwork.load(path)) before distribute."
         )
-    items, aliases = state.of_model()
+    items, aliases, rest = state.of_model()
     shapes = {item.name: item.shape for item in items}
     shapes |= {alias: shapes[name] for alias, name in aliases.items()}
-    for name in sorted(shapes.keys() ^ checkpoint.keys()):
-        where = "the model has" if name in shapes else "the checkpoint has"
+    has = shapes.keys() | state.extra.read().keys()
+    for name in sorted(has ^ checkpoint.keys()):
+        where = "the model has" if name in has else "the checkpoint has"
         raise CheckpointError(
             f"the checkpoint is of another model: only {where} {name!r}. Build the model as it was saved."
         )
     _check_shapes("model", shapes, checkpoint.model)
+    buffers = {item.name: item.shape for item in rest}
+    for name in sorted(buffers.keys() ^ checkpoint.buffers.keys()):
+        where = "the model has" if name in buffers else "the checkpoint has"
+        raise CheckpointError(
+            f"the checkpoint is of another model: only {where} the buffer {name!r}. Build the model as it was saved."
+        )
+    _check_shapes("model", buffers, checkpoint.buffers)
     possible = {item.name: item for item in state.of_optimizer(possible=True)}
     saved = {name.rpartition(SEPARATOR)[0] for name in checkpoint.optimizer_file}
     needed = {
-        name for name, item in possible.items() if name.rpartition(SEPARATOR)[0] in saved and not item.comes_later
+        name for name, item in possible.items() if name.rpartition(SEPARATOR)[0] in saved and not item.entry.comes_later
     }
     there = checkpoint.optimizer_file.keys()
     for name in sorted((needed - there) | (there - possible.keys())):
@@ -324,7 +326,9 @@ def _check_shapes(what: str, shapes: Mapping[str, tuple[int, ...]], file: Tensor
 
 def restore(checkpoint: Checkpoint, state: TrainedState, *, is_leader: bool) -> None:
     """Write a checkpoint into the team's memory: every worker what is its own, the leaders the rest. Not a meeting."""
-    state.load(checkpoint.model, checkpoint.optimizer_file, checkpoint.optimizer_file, is_leader=is_leader)
+    optimizer = checkpoint.optimizer_file
+    state.load(checkpoint.model, checkpoint.buffers, optimizer, optimizer, is_leader=is_leader)
+    state.extra.write(checkpoint.extra)
     if is_leader:
         state.set_loss_scale(checkpoint.step, checkpoint.loss_scale)
     state.set_groups(checkpoint.groups)

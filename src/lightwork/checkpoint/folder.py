@@ -24,7 +24,7 @@ from lightwork.errors import CheckpointError
 MANIFEST = "manifest.json"
 
 #: What the files of tensors are called, without their suffix.
-TENSOR_FILES = ("model", "optimizer", "kept")
+TENSOR_FILES = ("model", "buffers", "optimizer", "kept")
 
 _FILES = {MANIFEST, *(f"{name}.safetensors" for name in TENSOR_FILES)}
 
@@ -45,13 +45,15 @@ def exists(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, mark: str | None = None) -> Iterator[Path]:
     """Give the body an empty folder to write a checkpoint into, which takes the place of `path` if it succeeds.
+
+    With `mark`, it is one in the form of others, and what it replaces has a file of this name.
 
     Raises: CheckpointError when `path` is something else, or another process is saving there; OSError.
     """
     path = path.resolve()
-    _check_may_replace(path)
+    _check_may_replace(path, mark)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.writing")
     with _alone(fresh):
@@ -75,7 +77,7 @@ def sync(folder: Path) -> None:
         os.close(fd)
 
 
-def _check_may_replace(path: Path) -> None:
+def _check_may_replace(path: Path, mark: str | None) -> None:
     """Raise CheckpointError unless `path` is nothing, an empty folder, or a checkpoint."""
     if path == Path.cwd() or path == path.parent:
         raise CheckpointError(f"{path} is the current folder or a root, which can not be replaced. Name one in it.")
@@ -86,6 +88,10 @@ def _check_may_replace(path: Path) -> None:
         raise CheckpointError(f"{path} exists and is not a checkpoint: it is a file. {advice}")
     found = {entry.name for entry in path.iterdir()}
     if not found:
+        return
+    if mark is not None:
+        if mark not in found:
+            raise CheckpointError(f"{path} exists and was not written by run.save: it has no {mark}. {advice}")
         return
     if MANIFEST not in found:
         raise CheckpointError(f"{path} exists and is not a checkpoint: it has no {MANIFEST}. {advice}")

@@ -17,7 +17,7 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, cast, final
 
-from lightwork.checkpoint.checkpoint import Bookmark
+from lightwork.checkpoint.settings import Bookmark
 from lightwork.data.feed import Feed, Schedule
 from lightwork.data.identity import DataSets
 from lightwork.errors import CheckpointError, UsageError

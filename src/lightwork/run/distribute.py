@@ -185,7 +185,7 @@ def distribute(
     team.report(Progress.JOINED)
     saved: Checkpoint | None = None
     if checkpoint is not None:
-        saved = checkpoints.load(checkpoint)
+        saved = checkpoints.load_whole(checkpoint)
         run.load(saved)
         team.say(f"resumed after {run.step_index} steps, from {checkpoint}.")
     FOLDERS.begin(folder, run.step_index, saved.beside if saved is not None else {}, EXITS.folders())

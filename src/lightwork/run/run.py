@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from lightwork.checkpoint import checkpoint as checkpoints
-from lightwork.checkpoint.checkpoint import Bookmark, Checkpoint
+from lightwork.checkpoint.checkpoint import Checkpoint
+from lightwork.checkpoint.foreign import DEFAULT_NAMES, Format, check_format
+from lightwork.checkpoint.settings import Bookmark
 from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of, total_steps, upcoming, walk
 from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
@@ -315,15 +317,24 @@ class Run:
         self._refuse_in_step("digest")
         return self._state.digest()
 
-    def save(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Write a checkpoint to the folder `path` (the run directory's, unless given) and return it.
+    def save(self, path: str | os.PathLike[str] | None = None, *, format: Format = "lightwork") -> Path:
+        """Write a checkpoint to `path` (in the run directory, unless given) and return it.
+
+        Args:
+            path: a folder; of format "torch" a file.
+            format: "lightwork": all that a run goes on from, as if it had not stopped; "torch": what a plain script
+                saves, a dictionary with "model", "optimizer" (a list of several), "step", "epoch" and "kept"; "dcp": a
+                folder of torch.distributed.checkpoint; "huggingface": the model's own `save_pretrained`. Those of
+                others hold the whole model in one worker's memory while they are written.
 
         Raises: CheckpointError when it can not be written; what was there before is kept.
         """
         self._refuse_in_step("save")
-        folder = Path(path) if path is not None else self.run_dir / "checkpoint"
+        check_format(format, self.model)
+        folder = Path(path) if path is not None else self.run_dir / DEFAULT_NAMES[format]
         self._meet_where("save")
-        self._state.save(folder, EXITS.steps_beside(self), within_loop=self._loop is not None)
+        beside = EXITS.steps_beside(self)
+        self._state.save(folder, format, self.model, beside, within_loop=self._loop is not None)
         return folder
 
     def load(self, path: str | os.PathLike[str] | Checkpoint) -> None:
@@ -334,7 +345,7 @@ class Run:
         self._refuse_in_step("load")
         if self._loop is not None:
             raise UsageError("run.load was called inside the loop over run.steps. Call it before the loop.")
-        if self._state.load(path if isinstance(path, Checkpoint) else checkpoints.load(path)):
+        if self._state.load(path if isinstance(path, Checkpoint) else checkpoints.load_whole(path)):
             self._guard.updated()  # a scheduler may step at once
 
     def _load_optimizer(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:

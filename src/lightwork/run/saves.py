@@ -20,7 +20,8 @@ from typing import Any, final
 import torch
 
 from lightwork.checkpoint import checkpoint as checkpoints
-from lightwork.checkpoint.checkpoint import Checkpoint, Description, Settings, Unfinished
+from lightwork.checkpoint.checkpoint import Checkpoint, Description
+from lightwork.checkpoint.settings import Settings, Unfinished
 from lightwork.checkpoint.values import take_apart
 from lightwork.errors import CheckpointError, UsageError
 from lightwork.notice import notice
@@ -58,6 +59,7 @@ class Saves:
             name=uuid.uuid4().hex,
             unfinished=self._unfinished_code(is_after=is_after) if is_after or within_loop else None,
             beside=beside,
+            extra=self._state.extra.read(),
         )
 
     def _unfinished_code(self, *, is_after: bool) -> Unfinished:
@@ -157,6 +159,10 @@ class Saves:
                 "has run again: it has changed the optimizer's settings or what run.keep holds. Write `for epoch in "
                 "run.epochs(E):` with `run.steps(data)` in it, whose code after an epoch runs once."
             )
+
+    def extra_signatures(self) -> dict[str, object]:
+        """Return a number for each thing that modules keep beside tensors."""
+        return {name: _signature(value) for name, value in self._state.extra.read().items()}
 
     def _signatures(self) -> tuple[int, int]:
         groups, kept = self._state.groups(), self._kept.state()

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightwork.checkpoint import checkpoint as checkpoints
+from lightwork.checkpoint import foreign
 from lightwork.checkpoint.checkpoint import Checkpoint, Description
+from lightwork.checkpoint.foreign import Format
 from lightwork.errors import CheckpointError
 from lightwork.run.saves import Saves
 from lightwork.spec.spec import Spec
@@ -49,19 +52,27 @@ class StateCalls:
         team.meet("digest")
         return self._trained.digest(team.meet, team.rank, team.world_size, is_leader=team.is_leader)
 
-    def save(self, folder: Path, beside: Mapping[str, int], *, within_loop: bool) -> None:
+    def save(self, path: Path, form: Format, model: nn.Module, beside: Mapping[str, int], *, within_loop: bool) -> None:
         """Write a checkpoint, when all have met; `beside` are the steps of the script's other runs.
 
-        Raises: CheckpointError when it can not be written.
+        Raises: CheckpointError when it can not be written; Disagreement when modules keep different things.
         """
         team = self._team
+        extra = self._saves.extra_signatures()
+        if extra:
+            team.meet_equal("run.save (what modules say by get_extra_state)", extra)
         description: Description | None = None
         if team.is_main:
             description = self._saves.describe(beside, within_loop=within_loop)
-        problem = checkpoints.save(folder, self._trained, description, team.meet, is_leader=team.is_leader)
+        if form == "lightwork":
+            problem = checkpoints.save(path, self._trained, description, team.meet, is_leader=team.is_leader)
+        else:
+            settings = None if description is None else description.settings
+            problem = foreign.save(path, form, model, self._trained, settings, team.meet, is_leader=team.is_leader)
         if description is not None and not problem:
-            self._saves.saved(folder, description)
-            self._trace.event("save", path=str(folder), step=description.settings.position.step)
+            if form == "lightwork":
+                self._saves.saved(path, description)
+            self._trace.event("save", path=str(path), step=description.settings.position.step)
         problem = team.meet_main("save (result)", problem.encode()).decode()
         if problem:
             raise CheckpointError(problem)

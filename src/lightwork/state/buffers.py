@@ -16,6 +16,7 @@ from torch import nn
 
 from lightwork.errors import SpecError, UsageError
 from lightwork.spec.spec import BufferRule
+from lightwork.state.parameters import plain_name
 from lightwork.state.rules import (
     check_count,
     check_flag,
@@ -74,6 +75,7 @@ class Buffers:
     """One worker's buffers and their shared values."""
 
     def __init__(self, model: nn.Module, rules: Mapping[str, BufferRule], memory: Regions) -> None:
+        rules = {plain_name(name): rule for name, rule in rules.items()}
         self._memory = memory
         # To compare values, the host would wait for a device: there whatever may be written counts as written.
         self._compares = not memory.device.is_late
@@ -111,7 +113,7 @@ class Buffers:
                 if tensor is None or id(tensor) in seen:
                     continue
                 seen.add(id(tensor))
-                name = f"{module_name}.{key}" if module_name else key
+                name = plain_name(f"{module_name}.{key}" if module_name else key)
                 start = self._memory.tensor("buffers", tensor.dtype, at, tensor.numel()).view(tensor.shape)
                 found.append(
                     _Buffer(name, module, key, tensor, rules.get(name) or default_rule(module, key, tensor), start)

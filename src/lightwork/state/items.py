@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 
@@ -208,41 +208,47 @@ class Moment(Item):
         shape = weights.layout.parameters[index].shape if entry.shape is None else entry.shape
         super().__init__(f"{parameter}{SEPARATOR}{entry.name}", entry.dtype, shape)
         self._place = _Place(weights, moments.blocks_of(index), index)
-        self.comes_later = entry.comes_later  #: not with a parameter's first update, or never
+        self.of = parameter  #: its name
+        self.index = index  #: the parameter's
+        self.parameter = weights.parameters[index]
+        self.entry = entry
         self._moments = moments
-        self._entry = entry
 
     def ranges(self) -> list[tuple[int, int]]:
         """Cut it at blocks, if it has the parameter's shape."""
-        return self._place.ranges() if self._entry.shape is None else [(0, self.numel)]
+        return self._place.ranges() if self.entry.shape is None else [(0, self.numel)]
 
     def read(self, start: int, end: int) -> torch.Tensor:
         """Return a slice of where it is kept."""
-        flat = self._moments.read(self._entry, self._blocks(start, end))
-        return _on_host(self._place.in_shape(flat) if self._entry.shape is None else flat)
+        flat = self._moments.read(self.entry, self._blocks(start, end))
+        return _on_host(self._place.in_shape(flat) if self.entry.shape is None else flat)
 
     def write(self, start: int, end: int, values: torch.Tensor) -> None:
         """Write a slice."""
-        values = self._place.in_memory(values) if self._entry.shape is None else values
-        self._moments.write(self._entry, self._blocks(start, end), values)
+        values = self._place.in_memory(values) if self.entry.shape is None else values
+        self._moments.write(self.entry, self._blocks(start, end), values)
 
     def owned(self, start: int, end: int) -> Iterator[Owned]:
         """Yield slices of each region in which it lies."""
         for bucket, blocks in self._by_bucket(start, end):
-            for tensor in self._moments.stored(self._entry, blocks):
+            for tensor in self._moments.stored(self.entry, blocks):
                 yield Owned(bucket, tensor)
 
     def buckets(self, start: int, end: int) -> list[int]:
         """Return the buckets of the piece's blocks."""
         return [bucket for bucket, _ in self._by_bucket(start, end)]
 
+    def in_python(self, value: torch.Tensor) -> Any:
+        """Return a value as the optimizer keeps it: some are numbers."""
+        return value if self.entry.number is None else self.entry.number(value.item())
+
     def _by_bucket(self, start: int, end: int) -> Iterable[tuple[int, range]]:
-        if self._entry.shape is None:
+        if self.entry.shape is None:
             return self._place.by_bucket(start, end)
         return [(self._place.layout.buckets_of(self._place.index)[0], self._place.blocks[:1])]
 
     def _blocks(self, start: int, end: int) -> range:
-        return self._place.blocks_in(start, end) if self._entry.shape is None else self._place.blocks
+        return self._place.blocks_in(start, end) if self.entry.shape is None else self._place.blocks
 
 
 def windows(items: Iterable[Item]) -> Iterator[list[Piece]]:

@@ -146,6 +146,23 @@ class OptimizerState:
             yield Moment(name, self._weights, self._moments, index, possible[entry]), torch.as_tensor(value)
 
 
+def state_dict_of(member: optim.Optimizer, states: Mapping[int, State], index_of: Mapping[int, int]) -> dict[str, Any]:
+    """Return an optimizer's state dict, as its class makes it.
+
+    Args:
+        states: by the number of a parameter, what is kept of it.
+        index_of: the number of a parameter, by its `id`; of those that have state.
+    """
+    stand_ins: dict[torch.Tensor, torch.Tensor] = {
+        parameter: torch.nn.Parameter(torch.empty(0, dtype=torch.float32)) for parameter in _parameters_of(member)
+    }
+    whole = whole_copy(member, stand_ins)
+    for parameter, stand_in in stand_ins.items():
+        if id(parameter) in index_of:
+            whole.state[stand_in] = states[index_of[id(parameter)]]
+    return whole.state_dict()
+
+
 def take_settings(member: optim.Optimizer, whole: optim.Optimizer) -> None:
     """Make the settings that a copy has loaded those of an optimizer. Every worker does."""
     for group, loaded in zip(member.param_groups, whole.param_groups, strict=True):

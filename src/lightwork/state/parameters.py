@@ -34,6 +34,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def plain_name(name: str) -> str:
+    """Return a name as in the model that was compiled: torch.compile puts a part of its own into it."""
+    return name.replace("_orig_mod.", "")
+
+
 def plainly(function: Callable[P, T]) -> Callable[P, T]:
     """Let a function use parameters as they are, also those of a class that sees what scripts do with them."""
 
@@ -71,7 +76,7 @@ def describe_parameters(
         )
         specs.append(
             ParameterSpec(
-                name=name,
+                name=plain_name(name),
                 shape=tuple(parameter.shape),
                 dtype="float32" if parameter in fp32 else most,
                 group=group,

@@ -25,14 +25,23 @@ import torch
 from torch import nn
 
 from lightwork.state.buffers import Buffers
+from lightwork.state.extra import ExtraState, is_extra
 from lightwork.state.items import SEPARATOR, Item, Moment, Piece, Plain, Weight, windows
 from lightwork.state.optimizer import BlockOptimizer
 from lightwork.state.optimizer_state import OptimizerState
 from lightwork.state.optimizers import Optimizers
-from lightwork.state.parameters import like
+from lightwork.state.parameters import like, plain_name
 from lightwork.state.scaling import LossScale, Scale
 from lightwork.state.shards import Shards
 from lightwork.state.weights import Weights
+
+
+class OfModel(NamedTuple):
+    """The items of a model."""
+
+    items: list[Item]  #: of its state dict, each once
+    aliases: dict[str, str]  #: further names that some of them have
+    rest: list[Item]  #: buffers that are not in its state dict (persistent=False)
 
 
 class Meet(Protocol):
@@ -74,7 +83,7 @@ class TrainedState:
         shards: Shards,
     ) -> None:
         self._model = model
-        self._optimizers = optimizers
+        self.optimizers = optimizers
         self._weights = weights
         self._updates = updates
         self._moments = updates.moments
@@ -82,21 +91,23 @@ class TrainedState:
         self._loss_scale = loss_scale
         self._upkeep = upkeep
         self._shards = shards
+        self.extra = ExtraState(model)
         self.optimizer_state = OptimizerState(
             weights, updates.moments, is_shared_out=shards.are_there, settle=upkeep.settle
         )
 
     # --- the items --------------------------------------------------------------------------------------------------
 
-    def of_model(self) -> tuple[list[Item], dict[str, str]]:
-        """Return the items of the model's state dict, each once, and the other names that some of them have."""
+    def of_model(self) -> OfModel:
+        """Return the items of the model, under the names of the model that is not compiled."""
         self._buffers.restore()
         index_of = {id(p): index for index, p in enumerate(self._weights.parameters)}
         items: list[Item] = []
         aliases: dict[str, str] = {}
         first: dict[int, str] = {}
-        for name, value in self._model.state_dict(keep_vars=True).items():
-            if not isinstance(value, torch.Tensor):
+        for full_name, value in self._model.state_dict(keep_vars=True).items():
+            name = plain_name(full_name)
+            if not isinstance(value, torch.Tensor) or is_extra(name):
                 continue
             if id(value) in first:
                 aliases[name] = first[id(value)]
@@ -104,7 +115,9 @@ class TrainedState:
             first[id(value)] = name
             index = index_of.get(id(value))
             items.append(Plain(name, value) if index is None else self._weight(name, index))
-        return items, aliases
+        buffers = self._model.named_buffers()
+        rest: list[Item] = [Plain(plain_name(name), value) for name, value in buffers if id(value) not in first]
+        return OfModel(items, aliases, rest)
 
     def of_optimizer(self, *, possible: bool = False) -> list[Moment]:
         """Return the items of the state of every parameter: what was made or, with `possible`, may be."""
@@ -116,7 +129,7 @@ class TrainedState:
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the hyper-parameters of each parameter group."""
-        return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizers.groups]
+        return [{k: v for k, v in group.items() if k != "params"} for group in self.optimizers.groups]
 
     def loss_scale(self, step: int) -> tuple[float, ...]:
         """Return the state of loss scaling as `step` begins; empty where losses are not scaled."""
@@ -156,10 +169,11 @@ class TrainedState:
     def state_dict(self, meet: Meet, *, is_leader: bool) -> dict[str, torch.Tensor]:
         """Return the model's state dict: tensors of its own, on the host."""
         with self.reading("state_dict", meet, is_leader=is_leader) as walk:
-            items, aliases = self.of_model()
+            items, aliases, _ = self.of_model()
             found = {item.name: value for item, value in walk.copies(items)}
-        found |= {alias: found[name].clone() for alias, name in aliases.items()}
-        return {name: found[name] for name in self._model.state_dict(keep_vars=True) if name in found}
+        values: dict[str, Any] = found | {alias: found[name].clone() for alias, name in aliases.items()}
+        values |= self.extra.read()
+        return {name: values[plain_name(name)] for name in self._model.state_dict(keep_vars=True)}
 
     def digest(self, meet: Meet, rank: int, world_size: int, *, is_leader: bool) -> str:
         """Return the SHA-256 of everything, in hexadecimal digits; each worker hashes its share of the items."""
@@ -182,18 +196,21 @@ class TrainedState:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def load(self, model: Source, optimizer: Source, state: Container[str], *, is_leader: bool) -> None:
+    def load(
+        self, model: Source, buffers: Source, optimizer: Source, state: Container[str], *, is_leader: bool
+    ) -> None:
         """Write everything, from tensors by the names of the items: the leaders what is shared, each what is its own.
 
         `state` are the names of the items that are in `optimizer`; another one begins anew.
         """
         with torch.no_grad():
-            items, _ = self.of_model()
+            items, _, rest = self.of_model()
             if not is_leader:
                 self._fill([item for item in items if isinstance(item, Plain) and not item.is_shared], model)
                 return
             self._upkeep.settle()
             self._fill(items, model)
+            self._fill(rest, buffers)
             for index, parameter in enumerate(self._weights.layout.parameters):
                 possible = self._moments.entries_of(index, possible=True)
                 self._moments.mark(index, {name for name in possible if f"{parameter.name}{SEPARATOR}{name}" in state})
@@ -208,7 +225,7 @@ class TrainedState:
 
     def set_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take these hyper-parameters. Every worker does."""
-        for group, saved in zip(self._optimizers.groups, groups, strict=True):
+        for group, saved in zip(self.optimizers.groups, groups, strict=True):
             group.update(saved)
 
     def accept(self) -> None:
