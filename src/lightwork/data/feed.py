@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+from torch.utils.data import DataLoader
+
 from lightwork.data.batch import Batch
+from lightwork.data.batches import loader_in, looks_like_batches, without_progress_bar
 from lightwork.data.identity import Fingerprint, fingerprint_of
 from lightwork.data.loader import Loader
 from lightwork.data.order import CustomOrder, Ids, Order
 from lightwork.data.source import Source, source_for_evaluation, source_of, stream_of
 from lightwork.data.stream import StreamLoader, StreamOrder
+from lightwork.errors import UsageError
 
 #: Positions that will fall to this worker, in order: epoch, step in it, micro-batch.
 Upcoming = Iterable[tuple[int, int, int]]
@@ -74,10 +78,14 @@ def upcoming(
 ) -> Iterator[tuple[int, int, int]]:
     """Yield the micro-batches that fall to a worker if nobody is late, in order, from a step on.
 
-    `share` returns those of a step with so many; `num_steps` None goes on for ever.
+    `share` returns those of a step with so many; `num_steps` None goes on for ever, unless none falls to the worker: a
+    stream, whose steps are not counted, has the same number of micro-batches in each.
     """
     for place in itertools.islice(walk(order, epoch, step_in_epoch), num_steps):
-        for index in share(order.micro_batches(*place)):
+        own = list(share(order.micro_batches(*place)))
+        if not own and num_steps is None:
+            return
+        for index in own:
             yield (*place, index)
 
 
@@ -106,27 +114,32 @@ def feed_of(
     shuffle: bool | None = None,
     order: CustomOrder | None = None,
     drop_last: bool | None = None,
+    batches: bool | None = None,
 ) -> Feed:
     """Return the feed of training; arguments as those of `Run.steps` and `distribute`.
 
     Raises: UsageError when `data` is no data set, or of a kind that can not be split over a team; DataError when it is
     empty.
     """
-    stream = stream_of(data, seed=seed, shuffle=shuffle, order=order, drop_last=drop_last)
+    data, batches = _settled(data, batches, (global_batch, micro_batch))
+    stream = stream_of(data, seed=seed, shuffle=shuffle, order=order, drop_last=drop_last, batches=batches)
     if stream is not None:
         return _of_stream(StreamOrder(stream=stream, global_batch=global_batch, micro_batch=micro_batch))
     source = source_of(data, seed=seed, shuffle=shuffle, order=order)
     return _of_source(source, source.order(global_batch=global_batch, micro_batch=micro_batch, drop_last=drop_last))
 
 
-def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int, world_size: int) -> Feed:
+def feed_for_evaluation(
+    data: Any, *, seed: int, micro_batch: int, world_size: int, batches: bool | None = None
+) -> Feed:
     """Return the feed of an evaluation: each sample once, in steps of one micro-batch, to be shared by `world_size`.
 
     What loading workers load ahead is claimed, so they load ahead at most half of a fair share.
 
     Raises: as `feed_of`.
     """
-    stream = stream_of(data, seed=seed, shuffle=False, drop_last=False)
+    data, batches = _settled(data, batches, (micro_batch,))
+    stream = stream_of(data, seed=seed, shuffle=False, drop_last=False, batches=batches)
     if stream is not None:
         return _of_stream(StreamOrder(stream=stream, global_batch=micro_batch, micro_batch=micro_batch))
     source = source_for_evaluation(data, seed=seed)
@@ -137,8 +150,33 @@ def feed_for_evaluation(data: Any, *, seed: int, micro_batch: int, world_size: i
     return _of_source(source, ids)
 
 
+def _settled(data: Any, batches: bool | None, sizes: tuple[int, ...]) -> tuple[Any, bool]:
+    """Return what is to be read, and whether its items are whole batches.
+
+    Raises: UsageError for a collection whose items may be either, and of which the script does not say it.
+    """
+    data = without_progress_bar(data)
+    if batches is None and (
+        loader_in(data) is not None or (isinstance(data, DataLoader) and data.batch_sampler is None)
+    ):
+        return data, True
+    if batches and isinstance(data, DataLoader) and data.batch_sampler is not None:
+        raise UsageError(
+            "batches=True was given with a DataLoader, whose data set has samples: the run makes the batches. Leave it "
+            "out; a DataLoader with batch_size=None hands out batches."
+        )
+    if batches is None and isinstance(data, Sequence) and len(data):
+        num = looks_like_batches(data[0], sizes)
+        if num is not None:
+            raise UsageError(
+                f"{data!r:.40}... ({type(data).__name__}) may be samples, or batches of {num} of them. Say which: "
+                "batches=True for whole batches, batches=False for samples."
+            )
+    return data, bool(batches)
+
+
 def _of_stream(steps: StreamOrder) -> Feed:
-    return Feed(steps, partial(StreamLoader, steps), steps.stream.dataset, partial(steps.describe, 0))
+    return Feed(steps, partial(StreamLoader, steps), steps.stream.known_as, partial(steps.describe, 0))
 
 
 def _of_source(source: Source, ids: Order) -> Feed:

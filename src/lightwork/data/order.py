@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightwork.errors import DataError, UsageError
+from lightwork.notice import notice
 from lightwork.random import derive, seeded
 
 #: Sample ids, int64, one dimension.
@@ -40,6 +41,9 @@ class Order:
 
     An epoch is `num_steps` global batches of `global_batch` samples; the last may hold fewer, unless
     `drop_last`. A global batch is cut into micro-batches of `micro_batch` samples; the last may hold fewer.
+
+    The batches of a batch sampler stay together, as micro-batches, if none of an epoch has more samples than
+    `micro_batch`; a global batch is as many of them as it would have micro-batches.
     """
 
     seed: int
@@ -51,6 +55,8 @@ class Order:
     drop_last: bool = False  #: leave out the global batch that is short
     num_samples: int = field(init=False)  #: when the order was made; it may not change
     _cache: dict[int, Ids] = field(init=False, repr=False, compare=False, default_factory=dict)
+    #: Of an epoch whose micro-batches are a batch sampler's: where each begins, and the end of the last.
+    _bounds: dict[int, Ids] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_samples", self.count_samples())
@@ -71,8 +77,18 @@ class Order:
             cached = self._arrange(epoch)
             self._cache[epoch] = cached
             while len(self._cache) > NUM_CACHED_EPOCHS:
+                self._bounds.pop(next(iter(self._cache)), None)
                 del self._cache[next(iter(self._cache))]
         return cached
+
+    def _bounds_of(self, epoch: int) -> Ids | None:
+        self.ids(epoch)
+        return self._bounds.get(epoch)
+
+    @property
+    def _most(self) -> int:
+        """The micro-batches of a global batch that is not short."""
+        return -(-self.global_batch // self.micro_batch)
 
     def describe(self, epoch: int) -> dict[str, object]:
         """Return what must be the same on every worker."""
@@ -95,8 +111,9 @@ class Order:
 
     def num_steps(self, epoch: int) -> int:
         """Return the number of global batches of an epoch."""
-        num_ids = len(self.ids(epoch))
-        return num_ids // self.global_batch if self.drop_last else -(-num_ids // self.global_batch)
+        bounds = self._bounds_of(epoch)
+        num, of_step = (len(self.ids(epoch)), self.global_batch) if bounds is None else (len(bounds) - 1, self._most)
+        return num // of_step if self.drop_last else -(-num // of_step)
 
     def total_steps(self, epochs: int, first: int = 0) -> int:
         """Return the number of global batches of `epochs` epochs from `first` on."""
@@ -109,15 +126,25 @@ class Order:
         num_steps = self.num_steps(epoch)
         if not 0 <= step_in_epoch < num_steps:
             raise IndexError(f"step {step_in_epoch} of epoch {epoch}, which has steps 0 to {num_steps - 1}")
+        bounds = self._bounds_of(epoch)
+        if bounds is not None:
+            end = min((step_in_epoch + 1) * self._most, len(bounds) - 1)
+            return self.ids(epoch)[bounds[step_in_epoch * self._most] : bounds[end]]
         return self.ids(epoch)[step_in_epoch * self.global_batch : (step_in_epoch + 1) * self.global_batch]
 
     def micro_batches(self, epoch: int, step_in_epoch: int) -> int:
         """Return the number of micro-batches of a global batch: M, fewer where it is short."""
+        bounds = self._bounds_of(epoch)
+        if bounds is not None and self.has_step(epoch, step_in_epoch):
+            return min(self._most, len(bounds) - 1 - step_in_epoch * self._most)
         return -(-len(self.step_ids(epoch, step_in_epoch)) // self.micro_batch)
 
     def micro_batch_ids(self, epoch: int, step_in_epoch: int, index: int) -> Ids:
         """Return the ids of micro-batch `index` of a global batch: `micro_batch` of them, or what is left."""
-        ids = self.step_ids(epoch, step_in_epoch)
+        ids, bounds = self.step_ids(epoch, step_in_epoch), self._bounds_of(epoch)
+        if bounds is not None and index < self.micro_batches(epoch, step_in_epoch):
+            at = step_in_epoch * self._most + index
+            return self.ids(epoch)[bounds[at] : bounds[at + 1]]
         first = index * self.micro_batch
         if not 0 <= first < len(ids):
             raise IndexError(
@@ -133,7 +160,19 @@ class Order:
                 f"{num_samples} at epoch {epoch}. Keep its len() fixed; order= chooses an epoch's samples."
             )
         # Not a view of the caller's array, which may change, nor writable by those whom it is handed to.
-        ids = np.array(self.arrangement(self.seed, epoch, num_samples), dtype=np.int64)
+        if isinstance(self.arrangement, Sampled) and self.arrangement.batched:
+            arranged, sizes = self.arrangement.batches(self.seed, epoch)
+            if max(sizes, default=0) <= self.micro_batch:
+                self._bounds[epoch] = np.cumsum([0, *sizes])
+            elif epoch not in self._cache:
+                notice(
+                    f"the batch sampler {type(self.arrangement.sampler).__name__} makes batches of up to {max(sizes)} "
+                    f"samples, more than micro_batch={self.micro_batch}: its ids are cut anew, in their order. With "
+                    f"micro_batch={max(sizes)} its batches stay together."
+                )
+        else:
+            arranged = self.arrangement(self.seed, epoch, num_samples)
+        ids = np.array(arranged, dtype=np.int64)
         ids.flags.writeable = False
         if not len(ids):
             raise DataError(
@@ -213,12 +252,22 @@ class Sampled:
 
     def __call__(self, seed: int, epoch: int, num_samples: int) -> Ids:
         """Return the ids of an epoch."""
+        if self.batched:
+            return self.batches(seed, epoch)[0]
+        return _checked_ids(self._drawn(seed, epoch), f"the sampler {type(self.sampler).__name__}")
+
+    def batches(self, seed: int, epoch: int) -> tuple[Ids, list[int]]:
+        """Return the ids of an epoch, and the sizes of the batches in which they come."""
+        batches = [list(batch) for batch in self._drawn(seed, epoch)]
+        ids = _checked_ids([i for batch in batches for i in batch], f"the sampler {type(self.sampler).__name__}")
+        return ids, [len(batch) for batch in batches if batch]
+
+    def _drawn(self, seed: int, epoch: int) -> list[Any]:
         value = derive(seed, "order", epoch)
         with seeded(value), _seeded_generator(self.sampler, value):
             if isinstance(self.sampler, _EpochSampler):
                 self.sampler.set_epoch(epoch)
-            ids = [i for batch in self.sampler for i in batch] if self.batched else list(self.sampler)
-        return _checked_ids(ids, f"the sampler {type(self.sampler).__name__}")
+            return list(self.sampler)
 
 
 def _checked_ids(ids: Iterable[int], where: str) -> Ids:

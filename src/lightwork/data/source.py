@@ -23,6 +23,7 @@ from torch.utils.data import (
 )
 
 from lightwork.data.batch import Batch
+from lightwork.data.batches import Rows, put_together
 from lightwork.data.fetch import Fetcher, MapStyle
 from lightwork.data.order import Arrangement, Custom, CustomOrder, Ids, Order, Sampled, shuffled, unshuffled
 from lightwork.data.stream import Stream
@@ -83,19 +84,31 @@ def stream_of(
     shuffle: bool | None = None,
     order: CustomOrder | None = None,
     drop_last: bool | None = None,
+    batches: bool = False,
 ) -> Stream | None:
     """Return the stream that an IterableDataset, or a DataLoader of one, stands for; None for anything else.
 
-    The order is the stream's; with shards, theirs is a new permutation each epoch unless `shuffle` is False.
+    The order is the stream's; with shards, theirs is a new permutation each epoch unless `shuffle` is False. With
+    `batches`, its items are whole batches, and it is read row by row.
 
     Raises: UsageError for what a stream can not do.
     """
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
-    if not (isinstance(dataset, IterableDataset) or _is_iterated(dataset)):
+    if batches:
+        if isinstance(data, Iterator):
+            raise UsageError(
+                f"{data!r:.60} is an iterator, which can be read once, by one worker. Pass what it is made from, or an "
+                "object whose __iter__ begins anew."
+            )
+        if not isinstance(data, Iterable):
+            raise UsageError(f"batches=True was given with {type(data).__name__}, which can not be iterated.")
+        dataset = Rows(data)
+    elif not (isinstance(dataset, IterableDataset) or _is_iterated(dataset)):
         return None
     stream = Stream(
         dataset=dataset,
-        collate=default_collate,
+        given=data if batches else None,
+        collate=put_together if batches else default_collate,
         seed=seed,
         shuffle=shuffle is not False,
         drop_last=bool(drop_last),
@@ -107,7 +120,7 @@ def stream_of(
             f"shuffle=True was given for {stream.name}, a stream that is read in its own order. Shuffle in the data "
             "set, or give it shards: num_shards and shard(num_shards=, index=)."
         )
-    if not isinstance(data, DataLoader):
+    if batches or not isinstance(data, DataLoader):
         return stream
     _refuse_whole_batches(data)
     return replace(stream, collate=data.collate_fn, drop_last=data.drop_last if drop_last is None else stream.drop_last)
@@ -187,9 +200,8 @@ def _source_of_loader(loader: DataLoader[Any], seed: int, shuffle: bool | None, 
 def _refuse_whole_batches(loader: DataLoader[Any]) -> None:
     if loader.batch_sampler is None:
         raise UsageError(
-            "the DataLoader has batch_size=None, so its data set hands out whole batches, which the "
-            "run can not cut into its own. Give a data set of single samples, and the sizes of the batches to "
-            "distribute: global_batch= and micro_batch=."
+            "the DataLoader has batch_size=None, so its data set hands out whole batches, and batches=False says that "
+            "they are samples. Leave batches out, or give the DataLoader a batch size."
         )
 
 
@@ -220,6 +232,7 @@ def _check_dataset(data: object) -> MapStyle:
     if not isinstance(data, MapStyle):
         raise UsageError(
             f"{data!r:.80} ({name}) is not a data set: it lacks __len__ or __getitem__. "
-            "Pass a map-style torch Dataset, a list of samples, or a DataLoader."
+            "Pass a map-style torch Dataset, a list of samples, or a DataLoader (itself: not its iterator, nor "
+            "enumerate() or a generator over it, which can be read once)."
         )
     return data

@@ -59,13 +59,19 @@ class Stream:
     dataset: Iterable[Any]
     collate: Collate
     seed: int
+    given: object = None  #: what the script has given, where that is read by something else
     shuffle: bool  #: the shards, anew each epoch
     drop_last: bool = False  #: end an epoch before the global batch that is short
 
     @property
     def name(self) -> str:
         """The data set, for messages."""
-        return f"the data set {type(self.dataset).__name__}"
+        return f"the data set {type(self.known_as).__name__}"
+
+    @property
+    def known_as(self) -> object:
+        """What the script has given."""
+        return self.dataset if self.given is None else self.given
 
     @property
     def num_shards(self) -> int | None:
@@ -80,8 +86,8 @@ class Stream:
     def lane(self, epoch: int, lane: int, num_lanes: int, skip: int = 0) -> Iterator[Any]:
         """Return the samples of a lane, or of a plain stream; from `skip` on, where it can."""
         seed_all(derive(self.seed, "stream", epoch, lane))
-        if isinstance(self.dataset, _KnowsEpochs):
-            self.dataset.set_epoch(epoch)
+        if isinstance(self.known_as, _KnowsEpochs):
+            self.known_as.set_epoch(epoch)
         num_shards = self.num_shards
         if num_shards is None:
             return iter(self.dataset.skip(skip) if skip and isinstance(self.dataset, _Skips) else self.dataset)
@@ -159,7 +165,7 @@ class StreamOrder:
 
     def describe(self, epoch: int) -> dict[str, object]:
         """Return what must be the same on every worker."""
-        return {"kind of data set": type(self.stream.dataset).__name__, "shards of it": self.stream.num_shards}
+        return {"kind of data set": type(self.stream.known_as).__name__, "shards of it": self.stream.num_shards}
 
     def total_steps(self, epochs: int, first: int = 0) -> int | None:
         """Return None: it shows only as the stream is read."""

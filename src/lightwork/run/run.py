@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
@@ -77,8 +77,9 @@ class Run:
         self._kept = Kept()
         self._saves = Saves(spec, engine.trained, self._course, self._kept)
         self._state = StateCalls(spec, team, engine.trained, self._saves, trace)
-        load = weakref.WeakMethod(self._load_optimizer)
-        self._guard = Guard(engine.optimizers, engine.trained.optimizer_state, partial(_call, load))
+        self._guard = Guard(
+            engine.optimizers, engine.trained.optimizer_state, partial(self._state.load_optimizer, engine)
+        )
         self._evaluations = 0
         self._loop: weakref.ref[Loop] | None = None  # while in it
         self._step: Step | None = None
@@ -123,6 +124,7 @@ class Run:
         shuffle: bool | None = None,
         order: CustomOrder | None = None,
         drop_last: bool | None = None,
+        batches: bool | None = None,
     ) -> Iterator[Step]:
         """Go through `dataset` step by step, each a global batch and one update.
 
@@ -138,6 +140,8 @@ class Run:
             shuffle: a new permutation each epoch (the default), or the ids in order; of a stream, its shards.
             order: the ids of an epoch: a function from its number, or the same ids for every one.
             drop_last: leave out a last global batch that is short.
+            batches: whether the items of `dataset` are whole batches (True) or samples (False). Left out: batches where
+                it wraps a DataLoader, as a prefetcher does, or is one with batch_size=None; else samples.
 
         Leaving the loop early is agreed by all: when one worker breaks, the others end after the step that they are in.
         With several hosts all workers must break at the same step; another one is told so by an error.
@@ -154,6 +158,7 @@ class Run:
             shuffle=shuffle,
             order=order,
             drop_last=drop_last,
+            batches=batches,
         )
         epochs = 1 if epochs is None and max_steps is None else epochs
         total = partial(total_steps, feed.order, self._course.first_epoch_of(feed), epochs, max_steps)
@@ -274,14 +279,20 @@ class Run:
 
     # --- collective calls -------------------------------------------------------------------------------------------
 
-    def evaluate(self, dataset: Any) -> Evaluation:
+    def evaluate(self, dataset: Any, *, batches: bool | None = None) -> Evaluation:
         """Return a pass over `dataset` in eval mode, without gradients: a context manager to iterate over.
+
+        `batches` as of `steps`.
 
         Each sample comes once, on one of the workers, in micro-batches; random state and buffers are left alone.
         """
         self._refuse_in_step("evaluate")
         feed = feed_for_evaluation(
-            dataset, seed=self.spec.seed, micro_batch=self.spec.micro_batch, world_size=self.world_size
+            dataset,
+            seed=self.spec.seed,
+            micro_batch=self.spec.micro_batch,
+            world_size=self.world_size,
+            batches=batches,
         )
         self._evaluations += 1
         return Evaluation(self._team, self._engine, feed, self._evaluations)
@@ -348,11 +359,6 @@ class Run:
         if self._state.load(path if isinstance(path, Checkpoint) else checkpoints.load_whole(path)):
             self._guard.updated()  # a scheduler may step at once
 
-    def _load_optimizer(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-        """Give the team the state and settings of an optimizer's state dict, which is the same on every worker."""
-        self._refuse_in_step("load_state_dict", of="optimizer")
-        self._state.load_optimizer(optimizer, state_dict)
-
     def stay_while_needed(self) -> None:
         """At the end of the script: wait for the others, if they may still read weights that are here."""
         self._saves.script_ended()
@@ -376,7 +382,7 @@ class Run:
         self._team.presence.announce(Activity.ENDED)
         say_written(written, is_error=gives_back)
 
-    def _refuse_in_step(self, call: str, of: str = "run") -> None:
+    def _refuse_in_step(self, call: str) -> None:
         step = self._step
         if step is None or step.finished or not step.begun:
             return
@@ -389,11 +395,4 @@ class Run:
                 f"after step {step.index} was left in its middle (an error, an interruption), which can not be taken "
                 "up again. Call lightwork.distribute anew, with resume= to go on from a checkpoint."
             )
-        raise UsageError(f"{of}.{call} was called {message}")
-
-
-def _call(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:
-    """Call a method of an object that is alive."""
-    bound = method()
-    if bound is not None:
-        bound(*args)
+        raise UsageError(f"run.{call} was called {message}")

@@ -14,7 +14,8 @@ from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint import foreign
 from lightwork.checkpoint.checkpoint import Checkpoint, Description
 from lightwork.checkpoint.foreign import Format
-from lightwork.errors import CheckpointError
+from lightwork.engine.engine import Engine
+from lightwork.errors import CheckpointError, UsageError
 from lightwork.run.saves import Saves
 from lightwork.spec.spec import Spec
 from lightwork.state.optimizer_state import take_settings
@@ -94,9 +95,17 @@ class StateCalls:
         self._trace.event("load", step=checkpoint.step)
         return checkpoint.step > 0
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-        """Take an optimizer's state and settings from its state dict, which is the same on every worker."""
+    def load_optimizer(self, engine: Engine, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """Take an optimizer's state and settings from its state dict, which is the same on every worker.
+
+        Raises: UsageError in a step; as the class's own `load_state_dict`.
+        """
         trained, team = self._trained, self._team
+        if engine.beside.is_in_step:
+            raise UsageError(
+                "optimizer.load_state_dict was called inside the loop over the micro-batches of a step. Call it after "
+                "that loop, when the update is done."
+            )
         loaded = trained.optimizer_state.loaded(optimizer, state_dict)
         team.meet("optimizer.load_state_dict")
         self._saves.edited("optimizer.load_state_dict()")
