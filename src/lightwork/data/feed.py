@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightwork.data.batch import Batch
 from lightwork.data.batches import loader_in, looks_like_batches, without_progress_bar
-from lightwork.data.identity import Fingerprint, fingerprint_of
+from lightwork.data.identity import Fingerprint, fingerprint_of, fingerprint_of_stream
 from lightwork.data.loader import Loader
 from lightwork.data.order import CustomOrder, Ids, Order
 from lightwork.data.source import Source, source_for_evaluation, source_of, stream_of
@@ -176,7 +176,9 @@ def _settled(data: Any, batches: bool | None, sizes: tuple[int, ...]) -> tuple[A
 
 
 def _of_stream(steps: StreamOrder) -> Feed:
-    return Feed(steps, partial(StreamLoader, steps), steps.stream.known_as, partial(steps.describe, 0))
+    return Feed(
+        steps, partial(StreamLoader, steps), steps.stream.known_as, partial(fingerprint_of_stream, steps.stream)
+    )
 
 
 def _of_source(source: Source, ids: Order) -> Feed:

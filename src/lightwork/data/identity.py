@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
-from lightwork.data.fetch import Fetcher
+from lightwork.data.batches import Row
+from lightwork.data.fetch import Fetcher, as_in_a_loading_worker
+from lightwork.data.stream import Stream
 from lightwork.notice import notice
-from lightwork.random import RandomState
+from lightwork.random import RandomState, derive, seed_all
 
 #: What is compared of a data set, by a name for messages.
 Fingerprint = Mapping[str, object]
@@ -70,6 +73,8 @@ def fingerprint_of(fetcher: Fetcher) -> Fingerprint:
     """
     data = fetcher.dataset
     found: dict[str, object] = {"kind of data set": type(data).__qualname__, "samples in the data set": len(data)}
+    if isinstance(data, Subset):
+        found["ids of the subset"] = zlib.crc32(np.asarray(data.indices).tobytes())
     last = len(data) - 1
     before = RandomState.capture()
     probes: list[object] = []
@@ -93,6 +98,32 @@ def fingerprint_of(fetcher: Fetcher) -> Fingerprint:
     return found
 
 
+def fingerprint_of_stream(stream: Stream) -> Fingerprint:
+    """Return the fingerprint of a stream: its type, its shards, and the content of the first sample of one without.
+
+    A stream that each worker reads whole, and that gives each another part (by its rank), shows itself so.
+    """
+    found: dict[str, object] = {
+        "kind of data set": type(stream.known_as).__qualname__,
+        "shards of it": stream.num_shards,
+    }
+    if stream.num_shards is not None:  # a worker reads its own shards alone
+        return found
+    before = RandomState.capture()
+    content: object = None
+    try:
+        with as_in_a_loading_worker():
+            samples = stream.lane(0, 0, 1)
+            seed_all(derive(stream.seed, "stream", 0, 0, 0))
+            content = zlib.crc32(repr(_content(next(samples))).encode())
+    except Exception:  # it is named when it is read
+        pass
+    finally:
+        before.restore()
+    found["content of its first sample"] = content
+    return found
+
+
 def _content(value: Any) -> object:
     """Return what tells the content of a sample, as far as its kind is known."""
     if isinstance(value, torch.Tensor):
@@ -108,6 +139,8 @@ def _content(value: Any) -> object:
         return [_content(one) for one in value]
     if isinstance(value, str | bytes | bool | int | float | None):
         return repr(value)
+    if isinstance(value, Row):
+        return value.index, _content(value.whole.batch)
     if is_dataclass(value) and not isinstance(value, type):
         return [(one.name, _content(vars(value).get(one.name))) for one in fields(value)]
     return type(value).__qualname__
