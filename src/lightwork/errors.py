@@ -18,6 +18,12 @@ are known.
 
 from __future__ import annotations
 
+import os
+from types import TracebackType
+
+#: Where this package lies.
+_OWN = os.path.dirname(__file__) + os.sep
+
 #: Exit status of a worker that ends only because another one failed: the launcher looks for the cause elsewhere.
 EXIT_BECAUSE_OF_PEER = 76
 
@@ -68,3 +74,21 @@ class RankFailed(TeamError):
 
 class Disagreement(TeamError):
     """The workers run different scripts, models, settings or calls."""
+
+
+def without_own_frames(error: BaseException) -> TracebackType | None:
+    """Return an error's traceback, of one of these errors up to where the script calls this package.
+
+    What is below is of no use to who reads the message; of any other error it is.
+    """
+    trace = error.__traceback__
+    if not isinstance(error, LightworkError):
+        return trace
+    last, one = None, trace
+    while one is not None:
+        if not one.tb_frame.f_code.co_filename.startswith(_OWN):
+            last = one
+        one = one.tb_next
+    if last is not None:
+        last.tb_next = None
+    return trace

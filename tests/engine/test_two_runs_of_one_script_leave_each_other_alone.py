@@ -148,7 +148,7 @@ def test_each_has_random_numbers_of_its_own() -> None:
                 noises.append(torch.randn(4))
                 del batch
                 break
-            run._step = None
+            run._passes._step = None
         return noises[0], noises[1]
 
     one, other = run_ranks(1, job)[0]

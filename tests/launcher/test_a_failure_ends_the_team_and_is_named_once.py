@@ -107,7 +107,7 @@ def test_a_worker_that_ends_before_distribute_is_named(tmp_path: Path) -> None:
 
 
 def test_interrupting_the_launcher_ends_everything_with_a_message(tmp_path: Path) -> None:
-    # The first time one of them does not listen; the second time nobody is asked.
+    # The first time the script is asked, the second time the workers, of whom one does not listen; then nobody is.
     text = script(
         "if run.rank == 1: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "        if step.index >= 3:\n"
@@ -120,6 +120,8 @@ def test_interrupting_the_launcher_ends_everything_with_a_message(tmp_path: Path
     assert process.stdout is not None
     assert process.stdout.readline() == "in step 3\n"
     pids = pids_of(run_dir)
+    os.kill(process.pid, signal.SIGINT)
+    assert left_running(pids, seconds=0.5) == pids
     os.kill(process.pid, signal.SIGINT)
     assert left_running([pids[0]]) == []
     assert left_running([pids[1]], seconds=0.0) == [pids[1]]

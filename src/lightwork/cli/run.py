@@ -79,6 +79,18 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's arguments")
 
 
+_TRACEBACK = "Traceback (most recent call last)"
+
+#: How Python announces that the next traceback belongs to the one before.
+_CHAINED = (
+    "The above exception was the direct cause of the following exception:",
+    "During handling of the above exception, another exception occurred:",
+)
+
+#: How it announces one that did not end the process.
+_ASIDE = ("Exception in thread", "Exception ignored in", "Error in atexit")
+
+
 def carry_out(options: argparse.Namespace) -> int:
     """Start the team, wait for it, and return the exit status.
 
@@ -185,6 +197,9 @@ def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int, l
     if outcome.interrupted is not None:
         name = signal.Signals(outcome.interrupted).name
         where = f"after step {last_step}" if last_step >= 0 else "before the first step"
+        if outcome.ended and all(ended.status == 0 for ended in outcome.ended):
+            _say(f"interrupted by {name} {where}, and the script came to its end. Logs are in {run_dir / 'log'}.")
+            return 0
         _say(f"interrupted by {name} {where}. All workers were ended; logs are in {run_dir / 'log'}.")
         return 128 + outcome.interrupted
     culprit = outcome.culprit
@@ -224,9 +239,39 @@ def _show_traceback(culprit: Ended, run_dir: Path, logged: dict[int, int]) -> No
 
 
 def _traceback(log: Path, start: int) -> str:
-    """Return the last traceback in a log after byte `start`, empty if there is none."""
-    _, marker, rest = _tail(log, start).rpartition("Traceback (most recent call last)")
-    return marker + rest.rstrip() if marker else ""
+    """Return the traceback of the error that ended a worker, from its log after byte `start`; empty without one."""
+    return last_traceback(_tail(log, start))
+
+
+def last_traceback(text: str) -> str:
+    """Return the last traceback in a text, with those of its causes; empty if there is none.
+
+    One of a thread, or of an exit handler, comes after the error that ended a worker: it counts only by itself.
+    """
+    found: list[str] = []
+    aside: list[str] = []
+    chained = False
+    before = ""
+    for part in _split(text):
+        body = part.rstrip()
+        end = body.rpartition("\n")[2]
+        if end.startswith(_ASIDE):
+            body = body.removesuffix(end).rstrip()
+        if part.startswith(_TRACEBACK):
+            into = aside if before.startswith(_ASIDE) else found
+            if chained and into:
+                into[-1] += "\n\n" + body
+            else:
+                into.append(body)
+        chained = end in _CHAINED
+        before = end
+    return (found or aside or [""])[-1]
+
+
+def _split(text: str) -> list[str]:
+    """Cut a text before each traceback."""
+    first, *rest = text.split(_TRACEBACK)
+    return [first, *(_TRACEBACK + part for part in rest)]
 
 
 def _tail(log: Path, start: int) -> str:

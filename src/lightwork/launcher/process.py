@@ -23,13 +23,17 @@ from lightwork.team.environment import Environment
 _PR_SET_PDEATHSIG = 1
 
 
+#: What the launcher has handlers for.
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 def start_worker(environment: Environment, main: Callable[[], int], *, stdout: int, stderr: int) -> BaseProcess:
     """Return a new process that runs `main` as a worker and ends with the status it returns.
 
     `stdout` and `stderr` are descriptors that become the worker's; standard input is empty.
     """
     # Held until the worker has handlers of its own: it would take a signal that ends it for one to this process.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     try:
         arguments = (os.getpid(), mask, environment, main, stdout, stderr)
         process = multiprocessing.get_context("fork").Process(target=_be_worker, args=arguments)
@@ -70,7 +74,7 @@ def _be_worker(
         if os.getppid() != parent:  # it died before the kernel knew
             os._exit(1)
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from lightwork.errors import without_own_frames
+
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
@@ -33,7 +35,7 @@ class Script:
             return _status_of(end)
         except BaseException as error:
             # Through the hook: the run put itself there, to tell the other workers.
-            own = _own_frames(error.__traceback__)
+            own = _own_frames(without_own_frames(error))
             sys.excepthook(type(error), error.with_traceback(own), own)
             return 1
         return 0

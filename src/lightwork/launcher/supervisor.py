@@ -218,7 +218,7 @@ class Supervisor:
             self._running[rank] = start()
             self._num_workers += 1
         if self._interrupted is not None:  # the signal found only those that were there
-            self._send(signal.SIGTERM)
+            self._end(GRACE_AFTER_INTERRUPT)
 
     def _look(self, seconds: float) -> bool:
         events = self._selector.select(seconds)
@@ -287,18 +287,32 @@ class Supervisor:
         for worker in self._running.values():
             kill_group(worker, number)
 
+    def _send_to_workers(self, number: int) -> None:
+        """Send a signal to the workers alone, not to what they have started."""
+        for worker in self._running.values():
+            if worker.pid is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(worker.pid, number)
+
     def _catch_signals(self) -> dict[int, signal.Handlers | None]:
         def on_signal(number: int, frame: object) -> None:
             if self._interrupted is None and self._culprit is None:
                 self._interrupted = number
+                if number == signal.SIGINT:  # as from a terminal: the script may save, and ends by itself
+                    self._send_to_workers(number)
+                else:
+                    self._end(GRACE_AFTER_INTERRUPT)
+            elif self._kill_at is None:
                 self._end(GRACE_AFTER_INTERRUPT)
             else:
                 self._send(signal.SIGKILL)
 
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             before[int(number)] = signal.signal(number, on_signal)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # a job's scheduler sends them: the script's to handle
+            before[int(number)] = signal.signal(number, lambda number, frame: self._send_to_workers(number))
         before[int(signal.SIGCHLD)] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
         return before  # type: ignore[return-value]
 

@@ -87,6 +87,7 @@ class RunProgress:
         self._shown_at = time.monotonic()
         self._pending: list[tuple[TextIO, bytes]] = []
         self._wrote_at = 0.0
+        self._is_within_line = False  # of the script's
         self._live: Live | None = None
         if (self._console.is_terminal if live is None else live) and not quiet:
             # No redirection: workers are forked from here, and would inherit streams that wrap and draw.
@@ -134,9 +135,10 @@ class RunProgress:
             return
         self._shown_at = now
         self.update()
-        if self._live is not None:
+        # Not into a line of the script's that is not complete.
+        if self._live is not None and self._live.is_started:
             self._live.update(self._render(), refresh=True)
-        elif self._summary.step >= 0:
+        elif self._live is None and self._summary.step >= 0 and not self._is_within_line:
             self._print(self.line())
 
     def update(self) -> None:
@@ -153,6 +155,8 @@ class RunProgress:
             self._live.stop()
             self._live = None
         if finished and not self._quiet and self._summary.done:
+            if self._is_within_line:
+                self._print("")
             for line in self.final_line().splitlines():
                 self._print(line)
 
@@ -248,6 +252,7 @@ class RunProgress:
                 stream.buffer.write(data)
                 stream.buffer.flush()
         self._wrote_at = time.monotonic()
+        self._is_within_line = not data.endswith(b"\n")
         # After a line that is not complete they stay away: they would take it with them when they go.
         if self._live is not None and data.endswith(b"\n"):
             self._live.start()

@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 
 from lightwork.engine.beside import Beside
-from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost
+from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, without_own_frames
 from lightwork.notice import notice
 from lightwork.team.team import Team
 
@@ -154,8 +154,10 @@ class Exits:
                 living.has_failed = True
             if failing and isinstance(error, RankFailed):
                 notice(str(error))
+            elif failing and isinstance(error, KeyboardInterrupt) and error.args:  # a run's: the loop was left in order
+                notice(f"interrupted {error.args[0]}.")
             else:
-                previous(kind, error, trace)
+                previous(kind, error, without_own_frames(error) if trace is not None else None)
             if failing:
                 _tell(error, failing)
 

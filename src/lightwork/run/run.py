@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
-import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -23,23 +20,22 @@ from torch import nn
 from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint.checkpoint import Checkpoint
 from lightwork.checkpoint.foreign import DEFAULT_NAMES, Format, check_format
-from lightwork.checkpoint.settings import Bookmark
-from lightwork.data.feed import Batches, Feed, Schedule, feed_for_evaluation, feed_of, total_steps, upcoming, walk
+from lightwork.data.feed import feed_for_evaluation, feed_of
 from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
 from lightwork.errors import TeamError, UsageError
-from lightwork.run.course import Course, Following, check_count
+from lightwork.run.course import Course, check_count
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.exit import EXITS
 from lightwork.run.guard import Guard, say_written
 from lightwork.run.kept import Kept
+from lightwork.run.passes import Passes
 from lightwork.run.saves import Saves
 from lightwork.run.state_calls import StateCalls
-from lightwork.run.step import Loop, Step, StepPlace
+from lightwork.run.step import Step
 from lightwork.spec.plan import Plan
 from lightwork.spec.spec import Spec
 from lightwork.team.presence import Activity
-from lightwork.team.rendezvous import Progress
 from lightwork.team.team import Team
 from lightwork.trace import Trace
 
@@ -80,10 +76,8 @@ class Run:
         self._guard = Guard(
             engine.optimizers, engine.trained.optimizer_state, partial(self._state.load_optimizer, engine)
         )
+        self._passes = Passes(team, engine, self._course, self._saves, self._guard, trace)
         self._evaluations = 0
-        self._loop: weakref.ref[Loop] | None = None  # while in it
-        self._step: Step | None = None
-        self._closed = False
 
     # --- who and where ----------------------------------------------------------------------------------------------
 
@@ -111,7 +105,7 @@ class Run:
         steps is done once for each epoch: where it was interrupted, it is done again from the state before it.
         """
         check_count("the number of epochs", num)
-        self._end_former_loop()
+        self._passes.end_former()
         self._saves.check_settings()
         return self._course.epochs(num, self._saves.body_ended)
 
@@ -149,7 +143,7 @@ class Run:
         for name, count in (("epochs", epochs), ("max_steps", max_steps)):
             if count is not None:
                 check_count(name, count)
-        self._end_former_loop()
+        self._passes.end_former()
         feed = feed_of(
             dataset,
             seed=self.spec.seed,
@@ -161,121 +155,7 @@ class Run:
             batches=batches,
         )
         epochs = 1 if epochs is None and max_steps is None else epochs
-        total = partial(total_steps, feed.order, self._course.first_epoch_of(feed), epochs, max_steps)
-        return Loop(partial(self._steps, feed, epochs, max_steps), total)
-
-    def _steps(
-        self, feed: Feed, epochs: int | None, max_steps: int | None, loop: weakref.ref[Loop]
-    ) -> Generator[Step, None, None]:
-        order, course = feed.order, self._course
-        self._end_former_loop()
-        if not self._begin_loop(feed):
-            return
-        self._loop = loop
-        loader: Batches | None = None
-        broken = True
-        try:
-            start = course.at
-            total = total_steps(order, start.first_epoch, epochs, max_steps)
-            self._trace.event("steps", first=start.step, total=course.end_of(total))
-            left = None if total is None else max(0, total - start.steps_in_call)
-            share = partial(self._team.roster.share, self.rank)
-            loader = feed.load(upcoming(order, start.epoch, start.step_in_epoch, left, share))
-            while total is None or course.at.steps_in_call < total:
-                epoch, step_in_epoch = next(walk(order, course.at.epoch, course.at.step_in_epoch))
-                if epochs is not None and epoch >= start.first_epoch + epochs:
-                    break
-                if self._team.presence.anyone_left():
-                    break
-                self._guard.check()
-                course.begin_step(order, epoch)
-                step = self._make_step(order, loader, epoch, step_in_epoch)
-                self._step = step
-                yield step
-                step.check_finished()
-                self._saves.body_ended()
-            broken = False
-        finally:
-            self._end_loop(broken=broken)
-            if loader is not None:
-                loader.close()
-
-    def _begin_loop(self, feed: Feed) -> bool:
-        """Meet the others before a loop; return False for one that a resumed run had finished."""
-        course = self._course
-        self._meet_where("steps")
-        was_resuming = course.is_resuming
-        if was_resuming:
-            self._saves.check_settings()
-        elif not course.is_in_epochs:
-            self._saves.body_ended()
-        following = course.enter(feed, self._saves.check_unchanged)
-        if was_resuming and course.is_in_epochs and following is not Following.NEW:
-            self._saves.put_all_back()
-        if following is Following.FINISHED:
-            return False
-        self._team.presence.set_left(left=False)
-        fingerprint = course.data.known[course.at.data].fingerprint
-        self._team.meet_equal("run.steps", {**fingerprint, **feed.order.describe(course.at.epoch)})
-        self._team.report(Progress.TRAINING)
-        return True
-
-    def _end_former_loop(self) -> None:
-        """End a loop that was left without its iterator being let go of.
-
-        Raises: UsageError in a step, after one that was left in its middle, and after `close`.
-        """
-        if self._closed:
-            raise UsageError("run.steps was called after run.close(). Call lightwork.distribute for another run.")
-        if self._loop is None:
-            self._refuse_in_step("steps")
-            return
-        loop = self._loop()
-        if loop is None or (self._step is not None and self._step.begun and not self._step.finished):
-            raise UsageError(
-                "run.steps was called inside a loop over run.steps. End the one before beginning the next."
-            )
-        loop.close()
-
-    def _end_loop(self, *, broken: bool) -> None:
-        self._loop = None
-        if self._closed:
-            return
-        step = self._step
-        self._course.leave(broken=broken)
-        if self.is_main:
-            self._saves.pass_ended()
-        # A step that was left in its middle (an error) is not left as a loop is: the others may still need this worker.
-        if step is None or step.finished or not step.begun:
-            self._team.presence.set_left(left=True)
-            self._team.presence.show(Activity.OUTSIDE)
-            self._team.report(Progress.BETWEEN)
-
-    def _make_step(self, order: Schedule, loader: Batches, epoch: int, step_in_epoch: int) -> Step:
-        place = StepPlace(
-            index=self._course.at.step,
-            epoch=epoch,
-            step_in_epoch=step_in_epoch,
-            num_micro_batches=order.micro_batches(epoch, step_in_epoch),
-            is_last=order.is_last(epoch, step_in_epoch),
-        )
-        updated = partial(self._advance, order, epoch, step_in_epoch)
-        return Step(
-            place, self._team, self._engine, loader, self._trace, updated, partial(EXITS.leave_out, self._engine.beside)
-        )
-
-    def _meet_where(self, what: str) -> None:
-        """Meet, and take over the place of the worker that is farthest.
-
-        One that left its loop early is behind: the others finished the step that they were in without it.
-        """
-        places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._course.at)).encode())]
-        self._course.at = Bookmark(**max(places, key=lambda place: (place["step"], place["plain"], place["call"])))
-
-    def _advance(self, order: Schedule, epoch: int, step_in_epoch: int, goes_on: bool | None) -> None:
-        """Take note of an update that is done: what is saved from here on is the state after it."""
-        self._guard.updated()
-        self._course.advance(epoch, order.after(epoch, step_in_epoch, goes_on))
+        return self._passes.begin(feed, epochs, max_steps)
 
     # --- collective calls -------------------------------------------------------------------------------------------
 
@@ -286,7 +166,7 @@ class Run:
 
         Each sample comes once, on one of the workers, in micro-batches; random state and buffers are left alone.
         """
-        self._refuse_in_step("evaluate")
+        self._passes.refuse_within("run.evaluate")
         feed = feed_for_evaluation(
             dataset,
             seed=self.spec.seed,
@@ -315,17 +195,20 @@ class Run:
         Inside, autograd is off, and every worker sees fp32 weights of its own. Parameters can be written, not added or
         replaced.
         """
-        self._refuse_in_step("edit")
+        self._passes.refuse_within("run.edit")
+        self._passes.meet_where("edit")
         return self._state.edit()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict, under its names: full, plain fp32 tensors of its own, on the host."""
-        self._refuse_in_step("state_dict")
+        self._passes.refuse_within("run.state_dict")
+        self._passes.meet_where("state_dict")
         return self._state.state_dict()
 
     def digest(self) -> str:
         """Return the SHA-256 of weights, buffers and optimizer state, in hexadecimal digits; the same everywhere."""
-        self._refuse_in_step("digest")
+        self._passes.refuse_within("run.digest")
+        self._passes.meet_where("digest")
         return self._state.digest()
 
     def save(self, path: str | os.PathLike[str] | None = None, *, format: Format = "lightwork") -> Path:
@@ -340,12 +223,12 @@ class Run:
 
         Raises: CheckpointError when it can not be written; what was there before is kept.
         """
-        self._refuse_in_step("save")
+        self._passes.refuse_within("run.save")
         check_format(format, self.model)
         folder = Path(path) if path is not None else self.run_dir / DEFAULT_NAMES[format]
-        self._meet_where("save")
+        farthest = self._passes.meet_where("save")
         beside = EXITS.steps_beside(self)
-        self._state.save(folder, format, self.model, beside, within_loop=self._loop is not None)
+        self._state.save(folder, format, self.model, beside, within_loop=self._passes.is_within, of=farthest)
         return folder
 
     def load(self, path: str | os.PathLike[str] | Checkpoint) -> None:
@@ -353,24 +236,24 @@ class Run:
 
         Raises: CheckpointError when it is of another model, optimizer or spec.
         """
-        self._refuse_in_step("load")
-        if self._loop is not None:
+        self._passes.refuse_within("run.load")
+        if self._passes.is_within:
             raise UsageError("run.load was called inside the loop over run.steps. Call it before the loop.")
         if self._state.load(path if isinstance(path, Checkpoint) else checkpoints.load_whole(path)):
-            self._guard.updated()  # a scheduler may step at once
+            self._passes.updated()
 
     def stay_while_needed(self) -> None:
         """At the end of the script: wait for the others, if they may still read weights that are here."""
         self._saves.script_ended()
-        if self._engine.serves_weights and not self._closed:
+        if self._engine.serves_weights and not self._passes.is_closed:
             with contextlib.suppress(TeamError):  # who is not coming any more is named elsewhere
                 self._team.meet("the end of the script")
 
     def close(self, *, gives_back: bool = True) -> None:
         """Give model and optimizer back to plain PyTorch, in memory of this worker's own. Not collective."""
-        if self._closed:
+        if self._passes.is_closed:
             return
-        self._closed = True
+        self._passes.is_closed = True
         if gives_back and sys.exc_info()[0] is None:  # not at the end of a script, which may have been ended anywhere
             self._saves.body_ended()
         EXITS.remove(self)
@@ -381,18 +264,3 @@ class Run:
         self._team.close()
         self._team.presence.announce(Activity.ENDED)
         say_written(written, is_error=gives_back)
-
-    def _refuse_in_step(self, call: str) -> None:
-        step = self._step
-        if step is None or step.finished or not step.begun:
-            return
-        message = (
-            f"inside the loop over the micro-batches of step {step.index}. Call it after that loop, when the update is "
-            "done."
-        )
-        if self._loop is None:
-            message = (
-                f"after step {step.index} was left in its middle (an error, an interruption), which can not be taken "
-                "up again. Call lightwork.distribute anew, with resume= to go on from a checkpoint."
-            )
-        raise UsageError(f"run.{call} was called {message}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,24 +38,35 @@ class StateCalls:
     @contextlib.contextmanager
     def edit(self) -> Iterator[None]:
         """Apply what the body writes to weights and buffers, once: as the main worker leaves them."""
-        self._team.meet("edit")
         self._saves.edited("run.edit()")
         with self._trained.edit(self._team.meet, is_leader=self._team.is_leader):
             yield
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict: plain fp32 tensors, on the host."""
-        self._team.meet("state_dict")
         return self._trained.state_dict(self._team.meet, is_leader=self._team.is_leader)
 
     def digest(self) -> str:
         """Return the SHA-256 of everything."""
         team = self._team
-        team.meet("digest")
         return self._trained.digest(team.meet, team.rank, team.world_size, is_leader=team.is_leader)
 
-    def save(self, path: Path, form: Format, model: nn.Module, beside: Mapping[str, int], *, within_loop: bool) -> None:
-        """Write a checkpoint, when all have met; `beside` are the steps of the script's other runs.
+    def save(
+        self,
+        path: Path,
+        form: Format,
+        model: nn.Module,
+        beside: Mapping[str, int],
+        *,
+        within_loop: bool,
+        of: int | None,
+    ) -> None:
+        """Write a checkpoint, when all have met.
+
+        Args:
+            beside: the steps of the script's other runs.
+            of: the worker whose settings and kept objects are saved, where another one is behind: it has left its loop
+                a step before.
 
         Raises: CheckpointError when it can not be written; Disagreement when modules keep different things.
         """
@@ -62,9 +74,9 @@ class StateCalls:
         extra = self._saves.extra_signatures()
         if extra:
             team.meet_equal("run.save (what modules say by get_extra_state)", extra)
-        description: Description | None = None
-        if team.is_main:
-            description = self._saves.describe(beside, within_loop=within_loop)
+        said = self._saves.describe(beside, within_loop=within_loop)
+        said = said if of is None else self._of(of, said)
+        description = said if team.is_main else None
         if form == "lightwork":
             problem = checkpoints.save(path, self._trained, description, team.meet, is_leader=team.is_leader)
         else:
@@ -77,6 +89,13 @@ class StateCalls:
         problem = team.meet_main("save (result)", problem.encode()).decode()
         if problem:
             raise CheckpointError(problem)
+
+    def _of(self, rank: int, description: Description) -> Description:
+        """Return the description that a worker has, to all."""
+        team = self._team
+        received = team.meet("save (settings)", pickle.dumps(description) if team.rank == rank else b"")
+        found: Description = pickle.loads(received[team.roster.living.index(rank)])
+        return found
 
     def load(self, checkpoint: Checkpoint) -> bool:
         """Take everything from a checkpoint, and return whether steps were done before it.

@@ -24,6 +24,7 @@ from lightwork.data.order import Ids, some_of
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, UsageError
 from lightwork.run.collected import Collected, Part, combined
+from lightwork.run.interrupt import INTERRUPTS
 from lightwork.team.ledger import Outcome
 from lightwork.team.team import Team
 from lightwork.team.words import Kind
@@ -208,14 +209,33 @@ class Step:
         """Whether the update is done."""
         return self._result is not None
 
-    def check_finished(self) -> None:
-        """Raise UsageError when the update is not done, though the script goes on to the next step."""
+    def check_finished(self) -> bool:
+        """Return whether all stop after this step, as a worker was interrupted.
+
+        Raises: UsageError when the update is not done, though the script goes on to the next step.
+        """
         if not self.finished:
             what = "was left early" if self.begun else "was never entered"
             raise UsageError(
                 f"the inner loop of step {self.index} {what}. Go through all of `for ... in step:`; to stop training, "
                 "break out of the outer loop after it."
             )
+        return self._result is not None and self._result.stops
+
+    def refuse_within(self, call: str, *, is_left: bool) -> None:
+        """Raise UsageError for a call in the middle of the step; `is_left` says whether its loop was left."""
+        if self.finished or not self.begun:
+            return
+        message = (
+            f"inside the loop over the micro-batches of step {self.index}. Call it after that loop, when the update is "
+            "done."
+        )
+        if is_left:
+            message = (
+                f"after step {self.index} was left in its middle (an error, an interruption), which can not be taken "
+                "up again. Call lightwork.distribute anew, with resume= to go on from a checkpoint."
+            )
+        raise UsageError(f"{call} was called {message}")
 
     @property
     def begun(self) -> bool:
@@ -259,6 +279,7 @@ class Step:
                     weight=micro.weight,
                     metrics=json.dumps(micro.collected.numbers).encode() if micro.collected.numbers else b"",
                     goes_on=self._loader.goes_on(self.epoch, self.step_in_epoch, micro.index),
+                    stops=INTERRUPTS.is_pending,
                 )
                 self._parts[micro.index] = micro.collected.parts
                 action = engine.finish_micro_batch(self.index, micro.index, outcome)

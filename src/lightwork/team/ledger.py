@@ -21,7 +21,10 @@ from lightwork.errors import UsageError
 from lightwork.team.rules import Seat, other_settings
 from lightwork.team.words import METRICS_BYTES, Words
 
-_VOTES: tuple[bool | None, ...] = (None, False, True)
+#: Whether more steps follow, and whether the worker was interrupted.
+_VOTES: tuple[tuple[bool | None, bool], ...] = tuple(
+    (goes_on, stops) for stops in (False, True) for goes_on in (None, False, True)
+)
 _VOTE_OF = {vote: number for number, vote in enumerate(_VOTES)}
 
 
@@ -33,6 +36,7 @@ class Outcome:
     weight: float
     metrics: bytes = b""  #: a JSON object: by name, some numbers
     goes_on: bool | None = None  #: its vote, whether more steps follow; None for none
+    stops: bool = False  #: its worker was interrupted: all stop after the step
 
 
 @final
@@ -56,7 +60,7 @@ class Ledger:
             )
         words, at = self._words, self._row(step) + index
         words.outcomes[2 * at], words.outcomes[2 * at + 1] = outcome.loss, outcome.weight
-        words.votes[at] = _VOTE_OF[outcome.goes_on]
+        words.votes[at] = _VOTE_OF[outcome.goes_on, outcome.stops]
         text = len(outcome.metrics).to_bytes(8, "little") + outcome.metrics
         words.metrics[at * METRICS_BYTES : at * METRICS_BYTES + len(text)] = text
 
@@ -73,8 +77,12 @@ class Ledger:
 
     def goes_on(self, step: int, num_micro_batches: int) -> bool | None:
         """Return whether another step follows: whether all micro-batches that voted say so; None if none voted."""
-        votes = set(self._votes(step, range(num_micro_batches))) - {None}
+        votes = {vote for vote, _ in self._votes(step, range(num_micro_batches))} - {None}
         return False not in votes if votes else None
+
+    def stops(self, step: int, num_micro_batches: int) -> bool:
+        """Return whether a worker was interrupted, so that all stop after the step."""
+        return any(stops for _, stops in self._votes(step, range(num_micro_batches)))
 
     def touched(self, index: int) -> memoryview:
         """Return a byte for each parameter, its claimant's to write: whether micro-batch `index` gave it a gradient."""
@@ -117,8 +125,9 @@ class Ledger:
         count = self._size.num_parameters
         for position, index in enumerate(roster.micro_batches(host, num_micro_batches)):
             loss, weight = values["records"][position]
-            metrics, vote = values["metrics"][position].encode(), values["votes"][position]
-            self.write_outcome(step, index, Outcome(loss=loss, weight=weight, metrics=metrics, goes_on=vote))
+            metrics, (goes_on, stops) = values["metrics"][position].encode(), values["votes"][position]
+            outcome = Outcome(loss=loss, weight=weight, metrics=metrics, goes_on=goes_on, stops=stops)
+            self.write_outcome(step, index, outcome)
             self.touched(index)[:] = touched[position * count : (position + 1) * count]
 
     def take_norms(self, host: int, norms_squared: Sequence[float]) -> None:
@@ -130,7 +139,7 @@ class Ledger:
         """Return the first record of a step's set: [Note: what a late worker may read]."""
         return step % 2 * self._size.num_micro_batches
 
-    def _votes(self, step: int, indices: range) -> list[bool | None]:
+    def _votes(self, step: int, indices: range) -> list[tuple[bool | None, bool]]:
         at = self._row(step)
         return [_VOTES[vote] for vote in self._words.votes[at + indices.start : at + indices.stop]]
 

@@ -22,15 +22,12 @@ from typing import TYPE_CHECKING, final
 from lightwork.errors import TeamError
 from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.environment import Environment
+from lightwork.team.meeting_point import JOIN_TIMEOUT, LOOPBACK, connect, serve_on_loopback
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store, TCPStore
+    from torch._C._distributed_c10d import Store
 
-_LOOPBACK = "127.0.0.1"
 _JOURNAL = struct.Struct("<qq")
-
-#: Seconds that a worker waits for rank 0 before it says so and gives up.
-JOIN_TIMEOUT = 300.0
 
 #: What workers do that wait for rank 0's message of a run.
 _DISTRIBUTE = "call lightwork.distribute"
@@ -199,15 +196,15 @@ class FileRendezvous(Rendezvous):
         from torch._C._distributed_c10d import TCPStore
 
         if self._rank == FIRST_RANK:
-            store = _serve_on_loopback(0)
+            store = serve_on_loopback(0)
             self.publish(key, str(store.port))
             return store
         timeout = timedelta(seconds=JOIN_TIMEOUT)
-        return TCPStore(_LOOPBACK, int(self.wait_for_message(key)), is_master=False, timeout=timeout)
+        return TCPStore(LOOPBACK, int(self.wait_for_message(key)), is_master=False, timeout=timeout)
 
     def address(self) -> str:
         """Return the loopback's: its workers are all on this machine."""
-        return _LOOPBACK
+        return LOOPBACK
 
     def report(self, progress: Progress) -> None:
         """Write this rank's byte. After a further `distribute` it is as it was before: another run may go on."""
@@ -244,7 +241,6 @@ class StoreRendezvous(Rendezvous):
     """The key-value store that torchrun's agent serves, or that rank 0 serves under srun and mpirun."""
 
     def __init__(self, environment: Environment) -> None:
-        from torch._C._distributed_c10d import TCPStore
 
         if environment.port is None:
             raise TeamError(
@@ -254,18 +250,12 @@ class StoreRendezvous(Rendezvous):
             )
         self._rank = environment.rank
         self._interface = environment.interface
-        address = environment.address or _LOOPBACK
+        address = environment.address or LOOPBACK
         serves = environment.rank == FIRST_RANK and not environment.store_is_served
-        if serves and address in (_LOOPBACK, "localhost"):
-            self._store = _serve_on_loopback(environment.port)
+        if serves and address in (LOOPBACK, "localhost"):
+            self._store = serve_on_loopback(environment.port)
         else:
-            self._store = TCPStore(
-                address,
-                environment.port,
-                is_master=serves,
-                timeout=timedelta(seconds=JOIN_TIMEOUT),
-                wait_for_workers=False,
-            )
+            self._store = connect(address, environment.port, serves=serves)
         self._prefix = f"lightwork/{environment.job}/{environment.attempt}/"
 
     def comes_first(self, key: str) -> bool:
@@ -337,38 +327,10 @@ class SoloRendezvous(Rendezvous):
 
     def address(self) -> str:
         """Return the loopback's."""
-        return _LOOPBACK
+        return LOOPBACK
 
     def report(self, progress: Progress) -> None:
         """Do nothing: nobody looks."""
-
-
-def _serve_on_loopback(port: int) -> TCPStore:
-    """Return a store that processes of this machine alone can reach. (A TCPStore by itself listens to all networks.)
-
-    Raises: TeamError when the port is taken; 0 is any.
-    """
-    from torch._C._distributed_c10d import TCPStore
-
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((_LOOPBACK, port))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise TeamError(
-            f"port {port}, where the workers are to find each other, can not be had ({error.strerror}): another job "
-            "may have it. Set MASTER_PORT to a free one."
-        ) from error
-    return TCPStore(
-        _LOOPBACK,
-        listener.getsockname()[1],
-        is_master=True,
-        timeout=timedelta(seconds=JOIN_TIMEOUT),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
 
 
 def find(environment: Environment) -> Rendezvous:

@@ -15,9 +15,10 @@ from lightwork.notice import notice
 from lightwork.spec.roster import Roster
 from lightwork.store.mapped import MappedStore
 from lightwork.team.board import Board
+from lightwork.team.meeting_point import JOIN_TIMEOUT
 from lightwork.team.peers import Peers
 from lightwork.team.presence import Activity
-from lightwork.team.rendezvous import JOIN_TIMEOUT, Progress, Rendezvous
+from lightwork.team.rendezvous import Progress, Rendezvous
 from lightwork.transport.base import Carrier, Transport, Watch
 from lightwork.transport.late import Lateness
 from lightwork.transport.mailboxes import HostTransport

@@ -1,0 +1,191 @@
+"""The loops over run.steps: which may begin, what a step is, where the run is when one ends or is left."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Generator
+from dataclasses import asdict
+from functools import partial
+from typing import final
+
+from lightwork.checkpoint.settings import Bookmark
+from lightwork.data.feed import Batches, Feed, Schedule, total_steps, upcoming, walk
+from lightwork.engine.engine import Engine
+from lightwork.errors import UsageError
+from lightwork.run.course import Course, Following
+from lightwork.run.exit import EXITS
+from lightwork.run.guard import Guard
+from lightwork.run.interrupt import INTERRUPTS
+from lightwork.run.saves import Saves
+from lightwork.run.step import Loop, Step, StepPlace
+from lightwork.team.presence import Activity
+from lightwork.team.rendezvous import Progress
+from lightwork.team.team import Team
+from lightwork.trace import Trace
+
+
+@final
+class Passes:
+    """The loops of one run."""
+
+    def __init__(self, team: Team, engine: Engine, course: Course, saves: Saves, guard: Guard, trace: Trace) -> None:
+        self._team = team
+        self._engine = engine
+        self._course = course
+        self._saves = saves
+        self._guard = guard
+        self._trace = trace
+        self._loop: weakref.ref[Loop] | None = None  # while in it
+        self._step: Step | None = None
+        self._is_stopped = False  # by an interruption
+        self.is_closed = False  #: the run is
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the script is in a loop."""
+        return self._loop is not None
+
+    def begin(self, feed: Feed, epochs: int | None, max_steps: int | None) -> Loop:
+        """Return a loop, which begins when its first step is asked for."""
+        total = partial(total_steps, feed.order, self._course.first_epoch_of(feed), epochs, max_steps)
+        return Loop(partial(self._go, feed, epochs, max_steps), total)
+
+    def _go(
+        self, feed: Feed, epochs: int | None, max_steps: int | None, loop: weakref.ref[Loop]
+    ) -> Generator[Step, None, None]:
+        order, course = feed.order, self._course
+        self.end_former()
+        if not self._begin_loop(feed):
+            return
+        self._loop = loop
+        loader: Batches | None = None
+        broken = True
+        INTERRUPTS.begin_loop()
+        try:
+            start = course.at
+            total = total_steps(order, start.first_epoch, epochs, max_steps)
+            self._trace.event("steps", first=start.step, total=course.end_of(total))
+            left = None if total is None else max(0, total - start.steps_in_call)
+            share = partial(self._team.roster.share, self._team.rank)
+            loader = feed.load(upcoming(order, start.epoch, start.step_in_epoch, left, share))
+            while total is None or course.at.steps_in_call < total:
+                epoch, step_in_epoch = next(walk(order, course.at.epoch, course.at.step_in_epoch))
+                if epochs is not None and epoch >= start.first_epoch + epochs:
+                    break
+                if self._team.presence.anyone_left():
+                    break
+                self._guard.check()
+                course.begin_step(order, epoch)
+                step = self._make_step(order, loader, epoch, step_in_epoch)
+                self._step = step
+                yield step
+                stops = step.check_finished()
+                self._saves.body_ended()
+                if stops:
+                    self._is_stopped = True
+                    raise KeyboardInterrupt(f"after step {step.index}")
+            broken = False
+        finally:
+            INTERRUPTS.end_loop()
+            self._end_loop(broken=broken)
+            if loader is not None:
+                loader.close()
+
+    def _begin_loop(self, feed: Feed) -> bool:
+        """Meet the others before a loop; return False for one that a resumed run had finished."""
+        course = self._course
+        if self._is_stopped:
+            self._is_stopped = False
+            self._leave_call(broken=True)
+        self.meet_where("steps")
+        was_resuming = course.is_resuming
+        if was_resuming:
+            self._saves.check_settings()
+        elif not course.is_in_epochs:
+            self._saves.body_ended()
+        following = course.enter(feed, self._saves.check_unchanged)
+        if was_resuming and course.is_in_epochs and following is not Following.NEW:
+            self._saves.put_all_back()
+        if following is Following.FINISHED:
+            return False
+        self._team.presence.set_left(left=False)
+        fingerprint = course.data.known[course.at.data].fingerprint
+        self._team.meet_equal("run.steps", {**fingerprint, **feed.order.describe(course.at.epoch)})
+        self._team.report(Progress.TRAINING)
+        return True
+
+    def end_former(self) -> None:
+        """End a loop that was left without its iterator being let go of.
+
+        Raises: UsageError in a step, after one that was left in its middle, and after `close`.
+        """
+        if self.is_closed:
+            raise UsageError("run.steps was called after run.close(). Call lightwork.distribute for another run.")
+        if self._loop is None:
+            self.refuse_within("run.steps")
+            return
+        loop = self._loop()
+        if loop is None or (self._step is not None and self._step.begun and not self._step.finished):
+            raise UsageError(
+                "run.steps was called inside a loop over run.steps. End the one before beginning the next."
+            )
+        loop.close()
+
+    def _end_loop(self, *, broken: bool) -> None:
+        self._loop = None
+        if self.is_closed:
+            return
+        step = self._step
+        if not self._is_stopped:  # else the run is still in the call, for who saves it now
+            self._leave_call(broken=broken)
+        # A step that was left in its middle (an error) is not left as a loop is: the others may still need this worker.
+        if step is None or step.finished or not step.begun:
+            self._team.presence.set_left(left=True)
+            self._team.presence.show(Activity.OUTSIDE)
+            self._team.report(Progress.BETWEEN)
+
+    def _leave_call(self, *, broken: bool) -> None:
+        self._course.leave(broken=broken)
+        if self._team.is_main:
+            self._saves.pass_ended()
+
+    def _make_step(self, order: Schedule, loader: Batches, epoch: int, step_in_epoch: int) -> Step:
+        place = StepPlace(
+            index=self._course.at.step,
+            epoch=epoch,
+            step_in_epoch=step_in_epoch,
+            num_micro_batches=order.micro_batches(epoch, step_in_epoch),
+            is_last=order.is_last(epoch, step_in_epoch),
+        )
+        updated = partial(self._advance, order, epoch, step_in_epoch)
+        return Step(
+            place, self._team, self._engine, loader, self._trace, updated, partial(EXITS.leave_out, self._engine.beside)
+        )
+
+    def meet_where(self, what: str) -> int | None:
+        """Meet, take over the place of the worker that is farthest, and return its rank if any is behind.
+
+        One that left its loop early is: the others finished the step that they were in without it.
+        """
+        places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._course.at)).encode())]
+        farthest = max(places, key=lambda place: (place["step"], place["plain"], place["call"]))
+        if farthest["step"] > self._course.at.step:
+            self._engine.trained.accept()  # what the others have done since
+        self._course.at = Bookmark(**farthest)
+        is_behind = any(place["step"] < farthest["step"] for place in places)
+        return self._team.roster.living[places.index(farthest)] if is_behind else None
+
+    def _advance(self, order: Schedule, epoch: int, step_in_epoch: int, goes_on: bool | None) -> None:
+        """Take note of an update that is done: what is saved from here on is the state after it."""
+        self._guard.updated()
+        self._course.advance(epoch, order.after(epoch, step_in_epoch, goes_on))
+
+    def refuse_within(self, call: str) -> None:
+        """Raise UsageError for a call in the middle of a step."""
+        if self._step is not None:
+            self._step.refuse_within(call, is_left=self._loop is None)
+
+    def updated(self) -> None:
+        """Let schedulers know that there have been updates: one may step at once."""
+        self._guard.updated()
