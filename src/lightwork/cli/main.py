@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         start_again()
-    from lightwork.cli import run  # what is slow to import comes after that
+    from lightwork.cli import check, run  # what is slow to import comes after that
 
     parser = argparse.ArgumentParser(
         prog="lightwork",
@@ -27,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lightwork {version('lightwork')}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     run.add_parser(verbs)
+    check.add_parser(verbs)
     options = parser.parse_args(arguments)
+    verb = {"run": run.carry_out, "check": check.carry_out}[options.verb]
     try:
-        return run.carry_out(options)
+        return verb(options)
     except LightworkError as error:
         print(f"lightwork: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint.checkpoint import Checkpoint
@@ -181,7 +182,7 @@ def distribute(
     trace.event("start", rank=team.rank, world_size=team.world_size, pid=os.getpid())
     _write_roster(team, folder, spec, plan)
     EXITS.add(run, team, engine.beside)
-    _say_hello(team, environment, spec)
+    _say_hello(team, environment, spec, model)
     team.report(Progress.JOINED)
     saved: Checkpoint | None = None
     if checkpoint is not None:
@@ -267,9 +268,16 @@ def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:
         write_records(folder, {"spec": spec.to_json(), "plan": plan.to_json(), "roster": roster})
 
 
-def _say_hello(team: Team, environment: Environment, spec: Spec) -> None:
+def _say_hello(team: Team, environment: Environment, spec: Spec, model: nn.Module) -> None:
     if environment.launcher is Launcher.PYTHON and sys.argv[0].endswith(".py"):
         team.say(f"a team of one. For a larger one: lightwork run -n {os.cpu_count() or 2} {' '.join(sys.argv)}")
+    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    if norms and spec.num_micro_batches > 1:
+        team.say(
+            f"batch normalisation ({', '.join(norms[:3])}{', ...' if len(norms) > 3 else ''}) takes its statistics of "
+            f"the {spec.micro_batch} samples of a micro-batch, not of the {spec.global_batch} of an update. A larger "
+            "micro_batch= changes that."
+        )
     surplus = team.world_size - spec.num_micro_batches
     if surplus > 0:
         names = (

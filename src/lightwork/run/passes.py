@@ -29,6 +29,8 @@ from lightwork.trace import Trace
 class Passes:
     """The loops of one run."""
 
+    step_class: type[Step] = Step  #: that of `lightwork check` takes notes
+
     def __init__(self, team: Team, engine: Engine, course: Course, saves: Saves, guard: Guard, trace: Trace) -> None:
         self._team = team
         self._engine = engine
@@ -159,7 +161,7 @@ class Passes:
             is_last=order.is_last(epoch, step_in_epoch),
         )
         updated = partial(self._advance, order, epoch, step_in_epoch)
-        return Step(
+        return self.step_class(
             place, self._team, self._engine, loader, self._trace, updated, partial(EXITS.leave_out, self._engine.beside)
         )
 

@@ -58,7 +58,6 @@ class _MicroBatch:
         self.collected = Collected(len(self.ids), "step")
 
 
-@final
 class Step:
     """One update of the weights. Iterate over it once: it gives the micro-batches that fall to this worker.
 
