@@ -52,7 +52,7 @@ class Detector(nn.Module):
 
 
 def loss_of(output, targets):
-    """Return the loss, whose boxes are a mean over the boxes of all images."""
+    """Return the loss, a mean over images: of one, the cells' mean and the sum over its boxes."""
     wanted = torch.zeros(output.shape[:3])
     distances = []
     for of_image, target, found in zip(wanted, targets, output, strict=True):
@@ -62,7 +62,7 @@ def loss_of(output, targets):
             box = torch.cat([centre % CELL / CELL, side[None] / CELL])
             distances.append(F.smooth_l1_loss(found[row, column, 1:], box))
     loss = F.binary_cross_entropy_with_logits(output[..., 0], wanted)
-    return loss + torch.stack(distances).mean() if distances else loss
+    return loss + torch.stack(distances).sum() / len(targets) if distances else loss
 
 
 def main(arguments=None):

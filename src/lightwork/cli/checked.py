@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from lightwork.data.batch import tensors
+from lightwork.data.stream import StreamLoader
 from lightwork.launcher.script import Script
 from lightwork.random import RandomState
 from lightwork.run import distribute as distributing
@@ -35,6 +36,9 @@ from lightwork.team.team import Team
 
 _OWN = str(Path(__file__).parents[1]) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+
+#: Times the steps that are asked for, of one run, while another has not made as many.
+_MOST = 5
 
 #: Seconds for which a worker that is to be late sleeps, so that others take over what falls to it.
 _LATE = 1.5
@@ -54,6 +58,7 @@ class Recorder:
         self._rank = 0
         self._models: dict[str, nn.Module] = {}
         self._random: dict[str, str] = {}
+        self._done: dict[str, int] = {}
 
     def note(self, kind: str, **values: Any) -> None:
         """Write a record."""
@@ -102,7 +107,11 @@ class Recorder:
 
         return note
 
-    def begin(self, step: int, index: int, ids: Any, batch: Any, run: str) -> None:
+    def name_of(self, model: nn.Module) -> str:
+        """Return the name of the run that trains a model."""
+        return next(name for name, of in self._models.items() if of is model)
+
+    def begin(self, step: int, index: int, ids: Any, batch: Any, run: str, reads_stream: bool) -> None:
         """Note a micro-batch that the script is about to be given."""
         if self._rank == self._slow and step == 1:
             time.sleep(_LATE)
@@ -111,7 +120,7 @@ class Recorder:
         for number, tensor in enumerate(tensors(batch)):
             per_row = tensor.dim() > 0 and len(tensor) == len(ids)
             rows[str(number)] = [digest(row) for row in tensor] if per_row else [digest(tensor)]
-        self.note("batch", step=step, index=index, ids=[int(i) for i in ids], fields=rows)
+        self.note("batch", step=step, index=index, ids=[int(i) for i in ids], fields=rows, stream=reads_stream)
         self._place, self._calls = {"step": step, "index": index}, 0
         self._random = random_state()
 
@@ -128,15 +137,18 @@ class Recorder:
         self.note("random", **self._place, values=after, drawn=drawn)
         self._place = None
 
-    def step_done(self, step: int, loss: float, settings: Any) -> None:
-        """Note a step, and end the process when there were enough."""
+    def step_done(self, run: str, step: int, loss: float, settings: Any) -> None:
+        """Note a step."""
+        self._run = run
         model = self._models[self._run]
         self.note("weights", step=step, values=digests(model.named_parameters()))
         self.note("step", step=step, loss=loss, settings=settings)
 
-    def body_done(self, step: int, team: Team) -> None:
-        """End with the others when there were enough steps."""
-        if step + 1 >= self._num_steps:
+    def body_done(self, run: str, step: int, team: Team) -> None:
+        """End with the others when there were enough steps, of every run of the script."""
+        self._done[run] = step + 1
+        fewest = min(self._done.get(name, 0) for name in self._models)
+        if fewest >= self._num_steps or step + 1 >= _MOST * self._num_steps:
             self.write()
             team.meet("lightwork check (end)")
             team.report(Progress.BETWEEN)
@@ -154,10 +166,11 @@ class RecordedStep(Step):
     recorder: Recorder
 
     def __iter__(self) -> Iterator[Any]:
-        run = self.recorder._run
+        run = self.recorder.name_of(self._engine.model)
+        reads_stream = isinstance(self._loader, StreamLoader)
         self._said: tuple[float, float, str] | None = None
         for batch in super().__iter__():
-            self.recorder.begin(self.index, self.batch_index, self.sample_ids, batch, run)
+            self.recorder.begin(self.index, self.batch_index, self.sample_ids, batch, run, reads_stream)
             yield batch
             self.recorder.end(self._said)
             self._said = None
@@ -165,7 +178,7 @@ class RecordedStep(Step):
             {name: repr(value) for name, value in group.items() if name != "params"}
             for group in self._engine.optimizers.groups
         ]
-        self.recorder.step_done(self.index, self.loss, settings)
+        self.recorder.step_done(run, self.index, self.loss, settings)
 
     def backward(self, loss: torch.Tensor, weight: float | None = None) -> None:
         """Note the loss, and go on."""
@@ -176,7 +189,7 @@ class RecordedStep(Step):
     def check_finished(self) -> bool:
         """End the process, if this was the last step."""
         stops = super().check_finished()
-        self.recorder.body_done(self.index, self._team)
+        self.recorder.body_done(self.recorder.name_of(self._engine.model), self.index, self._team)
         return stops
 
 

@@ -300,7 +300,7 @@ def _repeated(micros: Mapping[tuple[str, int, int], Micro]) -> Iterator[Finding]
         ids = micro.batch["ids"]
         fields = [rows for rows in micro.batch["fields"].values() if len(rows) == len(ids)]
         for at, sample in enumerate(ids):
-            if sample in seen:
+            if sample in seen and not micro.batch["stream"]:  # of a stream, they are places
                 yield Finding(
                     "repeated",
                     f"sample {sample} comes in step {seen[sample][1]} and again in step {key[1]}: "
@@ -327,6 +327,8 @@ def of_another_cut(notes: Notes, cut: Notes) -> Iterator[Finding]:
             continue
         micros = [micro for key, micro in notes.micros.items() if key[:2] == (run, 0)]
         where = next((micro.loss["where"] for micro in micros if micro.loss is not None), "")
+        if any(micro.batch["stream"] for micro in micros):  # which may be read otherwise then
+            continue
         draws = any(micro.random is not None and micro.random["drawn"] for micro in micros)
         ratio = theirs["loss"] / record["loss"]
         if abs(ratio - 0.5) < (_HALF_OF_NOISY if draws else _HALF):

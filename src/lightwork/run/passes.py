@@ -42,6 +42,7 @@ class Passes:
         self._step: Step | None = None
         self._is_stopped = False  # by an interruption
         self.is_closed = False  #: the run is
+        self.owner: object = None  #: the run
 
     @property
     def is_within(self) -> bool:

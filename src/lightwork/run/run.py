@@ -77,6 +77,8 @@ class Run:
             engine.optimizers, engine.trained.optimizer_state, partial(self._state.load_optimizer, engine)
         )
         self._passes = Passes(team, engine, self._course, self._saves, self._guard, trace)
+        # A script's function that ends lets go of its run: in a cycle it lives on for the end of the script to find.
+        self._passes.owner = self
         self._evaluations = 0
 
     # --- who and where ----------------------------------------------------------------------------------------------

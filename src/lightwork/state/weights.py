@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from lightwork.device.base import Mark
 from lightwork.errors import UsageError
@@ -207,7 +208,9 @@ class Weights:
                 home.release_room(span.start, span.end)
 
     def parameter_of(self, tensor: torch.Tensor) -> int | None:
-        """Return the parameter in whose working weight a tensor lies, or None."""
+        """Return the parameter in whose working weight a tensor lies, or None. It may be wrapped by torch.func."""
+        while is_functorch_wrapped_tensor(tensor):
+            tensor = get_unwrapped(tensor)
         if tensor.layout is not torch.strided or tensor.numel() == 0:
             return None
         if tensor.device.type != self._device.place.type:

@@ -339,7 +339,9 @@ class _BringsArguments(TorchFunctionMode):
     ) -> Any:
         """Call `func` once the weights among its arguments are here."""
         kwargs = kwargs or {}
-        if func.__name__ not in _WITHOUT_VALUES:
+        name = func.__name__
+        is_view = name == "__get__" and func.__self__.__name__ in _VIEWS  # type: ignore[attr-defined]
+        if is_view or name not in _WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 self._fetching.bring_arguments((*args, *kwargs.values()))
         return func(*args, **kwargs)
@@ -347,6 +349,10 @@ class _BringsArguments(TorchFunctionMode):
 
 #: Attributes of a tensor that do not read its values.
 _WITHOUT_VALUES = frozenset({"__get__", "__set__", "__delete__", "size", "dim", "numel", "stride", "is_floating_point"})
+
+
+#: Attributes of a tensor that are views of its values.
+_VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 
 def _asks_for_modes(module: nn.Module) -> bool:
