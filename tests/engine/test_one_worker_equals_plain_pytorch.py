@@ -1,4 +1,8 @@
-"""The oracle itself: what one worker computes is what plain PyTorch, written by hand, computes."""
+"""The oracle itself: what one worker computes is what plain PyTorch, written by hand, computes.
+
+Not only at the end: between all steps a script finds in its own objects what it would find there in plain PyTorch, the
+weights and buffers of the model, the optimizer's state, and what the model makes of a batch in eval mode.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,26 @@ from tests.cases import CASES, Case
 from tests.fake_ranks import run_ranks
 from tests.training import distributed
 
+#: By name, what a script finds between two steps.
+Found = dict[str, torch.Tensor]
 
-def by_hand(case: Case, *, global_batch: int, micro_batch: int, seed: int = 0) -> nn.Module:
+
+def found(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> Found:
+    """Return what a script finds in its own objects."""
+    state = {f"model {name}": value for name, value in model.state_dict().items()}
+    for index, entries in optimizer.state_dict()["state"].items():
+        state |= {f"state {index} {name}": torch.as_tensor(value) for name, value in entries.items()}
+    dataset: Any = case.dataset()
+    model.eval()
+    with torch.no_grad():
+        state["evaluated"] = case.loss(model, default_collate([dataset[i] for i in range(4)]))[0]
+    model.train()
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def by_hand(case: Case, *, global_batch: int, micro_batch: int, seed: int = 0) -> list[Found]:
     """Train a case with gradient accumulation over the same micro-batches, as one writes it without a library."""
+    steps: list[Found] = []
     torch.manual_seed(1)
     model = case.build()
     optimizer = case.optimizer(model)
@@ -66,20 +87,25 @@ def by_hand(case: Case, *, global_batch: int, micro_batch: int, seed: int = 0) -
             if scheduler is not None:
                 scheduler.step()
             step += 1
-    return model
+            steps.append(found(case, model, optimizer))
+    return steps
 
 
-def by_library(case: Case, *, global_batch: int, micro_batch: int) -> dict[str, np.ndarray]:
+def by_library(case: Case, *, global_batch: int, micro_batch: int) -> list[Found]:
     run, scheduler = distributed(case, global_batch=global_batch, micro_batch=micro_batch)
+    (optimizer,) = run._engine.optimizers.members
+    steps = []
     for step in run.steps(case.dataset(), epochs=case.epochs):
         for batch in step:
             loss, weight = case.loss(run.model, batch)
             step.backward(loss, weight)
         if scheduler is not None:
             scheduler.step()
-    state = {name: value.numpy() for name, value in run.state_dict().items()}
+        steps.append(found(case, run.model, optimizer))
+    saved = {f"model {name}": value for name, value in run.state_dict().items()}
+    assert all(torch.equal(value, steps[-1][name]) for name, value in saved.items())
     run.close()
-    return state
+    return steps
 
 
 FP32 = [name for name, case in CASES.items() if case.settings.get("precision") != "bf16" and name != "buffers"]
@@ -89,14 +115,15 @@ FP32 = [name for name, case in CASES.items() if case.settings.get("precision") !
 def test_accumulating_micro_batches_agrees_to_rounding(name: str) -> None:
     case = CASES[name]
     (ours,) = run_ranks(1, lambda: by_library(case, global_batch=16, micro_batch=2))
-    theirs = by_hand(case, global_batch=16, micro_batch=2).state_dict()
-    start = case.build().state_dict()
-    assert ours.keys() == theirs.keys()
+    theirs = by_hand(case, global_batch=16, micro_batch=2)
     # Muon iterates in bf16, which makes steps of 1e-3 of rounding in the last bit.
     tolerance = {"rtol": 2e-2, "atol": 5e-3} if name == "Muon" else {"rtol": 2e-3, "atol": 2e-5}
-    for key, value in theirs.items():
-        np.testing.assert_allclose(ours[key], value.numpy(), err_msg=key, **tolerance)
-    assert any(not torch.equal(start[key], theirs[key]) for key in start)
+    assert len(ours) == len(theirs) > 2
+    for step, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert one.keys() == other.keys()
+        for key, value in other.items():
+            np.testing.assert_allclose(one[key].numpy(), value.numpy(), err_msg=f"{key}, step {step}", **tolerance)
+    assert any(not torch.equal(theirs[0][key], theirs[-1][key]) for key in theirs[0])
 
 
 @pytest.mark.parametrize("name", [n for n in FP32 if CASES[n].settings.get("clip_grad_norm") is None])
@@ -104,9 +131,11 @@ def test_a_global_batch_of_one_micro_batch_agrees_bit_for_bit(name: str) -> None
     case = CASES[name]
     # 44 samples: batches of 11 are full, so that nothing is rescaled.
     (ours,) = run_ranks(1, lambda: by_library(case, global_batch=11, micro_batch=11))
-    theirs = by_hand(case, global_batch=11, micro_batch=11).state_dict()
-    for key, value in theirs.items():
-        assert np.array_equal(ours[key], value.numpy()), key
+    theirs = by_hand(case, global_batch=11, micro_batch=11)
+    for step, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert one.keys() == other.keys()
+        for key, value in other.items():
+            assert torch.equal(one[key], value), f"{key}, step {step}"
 
 
 def test_the_gradient_norm_is_that_of_plain_pytorch() -> None:

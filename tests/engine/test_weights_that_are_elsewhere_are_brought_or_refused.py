@@ -154,3 +154,41 @@ def test_after_close_the_offloaded_ones_are_plain_and_those_of_others_are_refuse
     assert run_ranks(1, lambda: job(PLANS[2][1])) == [expected]
     with pytest.raises(UsageError, match=r"was read after run.close\(\)"):
         run_ranks(2, lambda: job(PLANS[0][1]))
+
+
+class Mapped(nn.Module):
+    """Reads its weights by attributes that are views, and under torch.func."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v, self.b = (nn.Parameter(torch.eye(6) * scale) for scale in (0.5, 0.3, 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(x @ self.w.T) @ self.v.mT
+        return torch.func.vmap(lambda row: self.b @ row + self.b[0])(x)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"device": "rehearsal", "offload": {"weights": "host"}},
+        {"transport": "group", "placement": "zero3"},
+        {"device": "rehearsal", "transport": "group", "placement": "zero3"},
+    ],
+    ids=str,
+)
+def test_views_by_attribute_and_what_torch_func_wraps_are_the_values(settings: dict[str, Any]) -> None:
+    def job(**more: Any) -> list[torch.Tensor]:
+        model = nn.Sequential(*(Mapped() for _ in range(3)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run = lightwork.distribute(model, optimizer, global_batch=8, micro_batch=4, run_dir=new_folder(), **more)
+        data = torch.randn(16, 6, generator=torch.Generator().manual_seed(3))
+        for step in run.steps(data, shuffle=False):
+            for x in step:
+                step.backward(model(x).square().mean())
+        return list(run.state_dict().values())
+
+    expected = run_ranks(1, job)[0]
+    for seen in run_ranks(2, lambda: job(**settings)):
+        for one, other in zip(seen, expected, strict=True):
+            torch.testing.assert_close(one, other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import final
@@ -18,7 +18,7 @@ from lightwork.run.exit import EXITS
 from lightwork.run.guard import Guard
 from lightwork.run.interrupt import INTERRUPTS
 from lightwork.run.saves import Saves
-from lightwork.run.step import Loop, Step, StepPlace
+from lightwork.run.step import Step, StepPlace
 from lightwork.team.presence import Activity
 from lightwork.team.rendezvous import Progress
 from lightwork.team.team import Team
@@ -192,3 +192,39 @@ class Passes:
     def updated(self) -> None:
         """Let schedulers know that there have been updates: one may step at once."""
         self._guard.updated()
+
+
+@final
+class Loop(Iterator[Step]):
+    """A loop over steps, as the user's script holds it.
+
+    It ends when it is let go of, or when the script begins another; going on with it then is a mistake.
+    """
+
+    def __init__(
+        self, steps: Callable[[weakref.ref[Loop]], Generator[Step, None, None]], total: Callable[[], int | None]
+    ) -> None:
+        """`total` returns the steps of the whole loop, None where only reading shows them."""
+        self._steps = steps(weakref.ref(self))
+        self._total = total
+        self._was_closed = False
+
+    def __len__(self) -> int:
+        """Return the steps of the whole loop, those before a resume included."""
+        total = self._total()
+        if total is None:
+            raise TypeError("the steps of a stream's epoch are not known before it is read: give max_steps=")
+        return total
+
+    def __next__(self) -> Step:
+        if self._was_closed:
+            raise UsageError(
+                "a loop over run.steps goes on after another call of run.steps has ended it. One loop at a time: "
+                "end it, or break out of it, before the next."
+            )
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End the loop, as leaving it does."""
+        self._was_closed = True
+        self._steps.close()

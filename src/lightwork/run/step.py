@@ -11,10 +11,9 @@ import json
 import math
 import pickle
 import time
-import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any
 
 import torch
 
@@ -121,7 +120,10 @@ class Step:
                 "Add the losses up and "
                 "call it once."
             )
-        micro.weight = float(len(micro.ids) if weight is None else weight)
+        try:
+            micro.weight = float(len(micro.ids) if weight is None else weight)
+        except (TypeError, ValueError):
+            micro.weight = math.nan
         if not (math.isfinite(micro.weight) and micro.weight >= 0):
             raise UsageError(
                 f"weight={weight!r} in step.backward is not a number from 0 upwards. Pass the tokens or samples."
@@ -287,6 +289,7 @@ class Step:
             else:
                 action = engine.exchange_phase(self.index, action.kind)
         self._result = engine.leave_step(self.index)
+        self._check_gradient(self._result)
         self._metrics = combined(self._result.metrics, self._exchange_parts)
         self._updated(self._result.goes_on)
         self._trace.event(
@@ -352,6 +355,14 @@ class Step:
                 "set clip_grad_norm."
             )
 
+    def _check_gradient(self, result: StepResult) -> None:
+        if not (math.isfinite(result.grad_norm) or result.skipped):
+            raise NonFiniteLoss(
+                f"the gradient of step {self.index} is not finite (its norm is {result.grad_norm}), though its loss is "
+                f"{result.loss:.6g}. The update was made with it, so that weights are lost: go on from a checkpoint. "
+                "torch.autograd.set_detect_anomaly(True) names the operation, often sqrt, log or a division at 0."
+            )
+
     def _finished(self, what: str) -> StepResult:
         if self._result is None:
             raise UsageError(
@@ -360,39 +371,3 @@ class Step:
                 "`for ... in step:`."
             )
         return self._result
-
-
-@final
-class Loop(Iterator[Step]):
-    """A loop over steps, as the user's script holds it.
-
-    It ends when it is let go of, or when the script begins another; going on with it then is a mistake.
-    """
-
-    def __init__(
-        self, steps: Callable[[weakref.ref[Loop]], Generator[Step, None, None]], total: Callable[[], int | None]
-    ) -> None:
-        """`total` returns the steps of the whole loop, None where only reading shows them."""
-        self._steps = steps(weakref.ref(self))
-        self._total = total
-        self._was_closed = False
-
-    def __len__(self) -> int:
-        """Return the steps of the whole loop, those before a resume included."""
-        total = self._total()
-        if total is None:
-            raise TypeError("the steps of a stream's epoch are not known before it is read: give max_steps=")
-        return total
-
-    def __next__(self) -> Step:
-        if self._was_closed:
-            raise UsageError(
-                "a loop over run.steps goes on after another call of run.steps has ended it. One loop at a time: "
-                "end it, or break out of it, before the next."
-            )
-        return next(self._steps)
-
-    def close(self) -> None:
-        """End the loop, as leaving it does."""
-        self._was_closed = True
-        self._steps.close()

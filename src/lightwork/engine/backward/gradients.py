@@ -210,6 +210,11 @@ class Gradients:
                 f"parameter {self._names[index]} received its gradient in two pieces within one backward. This "
                 "happens with re-entrant activation checkpointing: pass use_reentrant=False."
             )
+        if gradient.layout is not torch.strided:
+            raise UsageError(
+                f"parameter {self._names[index]} has got a sparse gradient, as F.embedding(..., sparse=True) makes it. "
+                "Leave sparse=True out: sums over workers are dense."
+            )
         now.touched[index] = 1
         if now.outbox is not None and now.leaves_at_once:
             now.outbox.pack(index, gradient, parameter)
