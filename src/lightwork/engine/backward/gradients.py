@@ -199,7 +199,8 @@ class Gradients:
         if now is None or not is_ours:
             raise UsageError(
                 "loss.backward() was called on a distributed model. Call step.backward(loss) instead: it scales the "
-                "loss and adds the gradients of all workers."
+                "loss and adds the gradients of all workers. For the gradient of inputs alone: "
+                "torch.autograd.grad(loss, inputs)."
             )
         return now, gradient
 
