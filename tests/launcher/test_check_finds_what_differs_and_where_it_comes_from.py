@@ -24,7 +24,7 @@ from lightwork.cli.check import Start, findings_of
 from lightwork.cli.checked import record
 from lightwork.cli.run import parse_settings
 from lightwork.launcher.team import fork_team
-from lightwork.observer.findings import Finding, Notes
+from lightwork.observer.findings import PLAIN, Finding, Notes, of_plain
 from tests.launcher.command import finish, start
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(3))
@@ -267,6 +267,26 @@ def test_there_are_twenty_and_more() -> None:
 
 def test_where_there_is_no_fault_none_is_found(tmp_path: Path) -> None:
     assert checked(tmp_path, net=lambda: Net(nn.Dropout(0.1))) == []
+
+
+def test_what_is_other_than_in_plain_pytorch_is_found_beyond_rounding(tmp_path: Path) -> None:
+    seen = {}
+    for name, slow in (("ours", -1), ("plain", PLAIN)):
+        (tmp_path / name).mkdir()
+        fork_team(1, partial(record, tmp_path / name, 2, slow, job), timeout=60)
+        seen[name] = Notes.read(tmp_path / name)
+    ours, plain = seen["ours"], seen["plain"]
+    assert plain.sizes.keys() == ours.sizes.keys() == {("run-1", 0), ("run-1", 1)}
+    assert of_plain(ours, plain) is None
+    step: Any = plain.sizes["run-1", 1]
+    step["values"]["last.bias"] *= 1.05
+    finding = of_plain(ours, plain)
+    assert finding is not None
+    assert "step 1: parameter last.bias has the norm" in finding.text
+    step["loss"] *= 1.05
+    finding = of_plain(ours, plain)
+    assert finding is not None
+    assert "step 1: the loss is" in finding.text
 
 
 def test_the_command_says_what_it_found_with_the_line_and_by_its_status(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lightwork
-from tests import by_hand
+from lightwork.run import plain
 from tests.fake_ranks import run_ranks
 from tests.training import new_folder
 
@@ -123,9 +123,9 @@ ROUNDING = {"muon_adamw": 2e-3}
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_one_worker_computes_what_plain_pytorch_does(name: str) -> None:
-    runs: list[by_hand.HandRun] = []
+    runs: list[plain.PlainRun] = []
     module = script(name)
-    module.lightwork = by_hand.module(runs)  # type: ignore[attr-defined]
+    module.lightwork = plain.module(runs)  # type: ignore[attr-defined]
     printed = io.StringIO()
     before = torch.default_generator.get_state()
     with contextlib.redirect_stdout(printed):

@@ -15,7 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightwork.errors import UsageError
-from lightwork.observer.findings import Finding, Notes, first_difference, not_meant, of_another_cut
+from lightwork.observer.findings import (
+    PLAIN,
+    Finding,
+    Notes,
+    first_difference,
+    not_meant,
+    of_another_cut,
+    of_plain,
+)
 
 #: Seconds that one start may take.
 _TIMEOUT = 300.0
@@ -47,6 +55,9 @@ SHARDED = Start(
 )
 
 
+WRITTEN_BY_HAND = Start(name="plain", how="in plain PyTorch", num_workers=1, slow=PLAIN)
+
+
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
@@ -54,9 +65,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="a few steps with one worker and with several: what differs, and why",
         description=(
             "Runs the first steps of a script with one worker (twice), two, and three of whom one is late, with "
-            "smaller micro-batches and with sharded weights, and compares all that is computed. Names the first thing "
-            "that differs and where it comes from, and what is legal but probably not meant. Checkpoints of the run go "
-            "to a temporary folder; what the script writes by itself, it writes."
+            "smaller micro-batches, with sharded weights and in plain PyTorch, and compares all that is computed. "
+            "Names the first thing that differs and where it comes from, and what is legal but probably not meant. "
+            "Checkpoints of the run go to a temporary folder; what the script writes by itself, it writes."
         ),
     )
     parser.add_argument("--steps", type=int, default=2, help="how many (default: 2)")
@@ -118,6 +129,9 @@ def findings_of(start_all: StartAll) -> list[Finding]:
             if theirs is not None and theirs.kind != "start":
                 found.append(theirs)
                 difference = theirs
+    ((notes, _),) = start_all([WRITTEN_BY_HAND])  # a script may use what the reference has not
+    off = of_plain(alone, notes)
+    found += [] if off is None else [off]
     return [*found, *not_meant(alone)]
 
 

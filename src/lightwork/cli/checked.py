@@ -26,9 +26,11 @@ from torch import nn
 from lightwork.data.batch import tensors
 from lightwork.data.stream import StreamLoader
 from lightwork.launcher.script import Script
+from lightwork.observer.findings import PLAIN
 from lightwork.random import RandomState
 from lightwork.run import distribute as distributing
 from lightwork.run.passes import Passes
+from lightwork.run.plain import PlainRun, PlainStep
 from lightwork.run.run import Run
 from lightwork.run.step import Step
 from lightwork.team.rendezvous import Progress
@@ -63,6 +65,10 @@ class Recorder:
     def note(self, kind: str, **values: Any) -> None:
         """Write a record."""
         self._lines.append(json.dumps({"kind": kind, "run": self._run, **values}))
+
+    def know(self, name: str, model: nn.Module) -> None:
+        """Take note of a run that is not watched."""
+        self._models[name] = model
 
     def watch(self, run: Run, model: nn.Module) -> None:
         """Listen to a run's model."""
@@ -144,11 +150,21 @@ class Recorder:
         self.note("weights", step=step, values=digests(model.named_parameters()))
         self.note("step", step=step, loss=loss, settings=settings)
 
-    def body_done(self, run: str, step: int, team: Team) -> None:
-        """End with the others when there were enough steps, of every run of the script."""
+    def measured(self, run: str, model: nn.Module, step: int, loss: float) -> None:
+        """Note the loss and the size of each weight, for a comparison to rounding."""
+        self._run = run
+        sizes = {name: float(p.detach().double().norm()) for name, p in model.named_parameters()}
+        self.note("sizes", step=step, loss=loss, values=sizes)
+
+    def has_enough(self, run: str, step: int) -> bool:
+        """Take note that a step has ended, and return whether every run of the script has made enough."""
         self._done[run] = step + 1
         fewest = min(self._done.get(name, 0) for name in self._models)
-        if fewest >= self._num_steps or step + 1 >= _MOST * self._num_steps:
+        return fewest >= self._num_steps or step + 1 >= _MOST * self._num_steps
+
+    def body_done(self, run: str, step: int, team: Team) -> None:
+        """End with the others when there were enough steps, of every run of the script."""
+        if self.has_enough(run, step):
             self.write()
             team.meet("lightwork check (end)")
             team.report(Progress.BETWEEN)
@@ -179,6 +195,7 @@ class RecordedStep(Step):
             for group in self._engine.optimizers.groups
         ]
         self.recorder.step_done(run, self.index, self.loss, settings)
+        self.recorder.measured(run, self._engine.model, self.index, self.loss)
 
     def backward(self, loss: torch.Tensor, weight: float | None = None) -> None:
         """Note the loss, and go on."""
@@ -191,6 +208,23 @@ class RecordedStep(Step):
         stops = super().check_finished()
         self.recorder.body_done(self.recorder.name_of(self._engine.model), self.index, self._team)
         return stops
+
+
+class MeasuredPlain(PlainRun):
+    """The reference, of which losses and weights are noted."""
+
+    recorder: Recorder
+    folder_name: str
+
+    def steps(self, data: Any, **options: Any) -> Iterator[PlainStep]:
+        """Go through the data, and end the process after enough steps."""
+        for step in super().steps(data, **options):
+            yield step
+            self.recorder.measured(self.folder_name, self.model, step.index, step.loss)
+            if self.recorder.has_enough(self.folder_name, step.index):
+                self.recorder.write()
+                sys.stdout.flush()
+                os._exit(0)
 
 
 # --- hashes and places ------------------------------------------------------------------------------------------------
@@ -255,10 +289,15 @@ def record(folder: Path, num_steps: int, slow: int, body: Callable[[], int]) -> 
     plain_distribute, plain_save = distributing.distribute, Run.save
     number = 0
 
-    def distribute(model: nn.Module, optimizer: Any, **options: Any) -> Run:
+    def distribute(model: nn.Module, optimizer: Any, **options: Any) -> Any:
         nonlocal number
         number += 1
         name = options.get("name") or f"run-{number}"
+        if slow == PLAIN:
+            plain = MeasuredPlain(model, optimizer, **options)
+            plain.recorder, plain.folder_name = recorder, name
+            recorder.know(name, model)
+            return plain
         options |= {"run_dir": recorder.folder / "runs" / f"{name}", "resume": None, "name": options.get("name")}
         run = plain_distribute(model, optimizer, **options)
         recorder.watch(run, model)

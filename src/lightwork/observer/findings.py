@@ -14,8 +14,14 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
+#: In place of the number of a late worker: the script runs in plain PyTorch.
+PLAIN = -2
+
 #: Losses are equal to rounding below this part of them.
 _ROUNDING = 2e-4
+
+#: What may be off plain PyTorch, as a part: of a loss, and of the norm of a weight.
+_PLAIN_LOSS, _PLAIN_WEIGHT = 5e-3, 2e-2
 
 #: Half a loss, as near as rounding, or random numbers, let it be.
 _HALF, _HALF_OF_NOISY = 1e-3, 0.05
@@ -55,6 +61,7 @@ class Notes:
     micros: dict[tuple[str, int, int], Micro] = field(default_factory=dict)  #: by run, step, index
     weights: dict[tuple[str, int], Record] = field(default_factory=dict)  #: by run and step, as the first worker has it
     steps: dict[tuple[str, int], Record] = field(default_factory=dict)
+    sizes: dict[tuple[str, int], Record] = field(default_factory=dict)  #: losses, and sizes of weights, to rounding
     num_workers: int = 0
 
     @classmethod
@@ -76,6 +83,8 @@ class Notes:
                 self.weights.setdefault((run, record["step"]), record)
             case "step":
                 self.steps.setdefault((run, record["step"]), record)
+            case "sizes":
+                self.sizes.setdefault((run, record["step"]), record)
             case "batch":
                 self.micros[run, record["step"], record["index"]] = Micro(record)
             case kind:
@@ -317,6 +326,32 @@ def _repeated(micros: Mapping[tuple[str, int, int], Micro]) -> Iterator[Finding]
                     is_wrong=False,
                 )
                 return
+
+
+def of_plain(notes: Notes, plain: Notes) -> Finding | None:
+    """Return the first loss or weight that is another one in plain PyTorch, beyond rounding."""
+    for (run, step), record in sorted(notes.sizes.items(), key=lambda item: (item[0][1], item[0][0])):
+        theirs = plain.sizes.get((run, step))
+        if theirs is None:
+            continue
+        where = notes.run[run]["where"]
+        if abs(record["loss"] - theirs["loss"]) > _PLAIN_LOSS * max(abs(theirs["loss"]), 1e-3):
+            return Finding(
+                "plain",
+                f"step {step}: the loss is {record['loss']:.6g}, and {theirs['loss']:.6g} when the same is written in "
+                "plain PyTorch.",
+                where,
+            )
+        for name, norm in record["values"].items():
+            other = theirs["values"].get(name, norm)
+            if abs(norm - other) > _PLAIN_WEIGHT * max(other, 1e-2):
+                return Finding(
+                    "plain",
+                    f"step {step}: parameter {name} has the norm {norm:.6g}, and {other:.6g} when the same is "
+                    "written in plain PyTorch.",
+                    where,
+                )
+    return None
 
 
 def of_another_cut(notes: Notes, cut: Notes) -> Iterator[Finding]:
