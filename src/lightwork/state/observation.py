@@ -115,9 +115,11 @@ class _Observation:
                 chosen[number].append(whole)
         self._whole = whole_copy(member, stand_ins)
         self._pristine = whole_copy(member, stand_ins)  # what shadows are made of
+        on_gpu = device.type == "cuda"
         for number, group in zip(self._groups, self._whole.param_groups, strict=True):
             group["params"][:] = chosen[number]
-            group.update(fused=True) if _fuses(member, group, device) else None
+            if should_fuse(member, group, on_gpu=on_gpu):
+                group["fused"] = True
         for trial in self._trials:
             if trial.state:
                 self._whole.state[trial.whole] = copy.deepcopy(trial.state)
@@ -339,10 +341,6 @@ def _small_state(optimizer: optim.Optimizer, parameter: torch.Tensor, device: to
         else:
             small[name] = copy.deepcopy(value)
     return small
-
-
-def _fuses(optimizer: optim.Optimizer, group: Settings, device: torch.device) -> bool:
-    return should_fuse(optimizer, group, on_gpu=device.type == "cuda")
 
 
 def _settings_of(group: Mapping[str, Any]) -> Settings:
