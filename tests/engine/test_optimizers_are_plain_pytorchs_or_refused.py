@@ -113,13 +113,14 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 class Own(optim.Optimizer):
-    """Momentum, corrected for its start by a count of steps."""
+    """Momentum, corrected for its start by a count of steps, here of each parameter."""
 
     def __init__(self, params: Any, lr: float = 0.05) -> None:
         super().__init__(params, {"lr": lr})
 
     def count(self, group: dict[str, Any], p: torch.Tensor) -> int:
-        raise NotImplementedError
+        self.state[p]["step"] = self.state[p].get("step", 0) + 1
+        return int(self.state[p]["step"])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -129,12 +130,6 @@ class Own(optim.Optimizer):
                     m = self.state[p].setdefault("m", torch.zeros_like(p))
                     m.mul_(0.9).add_(p.grad, alpha=0.1)
                     p.add_(m / (1 - 0.9 ** self.count(group, p)), alpha=-group["lr"])
-
-
-class CountsByParameter(Own):
-    def count(self, group: dict[str, Any], p: torch.Tensor) -> int:
-        self.state[p]["step"] = self.state[p].get("step", 0) + 1
-        return int(self.state[p]["step"])
 
 
 class CountsInGroup(Own):
@@ -168,7 +163,7 @@ class CountsUnderAName(Own):
         super().step()
 
 
-class SlowWeights(CountsByParameter):
+class SlowWeights(Own):
     """Looks ahead: every third step, half way back to weights that are first kept then."""
 
     every = 3
@@ -308,7 +303,7 @@ RIGHT: dict[str, Make] = {
     "Adafactor": lambda m: optim.Adafactor(groups(m), lr=0.01),
     "Muon and AdamW": muon_and_adamw,
     "three": lambda m: [*muon_and_adamw(m)[:1], *(optim.SGD([p], lr=0.1) for p in by_parameter(m, large=False))],
-    "its own, counts by parameter": lambda m: CountsByParameter(groups(m)),
+    "its own, counts by parameter": lambda m: Own(groups(m)),
     "its own, counts in the group": lambda m: CountsInGroup(groups(m)),
     "its own, state of the third step": lambda m: SlowWeights(groups(m)),
     "a subclass": lambda m: type("Mine", (optim.AdamW,), {})(groups(m), lr=0.01),

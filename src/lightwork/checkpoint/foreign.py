@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -119,10 +119,10 @@ def check_format(form: str, model: nn.Module) -> None:
 def _as_plain(
     model: Mapping[str, Any], moments: list[tuple[Moment, torch.Tensor]], optimizers: Optimizers, settings: Settings
 ) -> dict[str, Any]:
-    by_index: dict[int, dict[str, Any]] = {}
+    states: dict[torch.Tensor, dict[str, Any]] = {}
     for moment, value in moments:
-        by_index.setdefault(moment.index, {})[moment.entry.name] = moment.in_python(value)
-    dicts = [state_dict_of(member, by_index, {id(p): i for i, p in _indices(moments)}) for member in optimizers.members]
+        states.setdefault(moment.parameter, {})[moment.entry.name] = moment.in_python(value)
+    dicts = [state_dict_of(member, states) for member in optimizers.members]
     return {
         "model": dict(model),
         "optimizer": dicts[0] if len(dicts) == 1 else dicts,
@@ -130,11 +130,6 @@ def _as_plain(
         "epoch": settings.position.last_epoch if settings.position.outer is None else settings.position.outer,
         "kept": dict(settings.kept),
     }
-
-
-def _indices(moments: list[tuple[Moment, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the parameters that have state, with their numbers."""
-    return iter({moment.index: moment.parameter for moment, _ in moments}.items())
 
 
 def _save_file(path: Path, value: Mapping[str, Any]) -> None:
@@ -167,13 +162,11 @@ def _save_dcp(
     from torch.distributed.checkpoint.state_dict_saver import save as save_dcp  # half a second
 
     state: dict[str, dict[str, Any]] = {}
-    names: dict[int, str] = {}
+    names: dict[torch.Tensor, str] = {}
     for moment, value in moments:
-        names[id(moment.parameter)] = moment.of
+        names[moment.parameter] = moment.of
         state.setdefault(moment.of, {})[moment.entry.name] = moment.in_python(value)
-    groups = [
-        {**group, "params": [names[id(p)] for p in group["params"] if id(p) in names]} for group in optimizers.groups
-    ]
+    groups = [{**group, "params": [names[p] for p in group["params"] if p in names]} for group in optimizers.groups]
     whole = {
         "model": dict(model),
         "optimizer": {"state": state, "param_groups": groups},

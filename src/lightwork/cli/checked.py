@@ -11,13 +11,14 @@ process ends. What the script saves by the run goes into FOLDER, and it goes on 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -267,7 +268,10 @@ def caller() -> str:
 
 def where_of(module: nn.Module) -> str:
     """Return the line at which a module's forward begins, if it is none of torch's."""
-    code = type(module).forward.__code__
+    forward = inspect.unwrap(type(module).forward)
+    if not isinstance(forward, FunctionType):  # a scripted module's
+        return ""
+    code = forward.__code__
     return "" if code.co_filename.startswith(_TORCH) else f"{code.co_filename}:{code.co_firstlineno}"
 
 
@@ -298,7 +302,7 @@ def record(folder: Path, num_steps: int, slow: int, body: Callable[[], int]) -> 
             plain.recorder, plain.folder_name = recorder, name
             recorder.know(name, model)
             return plain
-        options |= {"run_dir": recorder.folder / "runs" / f"{name}", "resume": None, "name": options.get("name")}
+        options |= {"run_dir": recorder.folder / "runs" / name, "resume": None}
         run = plain_distribute(model, optimizer, **options)
         recorder.watch(run, model)
         return run

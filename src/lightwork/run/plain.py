@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn, optim
-from torch.utils.data import IterableDataset
 
 from lightwork.data.feed import Batches, Schedule, feed_for_evaluation, feed_of
 from lightwork.data.order import Ids
@@ -196,7 +195,7 @@ class PlainRun:
         """Go through the data step by step."""
         feed = feed_of(data, seed=self.seed, global_batch=self.global_batch, micro_batch=self.micro_batch, **options)
         loader = feed.load(())
-        key = type(feed.data), None if isinstance(feed.data, IterableDataset) else _length(feed.data)
+        key = type(feed.data), _length(feed.data)
         epoch = first = self._passes.get(key, 0)
         step_in_epoch = done = 0
         epochs = 1 if epochs is None and max_steps is None else epochs

@@ -209,7 +209,6 @@ class Moment(Item):
         super().__init__(f"{parameter}{SEPARATOR}{entry.name}", entry.dtype, shape)
         self._place = _Place(weights, moments.blocks_of(index), index)
         self.of = parameter  #: its name
-        self.index = index  #: the parameter's
         self.parameter = weights.parameters[index]
         self.entry = entry
         self._moments = moments

@@ -73,7 +73,6 @@ class BlockOptimizer:
         self._weights = weights
         self._layout = weights.layout
         self.moments = moments
-        self._in_8_bits = moments.in_8_bits
         self._shadows: dict[int, tuple[optim.Optimizer, list[torch.Tensor]]] = {}
         self._lists: dict[int, tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]] = {}  # of each bucket
 
@@ -117,7 +116,7 @@ class BlockOptimizer:
         Shapes: as the blocks, or the whole parameter's.
         """
         touched = []
-        if self._in_8_bits:
+        if self.moments.in_8_bits:
             indices = self._layout.block_indices(bucket)
             touched = [index for index, gradient in zip(indices, gradients, strict=True) if gradient is not None]
         for index in touched:

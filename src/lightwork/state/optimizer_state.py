@@ -23,7 +23,6 @@ from lightwork.state.shadow import whole_copy
 from lightwork.state.weights import Weights
 
 State = dict[str, Any]
-Read = Callable[[torch.Tensor], State]
 
 
 class OptimizerState:
@@ -58,11 +57,9 @@ class OptimizerState:
             name, found = self._weights.layout.parameters[index].name, self._moments.entries_of(index)
             state: State = {}
             for entry in found.values():
-                value = _copy_of(Moment(name, self._weights, self._moments, index, entry))
-                if entry.number is not None:
-                    state[entry.name] = entry.number(value.item())
-                else:
-                    state[entry.name] = value if entry.on_host else value.to(parameter.device)
+                item = Moment(name, self._weights, self._moments, index, entry)
+                value = _copy_of(item)
+                state[entry.name] = item.in_python(value if entry.on_host else value.to(parameter.device))
         return state
 
     def has(self, parameter: torch.Tensor) -> bool:
@@ -146,20 +143,13 @@ class OptimizerState:
             yield Moment(name, self._weights, self._moments, index, possible[entry]), torch.as_tensor(value)
 
 
-def state_dict_of(member: optim.Optimizer, states: Mapping[int, State], index_of: Mapping[int, int]) -> dict[str, Any]:
-    """Return an optimizer's state dict, as its class makes it.
-
-    Args:
-        states: by the number of a parameter, what is kept of it.
-        index_of: the number of a parameter, by its `id`; of those that have state.
-    """
+def state_dict_of(member: optim.Optimizer, states: Mapping[torch.Tensor, State]) -> dict[str, Any]:
+    """Return an optimizer's state dict, as its class makes it, of the state of each parameter that has any."""
     stand_ins: dict[torch.Tensor, torch.Tensor] = {
         parameter: torch.nn.Parameter(torch.empty(0, dtype=torch.float32)) for parameter in _parameters_of(member)
     }
     whole = whole_copy(member, stand_ins)
-    for parameter, stand_in in stand_ins.items():
-        if id(parameter) in index_of:
-            whole.state[stand_in] = states[index_of[id(parameter)]]
+    whole.state.update((stand_ins[parameter], states[parameter]) for parameter in stand_ins if parameter in states)
     return whole.state_dict()
 
 
