@@ -287,3 +287,21 @@ with open(os.path.join(os.environ["LIGHTWORK_RUN_DIR"], "trace", "rank0.jsonl"),
     assert "was killed by SIGABRT" in third.err, third.text
     assert "of the first run" not in third.err, third.text
     assert "of the first run" in third.log(1), "the log is kept"
+
+
+def test_last_words_that_the_first_worker_said_too_are_shown_once(tmp_path: Path) -> None:
+    text = """
+import os, sys, time
+from pathlib import Path
+words = "the shard is missing"
+if os.environ["LIGHTWORK_RANK"] == "0":
+    print(words, file=sys.stderr, flush=True)
+    Path("said").touch()
+    time.sleep(60)
+while not Path("said").exists():
+    time.sleep(0.01)
+sys.exit(words)
+"""
+    result = lightwork_run(tmp_path, text)
+    assert result.status == 1, result.text
+    assert result.err.count("the shard is missing") == 1, result.text

@@ -229,18 +229,19 @@ def _conclude_unheard(run_dir: Path) -> int:
 
 
 def _show_traceback(culprit: Ended, run_dir: Path, logged: dict[int, int]) -> None:
-    """Show the culprit's traceback, unless the main worker, whose errors were shown as they came, made the same."""
-    traceback = _traceback(log_of(run_dir, culprit.rank), logged[culprit.rank])
-    if not traceback and culprit.status > 0 and culprit.rank != FIRST_RANK:
-        traceback = "\n".join(_tail(log_of(run_dir, culprit.rank), logged[culprit.rank]).splitlines()[-_TAIL_LINES:])
-    if traceback and traceback.splitlines()[-1] != (_traceback(log_of(run_dir, 0), logged[0]) or "\n").splitlines()[-1]:
-        print(traceback, file=sys.stderr)
+    """Show the culprit's last words, unless the main worker, whose errors were shown as they came, had the same."""
+
+    def last_words(rank: int) -> str:
+        log, start = log_of(run_dir, rank), logged[rank]
+        traceback = last_traceback(_tail(log, start))
+        if traceback or culprit.status <= 0:
+            return traceback
+        return "\n".join(_tail(log, start).splitlines()[-_TAIL_LINES:])  # sys.exit("why"), a SyntaxError
+
+    words = last_words(culprit.rank)
+    if culprit.rank != FIRST_RANK and words and not last_words(FIRST_RANK).endswith(words.splitlines()[-1]):
+        print(words, file=sys.stderr)
     _say(f"its log is {log_of(run_dir, culprit.rank)}")
-
-
-def _traceback(log: Path, start: int) -> str:
-    """Return the traceback of the error that ended a worker, from its log after byte `start`; empty without one."""
-    return last_traceback(_tail(log, start))
 
 
 def last_traceback(text: str) -> str:
