@@ -239,3 +239,25 @@ if step.index == 2 and not os.path.exists(f"begun {run.rank}"):
     result = lightwork_run(tmp_path, script(text, max_steps=50))
     assert result.status == 1, result.text
     assert "exited with status 0 in the middle of training" in result.err
+
+
+def test_a_transform_that_torch_refuses_where_weights_are_brought_is_explained(tmp_path: Path) -> None:
+    text = """
+import torch
+from torch import nn
+from torch.func import grad
+import lightwork
+
+model = nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run = lightwork.distribute(
+    model, optimizer, global_batch=8, micro_batch=4, transport="group", placement="zero3"
+)
+for step in run.steps(torch.randn(8, 4), shuffle=False):
+    for x in step:
+        step.backward(grad(lambda x: model(x).square().mean())(x).sum())
+"""
+    result = lightwork_run(tmp_path, text)
+    assert result.status == 1, result.text
+    assert "saved tensor hooks" in result.err, result.text
+    assert "placement='zero2'" in result.err, result.text

@@ -172,6 +172,13 @@ def _tell(error: BaseException, failing: list[_Living]) -> None:
             "smaller micro_batch), the optimizer's state and masters (offload={'optimizer': 'host'}), weights "
             "(offload={'weights': 'host'}); or memory=, which chooses what to offload."
         )
+    elif isinstance(error, RuntimeError) and "saved tensor hooks" in str(error):
+        notice(
+            "torch.func.grad, vjp, jacrev and hessian do not go with weights that are brought when they are read "
+            "(placement='zero3', offload={'weights': ...}), nor within a module whose activations are not kept. Use "
+            "placement='zero2', leave these weights and this module where they are (activations={'NAME': 'keep'}), or "
+            "write torch.autograd.grad(..., create_graph=True), which goes with all of them."
+        )
     for living in failing:
         team = living.team()
         if team is not None:

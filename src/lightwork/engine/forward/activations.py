@@ -22,6 +22,7 @@ from lightwork.engine.forward.fetching import SavedWeights
 from lightwork.engine.forward.host import on_host
 from lightwork.engine.forward.int8 import in_int8
 from lightwork.engine.forward.recompute import recomputed
+from lightwork.engine.forward.transforms import is_transformed
 from lightwork.state.layers import Forward
 
 
@@ -35,9 +36,12 @@ class _OfThisRun:
         self.module = module
         self.run = run
         self.before = before  #: of the module alone, where its class's was not used
+        self._own: Forward = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
+        """Run it; within a transform of torch.func, which hooks do not go with, as `keep` does."""
+        if is_transformed():
+            return self._own(*args, **kwargs)
         return self.run(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:

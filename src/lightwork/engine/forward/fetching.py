@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightwork.engine.forward.away import AwayParameter, class_for
 from lightwork.engine.forward.hooks import ModuleHook
+from lightwork.engine.forward.transforms import plainly
 from lightwork.errors import RankLost, SpecError, UsageError
 from lightwork.spec.holdings import Depths
 from lightwork.state.places import HeldBy, Visits, Where
@@ -293,12 +294,13 @@ class WeightsOnTheirWay(Fetching):
             self._following[self._parameter] = parameter
             self._parameter = self._parameter[1], parameter
         try:
-            for bucket in buckets:
-                self._visits.ask(bucket)
-                self._visits.hold(bucket, by)
-            self._ask_ahead(buckets)
-            for bucket in buckets:
-                self._visits.arrive(bucket)
+            with plainly():
+                for bucket in buckets:
+                    self._visits.ask(bucket)
+                    self._visits.hold(bucket, by)
+                self._ask_ahead(buckets)
+                for bucket in buckets:
+                    self._visits.arrive(bucket)
         except RankLost as error:
             raise RankLost(
                 f"{error} It owns weights that are read here (placement zero3), so it has to run as long as they are."
