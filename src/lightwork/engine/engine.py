@@ -366,5 +366,6 @@ class Engine:
                 self._parts.moving.fetching.settle()
             written = self.state.weights.give_back(copies=gives_back)
         self._parts.moving.fetching.close()
+        self._compute.close()
         self._activations.close()
         return None if self.beside.is_in_step else written

@@ -16,10 +16,12 @@ from torch import nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from lightwork.device.base import Device
 from lightwork.engine.backward.early import Early
 from lightwork.engine.forward.fetching import Fetching
+from lightwork.engine.forward.hooks import ModuleHook
 from lightwork.errors import UsageError
 from lightwork.spec.spec import Precision
 from lightwork.state.parameters import DTYPES, NARROW
@@ -119,6 +121,37 @@ class Compute:
         functions = (f for cls in classes - {nn.Module} for f in vars(cls).values() if isinstance(f, FunctionType))
         self._watched = any(_mentions_autocast(function.__code__) for function in functions)
         self._bodies = 0
+        self._is_active = False
+        self._hooks: list[RemovableHandle] = []
+        if self._masters is not None and model._compiled_call_impl is None:
+            self._watch(model)
+
+    def _watch(self, model: nn.Module) -> None:
+        """Be active in a forward of the whole model, wherever it is called: its weights are narrow."""
+        entered: list[contextlib.AbstractContextManager[None]] = []
+        depth = 0
+
+        def before(_module: nn.Module, _inputs: object) -> None:
+            nonlocal depth
+            depth += 1
+            if depth == 1 and not self._is_active and not torch.is_autocast_enabled(self._device_type):
+                entered.append(self.active())
+                entered[-1].__enter__()
+
+        def after(_module: nn.Module, _inputs: object, _output: object) -> None:
+            nonlocal depth
+            depth -= 1
+            if not depth and entered:
+                entered.pop().__exit__(None, None, None)
+
+        self._hooks.append(model.register_forward_pre_hook(ModuleHook(before)))
+        self._hooks.append(model.register_forward_hook(ModuleHook(after), always_call=True))
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -128,11 +161,15 @@ class Compute:
                 yield
                 return
             self._bodies += 1
-            with (
-                self._masters if self._is_watched else contextlib.nullcontext(),
-                torch.autocast(self._device_type, self._dtype),
-            ):
-                yield
+            was_active, self._is_active = self._is_active, True
+            try:
+                with (
+                    self._masters if self._is_watched else contextlib.nullcontext(),
+                    torch.autocast(self._device_type, self._dtype),
+                ):
+                    yield
+            finally:
+                self._is_active = was_active
 
     def run_backward(self, loss: torch.Tensor) -> None:
         """Run backward, with autocast off: it runs in the types that forward chose."""
