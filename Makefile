@@ -33,8 +33,8 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -m pytest -q
+test: check
+	$(BIN)/python -m pytest -q $(addprefix --ignore=tests/,architecture pure contract data engine)
 
 bench: .venv/bench-ready
 	$(BIN)/python benchmarks/bench.py

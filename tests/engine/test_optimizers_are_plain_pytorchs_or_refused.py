@@ -733,7 +733,8 @@ def test_state_that_does_not_belong_here_is_refused_and_nothing_is_changed() -> 
 
 
 WRITES: dict[str, Callable[[optim.Optimizer, nn.Parameter], object]] = {
-    "a tensor": lambda o, p: KEPT.append(o.state[p]["exp_avg"].mul_(0.5)),
+    "a tensor": lambda o, p: o.state[p]["exp_avg"].mul_(0.5),
+    "a tensor that is kept": lambda o, p: KEPT.append(o.state[p]["exp_avg"].mul_(0.5)),
     "an entry": lambda o, p: o.state[p].update(exp_avg=torch.zeros_like(p)),
     "one entry": lambda o, p: o.state[p].__setitem__("exp_avg", torch.zeros_like(p)),
     "a parameter's": lambda o, p: o.state.__setitem__(p, {}),

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.data import TensorDataset
 
 import lightwork
+from lightwork.engine.engine import LOOKS_EVERY
 from lightwork.errors import SpecError, UsageError
 from tests.fake_ranks import run_ranks
 from tests.training import new_folder
@@ -138,6 +139,34 @@ def test_so_is_one_after_the_last_step(name: str) -> None:
     for call in calls:
         with pytest.raises(UsageError, match=f"^{what} "):
             run_ranks(1, lambda call=call: job(call))  # type: ignore[misc]
+
+
+#: With these plain PyTorch's own forward fails.
+BROKEN = ("a module removed", "a parameter replaced")
+
+
+@pytest.mark.parametrize("after", [30, 39])
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in BROKEN])
+def test_so_is_one_late_in_a_run_before_anything_comes_of_it(name: str, after: int) -> None:
+    what, change = CHANGES[name]
+    if name in ("assigned", "bfloat16"):  # buffers, too, and these are looked at in every step
+        what = f"({what}|buffer temperature)"
+    steps: list[int] = []
+
+    def job() -> None:
+        model = Net()
+        run = start(model)
+        for step in run.steps(TensorDataset(INPUTS), max_steps=40):
+            for (x,) in step:
+                step.backward(model(x).square().mean())
+            if step.index == after:
+                change(model)
+            steps.append(step.index)
+
+    with pytest.raises(UsageError, match=f"^{what} "):
+        run_ranks(1, job)
+    if name != "a new buffer":  # of a module that had nothing: looked for at the end
+        assert steps[-1] <= after + LOOKS_EVERY
 
 
 INSIDE: dict[str, tuple[str, Callable[[Any], object]]] = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +155,22 @@ def test_auto_is_a_worker_for_each_gpu_wherever_there_are_some(
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(7)))
     assert count_workers("auto", settings) == (7 if expected is None else expected)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_does_without_the_descriptors_that_its_caller_has_closed(tmp_path: Path, closed: str) -> None:
+    (tmp_path / "train.py").write_text(
+        "import torch, lightwork\n"
+        "model = torch.nn.Linear(4, 1)\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "run = lightwork.distribute(model, optimizer, global_batch=4, micro_batch=2)\n"
+        "for step in run.steps(torch.ones(4, 4)):\n"
+        "    for x in step:\n"
+        "        step.backward(model(x).mean())\n"
+        'print("trained")\n'
+    )
+    command = f"exec {sys.executable} -m lightwork run -n 2 --run-dir here train.py {closed}"
+    ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert ("trained\n" in ended.stdout) == (">&-" not in closed.split())
+    assert (tmp_path / "here" / "log" / "rank1.log").read_text() == "trained\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Without `arguments` it is that of this process, which may start itself again first.
     """
     if arguments is None:
+        _open_what_is_closed()
         start_again()
     from lightwork.cli import check, run  # what is slow to import comes after that
 
@@ -35,3 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LightworkError as error:
         print(f"lightwork: {error}", file=sys.stderr)
         return 2
+
+
+def _open_what_is_closed() -> None:
+    """Let standard input, output and error be the null device where the caller has closed them (`>&-`).
+
+    Else the files that are opened next would take their numbers, and be written to by whoever prints.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free is this one
+            vars(sys)[name] = os.fdopen(number, mode)

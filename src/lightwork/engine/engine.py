@@ -46,6 +46,14 @@ WATCH_SECONDS = 0.2
 #: Steps, the first ones, in which more is looked at than afterwards: what modules do once, they do there.
 THOROUGH_STEPS = 2
 
+#: [Note: when a run looks whether the script has written what it can not]
+#: What stays as the script leaves it (counts of writes, addresses, the modules' members, what the optimizers have) is
+#: looked at in each of a run's first steps, then in every few, at the end of a loop, and before anything is read, saved
+#: or evaluated: nothing wrong gets out, at a third of the price. What was written through `.data` is looked for in each
+#: step: an update hides it.
+LOOKS_AT_FIRST = 16
+LOOKS_EVERY = 8
+
 BETWEEN_STEPS = "outside the loop or between two steps"
 
 
@@ -85,6 +93,7 @@ class Engine:
         self._num_micro_batches = 0
         self._num_computed = 0  # by this worker, in this step
         self._num_steps = 0  # entered
+        self._looks = True  # in this step
         self._map: StepMap | None = None
         self._scale: float | None = None  # of clipping, in this step
         self.beside = Beside(parts.backward.gradients, parts.state.buffers)
@@ -97,10 +106,19 @@ class Engine:
 
     # --- the phases of a step -----------------------------------------------------------------------------------
 
+    @property
+    def looks(self) -> bool:
+        """Whether the next step is one that looks at everything. [Note: when a run looks ...] above."""
+        return self._num_steps < LOOKS_AT_FIRST or self._num_steps % LOOKS_EVERY == 0
+
     def enter_step(self, step: int, num_micro_batches: int) -> Action:
         """Begin `step` and return the first thing to do."""
-        self.state.weights.check_unwritten(BETWEEN_STEPS, values=True)
-        self.state.structure.check(BETWEEN_STEPS, whole=self._num_steps < THOROUGH_STEPS)
+        when = BETWEEN_STEPS if self._looks else f"in the last {LOOKS_EVERY} steps or between them"
+        self._looks = self.looks
+        if self._looks:
+            self.state.weights.check_unwritten(when)
+            self.state.structure.check(when, whole=self._num_steps < THOROUGH_STEPS)
+        self.state.weights.check_values(BETWEEN_STEPS)
         self._num_steps += 1
         self._parts.backward.gradients.begin_step()
         self.beside.is_in_step = True
@@ -189,14 +207,17 @@ class Engine:
     def _check_forward(self, step: int, index: int) -> None:
         """Raise UsageError when forward has written weights by `.data`, or added or replaced parts of the model."""
         when = f"in micro-batch {index} of step {step}"
-        self.state.weights.check_unwritten(when, values=True)
+        self.state.weights.check_unwritten(when)
+        self.state.weights.check_values(when)
         self.state.structure.check_forward(when)
 
     def finish_micro_batch(self, step: int, index: int, outcome: Outcome) -> Action:
         """Report a computed micro-batch and return what to do next."""
         when = f"in micro-batch {index} of step {step}, after step.backward,"
-        is_plain = not self._parts.backward.early.updates_in_backward
-        self.state.weights.check_unwritten(when, values=is_plain and self._num_steps <= THOROUGH_STEPS)
+        if self._looks:
+            self.state.weights.check_unwritten(when)
+        if self._num_steps <= THOROUGH_STEPS and not self._parts.backward.early.updates_in_backward:
+            self.state.weights.check_values(when)
         self.state.buffers.check_unwritten(when)
         fold = self._parts.backward.gradients.commit(self._board.ledger.touched(index))
         self._num_computed += 1
@@ -288,7 +309,7 @@ class Engine:
 
     def leave_step(self, step: int) -> StepResult:
         """Return what `step` came to, once it is committed, and set buffers and random state for the code between."""
-        self.state.weights.accept_versions()
+        self.state.weights.accept_values()
         self.state.buffers.restore()
         self.beside.is_in_step = False
         if self._norms.may_be_used():

@@ -103,7 +103,8 @@ def take_from_first_host(parts: Parts) -> None:
 def check_untouched(parts: Parts, when: str) -> None:
     """Raise UsageError when the script has written or replaced anything of the model since the last step or edit."""
     state = parts.state
-    state.weights.check_unwritten(when, values=True)
+    state.weights.check_unwritten(when)
+    state.weights.check_values(when)
     state.structure.check(when, whole=True)
     state.buffers.check_unwritten(when)
 

@@ -39,10 +39,10 @@ def fit(holdings: Holdings, memory: str, offload: Mapping[str, Place]) -> dict[s
             return chosen
     largest = max(holdings.layout.parameters, key=lambda p: p.numel)
     raise MemoryFull(
-        f"memory={memory!r} is {format_bytes(needed - limit)} too little: with everything offloaded a worker still "
-        f"needs {format_bytes(needed)} ({format_bytes(own)} for itself, the rest for one bucket's update "
-        f"and the largest parameter, {largest.name} of {format_bytes(largest.numel * 4)}). The nearest plan that fits "
-        f"is memory='{-(-needed // 2**20)}MiB'."
+        f"memory={memory!r} ({format_bytes(limit)}) is {format_bytes(needed - limit)} too little: with everything "
+        f"offloaded a worker still needs {format_bytes(needed)} ({format_bytes(own)} for itself, the rest for one "
+        f"bucket's update and the largest parameter, {largest.name} of {format_bytes(largest.numel * 4)}). The "
+        f"nearest plan that fits is memory='{-(-needed // 2**20)}MiB'."
     )
 
 

@@ -16,7 +16,7 @@ import atexit
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,19 +116,14 @@ class Exits:
         """Return where the living runs write."""
         return [run.run_dir for run in self._runs()]
 
-    def leave_out(self, beside: Beside) -> None:
-        """Let a step of a run leave nothing in the models of the others."""
-        for other in self._beside(beside):
-            other.leave_out()
-
     def _others_in_backward(self, beside: weakref.ref[Beside]) -> bool:
         alive = beside()
-        return alive is not None and any(other.is_in_backward for other in self._beside(alive))
+        return alive is not None and any(other.is_in_backward for other in self.beside(alive))
 
-    def _beside(self, beside: Beside) -> list[Beside]:
-        """Return the models beside one."""
+    def beside(self, beside: Beside) -> Sequence[Beside]:
+        """Return the models of the other runs."""
         if len(self._living) < 2:
-            return []
+            return ()
         found = [living.beside() for living in self._here()]
         return [other for other in found if other is not None and other is not beside]
 

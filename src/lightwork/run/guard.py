@@ -152,7 +152,10 @@ def _state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def refuse_global_hooks() -> None:
     """Raise UsageError when torch has hooks on the steps of all optimizers, which a team would call for each piece."""
-    for kind, hooks in (("pre", _of_all._global_optimizer_pre_hooks), ("post", _of_all._global_optimizer_post_hooks)):
+    before, after = _of_all._global_optimizer_pre_hooks, _of_all._global_optimizer_post_hooks
+    if not (before or after):
+        return
+    for kind, hooks in (("pre", before), ("post", after)):
         if hooks:
             names = ", ".join(name_of(hook) for hook in hooks.values())
             raise UsageError(refused_hook(kind, names, registered="torch.optim.optimizer.register_optimizer_step"))

@@ -11,7 +11,7 @@ from typing import final
 
 from lightwork.checkpoint.settings import Bookmark
 from lightwork.data.feed import Batches, Feed, Schedule, total_steps, upcoming, walk
-from lightwork.engine.engine import Engine
+from lightwork.engine.engine import BETWEEN_STEPS, Engine
 from lightwork.errors import UsageError
 from lightwork.run.course import Course, Following
 from lightwork.run.exit import EXITS
@@ -78,7 +78,8 @@ class Passes:
                     break
                 if self._team.presence.anyone_left():
                     break
-                self._guard.check()
+                if self._engine.looks:
+                    self._guard.check()
                 course.begin_step(order, epoch)
                 step = self._make_step(order, loader, epoch, step_in_epoch)
                 self._step = step
@@ -88,6 +89,8 @@ class Passes:
                 if stops:
                     self._is_stopped = True
                     raise KeyboardInterrupt(f"after step {step.index}")
+            self._guard.check()
+            self._engine.trained.check_untouched(BETWEEN_STEPS)
             broken = False
         finally:
             INTERRUPTS.end_loop()
@@ -162,15 +165,15 @@ class Passes:
             is_last=order.is_last(epoch, step_in_epoch),
         )
         updated = partial(self._advance, order, epoch, step_in_epoch)
-        return self.step_class(
-            place, self._team, self._engine, loader, self._trace, updated, partial(EXITS.leave_out, self._engine.beside)
-        )
+        others = EXITS.beside(self._engine.beside)
+        return self.step_class(place, self._team, self._engine, loader, self._trace, updated, others)
 
     def meet_where(self, what: str) -> int | None:
         """Meet, take over the place of the worker that is farthest, and return its rank if any is behind.
 
         One that left its loop early is: the others finished the step that they were in without it.
         """
+        self._guard.check()
         places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._course.at)).encode())]
         farthest = max(places, key=lambda place: (place["step"], place["plain"], place["call"]))
         if farthest["step"] > self._course.at.step:

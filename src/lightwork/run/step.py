@@ -11,7 +11,7 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from lightwork.data.batch import count_tokens, map_tensors
 from lightwork.data.feed import Batches
 from lightwork.data.order import Ids, some_of
+from lightwork.engine.beside import Beside
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, UsageError
 from lightwork.run.collected import Collected, Part, combined
@@ -72,13 +73,13 @@ class Step:
         loader: Batches,
         trace: Trace,
         updated: Callable[[bool | None], None],
-        leave_out: Callable[[], None] = lambda: None,
+        others: Sequence[Beside] = (),
     ) -> None:
         """Be the step at `place`.
 
         Args:
             updated: called when the update is done, with whether samples follow, where that is told.
-            leave_out: called after each micro-batch, for what it has left in models of other runs.
+            others: models of other runs, in which a micro-batch leaves nothing.
         """
         self.index = place.index  #: 0 for the first update of the run
         self.epoch = place.epoch  #: 0 for the first pass over the data
@@ -90,7 +91,7 @@ class Step:
         self._loader = loader
         self._trace = trace
         self._updated = updated
-        self._leave_out = leave_out
+        self._others = others
         self._current: _MicroBatch | None = None
         self._result: StepResult | None = None
         self._parts: dict[int, dict[str, Part]] = {}  # of this worker's micro-batches
@@ -265,7 +266,8 @@ class Step:
                     with engine.computing():
                         yield batch
                     self._current = None
-                    self._leave_out()
+                    for other in self._others:
+                        other.leave_out()
                     del batch
                 else:
                     engine.skip(self.index, micro.index)

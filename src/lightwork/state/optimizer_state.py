@@ -187,20 +187,37 @@ _WRITTEN = (
 )
 
 
+class _Handed:
+    """A copy that was handed out. It is not kept; a tensor that shares its count of writes is, without any memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._ref = weakref.ref(tensor)
+        self._witness = tensor.detach()
+        self._witness.data = torch.empty(0)
+        self._version = tensor._version
+
+    @property
+    def is_alive(self) -> bool:
+        return self._ref() is not None
+
+    @property
+    def is_written(self) -> bool:
+        return self._witness._version != self._version
+
+
 class LiveState(Mapping[torch.Tensor, State]):
     """`optimizer.state` during a run: copies of what the team's memory has."""
 
     def __init__(self, access: OptimizerState, member: optim.Optimizer) -> None:
         self._access = access
         self._parameters = _parameters_of(member)
-        self._copies: list[tuple[weakref.ref[torch.Tensor], int]] = []  # that were handed out, with their versions
+        self._handed: list[_Handed] = []
 
     def __getitem__(self, parameter: torch.Tensor) -> State:
         state = _ReadOnly(self._access.read(parameter))
         if not state and not any(parameter is own for own in self._parameters):
             raise KeyError(parameter)
-        self._copies = [handed for handed in self._copies if handed[0]() is not None]
-        self._copies += [(weakref.ref(v), v._version) for v in state.values() if isinstance(v, torch.Tensor)]
+        self._handed += [_Handed(value) for value in state.values() if isinstance(value, torch.Tensor)]
         return state
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -218,11 +235,11 @@ class LiveState(Mapping[torch.Tensor, State]):
     __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = _refuse
 
     def check_unwritten(self) -> None:
-        """Raise UsageError when a tensor that was handed out has been written."""
-        if self._copies:
-            alive = [(tensor, version) for ref, version in self._copies if (tensor := ref()) is not None]
-            if any(tensor._version != version for tensor, version in alive):
+        """Raise UsageError when a tensor that was handed out has been written, also if it is no more."""
+        if self._handed:
+            if any(handed.is_written for handed in self._handed):
                 raise UsageError(_WRITTEN)
+            self._handed = [handed for handed in self._handed if handed.is_alive]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[torch.Tensor, State]:
         """Return an ordinary one, of the parameters' copies."""

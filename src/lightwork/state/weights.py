@@ -22,6 +22,9 @@ from lightwork.state.parameters import DTYPES, like, plainly
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
 
+#: How often a tensor was written in place.
+_VERSION = operator.attrgetter("_version")
+
 
 class Stretch(NamedTuple):
     """Working weights of a bucket that lie beside each other: their type, places, and elements."""
@@ -222,22 +225,20 @@ class Weights:
         return None
 
     def accept_versions(self) -> None:
-        """Take every parameter's value as it is now for legitimate."""
-        self._versions = [p._version for p in self.parameters]
+        """Take every parameter's value as it is now for legitimate, whoever wrote it."""
+        self._versions = list(map(_VERSION, self.parameters))
+        self.accept_values()
+
+    def accept_values(self) -> None:
+        """Take the values that an update has made for legitimate."""
         self._samples.take()
         self.accepted = self._device.mark()
 
-    def check_unwritten(self, when: str, *, values: bool = False) -> None:
-        """Raise UsageError when user code has written a parameter in place since `accept_versions`.
-
-        With `values`, also when it has moved one elsewhere, or written one through `.data`, which PyTorch does not
-        count: a few elements of each are compared.
-        """
-        if self._versions != [p._version for p in self.parameters]:
+    def check_unwritten(self, when: str) -> None:
+        """Raise UsageError when user code has written a parameter in place since `accept_versions`, or moved it."""
+        if self._versions != list(map(_VERSION, self.parameters)):
             counts = zip(self.parameters, self._versions, strict=True)
             self._refuse_write([parameter._version != version for parameter, version in counts], when)
-        if not values:
-            return
         if self._stays_put and self._addresses != list(map(torch.Tensor.data_ptr, self.parameters)):
             places = zip(self.parameters, self._addresses, strict=True)
             name = next(self._name(i) for i, (p, address) in enumerate(places) if p.data_ptr() != address)
@@ -246,7 +247,14 @@ class Weights:
                 "load_state_dict(assign=True) or the like), so that it would not be trained. Convert and move the "
                 "model before lightwork.distribute; write values in `with run.edit(): parameter.copy_(...)`."
             )
-        self._refuse_write(self._samples.changed(), when)
+
+    def check_values(self, when: str) -> None:
+        """Raise UsageError when user code has written a parameter through `.data`, which PyTorch does not count.
+
+        A few elements of each are compared with those of `accept_values`.
+        """
+        if self._samples.differ():
+            self._refuse_write(self._samples.changed(), when)
 
     def _refuse_write(self, written: Sequence[bool], when: str) -> None:
         if any(written):
@@ -326,6 +334,10 @@ class _Samples:
     def take(self) -> None:
         """Remember them as they are."""
         self._then = [read(values) for _, values, read in self._regions]
+
+    def differ(self) -> bool:
+        """Return whether any is another one now."""
+        return self._then != [read(values) for _, values, read in self._regions]
 
     def changed(self) -> list[bool]:
         """Return of each parameter whether one of its elements is another one now; nothing where none is."""
