@@ -24,20 +24,20 @@ from benchmarks.models import make_data, make_model
 from torch.utils.data import TensorDataset
 
 import lightwork
-from lightwork.engine.engine import LOOKS_EVERY
+from lightwork.engine.looks import EVERY
 from lightwork.run.exit import Exits
 from lightwork.run.guard import Guard
 from lightwork.state.buffers import Buffers
 from lightwork.state.structure import Structure
-from lightwork.state.weights import Weights
+from lightwork.state.writes import Writes
 
 #: Steps that are timed together: few, as a shared machine is faster and slower by a third from second to second, and as
 #: many as those of which one looks at everything.
-BLOCK = LOOKS_EVERY
+BLOCK = EVERY
 
 GUARDS: list[tuple[type, str]] = [
-    (Weights, "check_unwritten"),
-    (Weights, "check_values"),
+    (Writes, "check"),
+    (Writes, "check_values"),
     (Structure, "check"),
     (Buffers, "check_unwritten"),
     (Guard, "check"),

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.data import TensorDataset
 
 import lightwork
-from lightwork.engine.engine import LOOKS_EVERY
+from lightwork.engine.looks import EVERY
 from lightwork.errors import SpecError, UsageError
 from tests.fake_ranks import run_ranks
 from tests.training import new_folder
@@ -166,7 +166,7 @@ def test_so_is_one_late_in_a_run_before_anything_comes_of_it(name: str, after: i
     with pytest.raises(UsageError, match=f"^{what} "):
         run_ranks(1, job)
     if name != "a new buffer":  # of a module that had nothing: looked for at the end
-        assert steps[-1] <= after + LOOKS_EVERY
+        assert steps[-1] <= after + EVERY
 
 
 INSIDE: dict[str, tuple[str, Callable[[Any], object]]] = {

@@ -96,7 +96,7 @@ def attach(description: Description, parts: Parts, *, write: bool) -> None:
             load(description.model, state.weights, description.weights_file, done)
         elif were_meta or description.has_meta_buffers:
             reset(description.model, state.weights, were_meta, done)
-        state.weights.accept_versions()
+        state.weights.writes.accept()
         state.buffers.publish()
         taken = OptimizerState(state.weights, state.optimizer.moments, is_shared_out=False)
         for member in description.optimizers.members:

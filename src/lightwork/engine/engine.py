@@ -28,6 +28,7 @@ from lightwork.engine.beside import Beside
 from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.precision import Compute
+from lightwork.engine.looks import BETWEEN_STEPS, Looks
 from lightwork.engine.norms import Norms
 from lightwork.engine.parts import Parts, settle, trained_state
 from lightwork.engine.update import StepMap
@@ -42,19 +43,6 @@ from lightwork.transport.base import Watch
 
 #: Seconds between two looks at the other workers' health while waiting.
 WATCH_SECONDS = 0.2
-
-#: Steps, the first ones, in which more is looked at than afterwards: what modules do once, they do there.
-THOROUGH_STEPS = 2
-
-#: [Note: when a run looks whether the script has written what it can not]
-#: What stays as the script leaves it (counts of writes, addresses, the modules' members, what the optimizers have) is
-#: looked at in each of a run's first steps, then in every few, at the end of a loop, and before anything is read, saved
-#: or evaluated: nothing wrong gets out, at a third of the price. What was written through `.data` is looked for in each
-#: step: an update hides it.
-LOOKS_AT_FIRST = 16
-LOOKS_EVERY = 8
-
-BETWEEN_STEPS = "outside the loop or between two steps"
 
 
 @dataclass(frozen=True)
@@ -92,8 +80,7 @@ class Engine:
         )
         self._num_micro_batches = 0
         self._num_computed = 0  # by this worker, in this step
-        self._num_steps = 0  # entered
-        self._looks = True  # in this step
+        self.looks = Looks()
         self._map: StepMap | None = None
         self._scale: float | None = None  # of clipping, in this step
         self.beside = Beside(parts.backward.gradients, parts.state.buffers)
@@ -106,20 +93,13 @@ class Engine:
 
     # --- the phases of a step -----------------------------------------------------------------------------------
 
-    @property
-    def looks(self) -> bool:
-        """Whether the next step is one that looks at everything. [Note: when a run looks ...] above."""
-        return self._num_steps < LOOKS_AT_FIRST or self._num_steps % LOOKS_EVERY == 0
-
     def enter_step(self, step: int, num_micro_batches: int) -> Action:
         """Begin `step` and return the first thing to do."""
-        when = BETWEEN_STEPS if self._looks else f"in the last {LOOKS_EVERY} steps or between them"
-        self._looks = self.looks
-        if self._looks:
-            self.state.weights.check_unwritten(when)
-            self.state.structure.check(when, whole=self._num_steps < THOROUGH_STEPS)
-        self.state.weights.check_values(BETWEEN_STEPS)
-        self._num_steps += 1
+        when = self.looks.begin_step()
+        if self.looks.at_all:
+            self.state.weights.writes.check(when)
+            self.state.structure.check(when, whole=self.looks.closely)
+        self.state.weights.writes.check_values(BETWEEN_STEPS)
         self._parts.backward.gradients.begin_step()
         self.beside.is_in_step = True
         self._num_micro_batches = num_micro_batches
@@ -185,7 +165,7 @@ class Engine:
         Returns: the factor of the micro-batch's loss.
         """
         parts = self._parts
-        thorough = self._num_steps <= THOROUGH_STEPS
+        thorough = self.looks.closely
         self.state.buffers.capture(index, of_many=self._num_micro_batches > 1, check=thorough)
         if thorough:
             self._check_forward(step, index)
@@ -207,17 +187,18 @@ class Engine:
     def _check_forward(self, step: int, index: int) -> None:
         """Raise UsageError when forward has written weights by `.data`, or added or replaced parts of the model."""
         when = f"in micro-batch {index} of step {step}"
-        self.state.weights.check_unwritten(when)
-        self.state.weights.check_values(when)
+        self.state.weights.writes.check(when)
+        self.state.weights.writes.check_values(when)
         self.state.structure.check_forward(when)
 
     def finish_micro_batch(self, step: int, index: int, outcome: Outcome) -> Action:
         """Report a computed micro-batch and return what to do next."""
         when = f"in micro-batch {index} of step {step}, after step.backward,"
-        if self._looks:
-            self.state.weights.check_unwritten(when)
-        if self._num_steps <= THOROUGH_STEPS and not self._parts.backward.early.updates_in_backward:
-            self.state.weights.check_values(when)
+        if self.looks.at_all:
+            self.state.weights.writes.check(when)
+        is_plain = not self._parts.backward.early.updates_in_backward
+        if self.looks.closely and is_plain:
+            self.state.weights.writes.check_values(when)
         self.state.buffers.check_unwritten(when)
         fold = self._parts.backward.gradients.commit(self._board.ledger.touched(index))
         self._num_computed += 1
@@ -309,7 +290,7 @@ class Engine:
 
     def leave_step(self, step: int) -> StepResult:
         """Return what `step` came to, once it is committed, and set buffers and random state for the code between."""
-        self.state.weights.accept_values()
+        self.state.weights.writes.accept_values()
         self.state.buffers.restore()
         self.beside.is_in_step = False
         if self._norms.may_be_used():

@@ -97,14 +97,14 @@ def take_from_first_host(parts: Parts) -> None:
     """Make the memory of the first host that of all: weights, buffers and state. Called by the leaders."""
     parts.exchange.broadcast(parts.state.weights.values_at_home())
     parts.exchange.broadcast([parts.state.buffers.values_at_home()])
-    parts.state.weights.accept_versions()
+    parts.state.weights.writes.accept()
 
 
 def check_untouched(parts: Parts, when: str) -> None:
     """Raise UsageError when the script has written or replaced anything of the model since the last step or edit."""
     state = parts.state
-    state.weights.check_unwritten(when)
-    state.weights.check_values(when)
+    state.weights.writes.check(when)
+    state.weights.writes.check_values(when)
     state.structure.check(when, whole=True)
     state.buffers.check_unwritten(when)
 

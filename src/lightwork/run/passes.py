@@ -11,7 +11,8 @@ from typing import final
 
 from lightwork.checkpoint.settings import Bookmark
 from lightwork.data.feed import Batches, Feed, Schedule, total_steps, upcoming, walk
-from lightwork.engine.engine import BETWEEN_STEPS, Engine
+from lightwork.engine.engine import Engine
+from lightwork.engine.looks import BETWEEN_STEPS
 from lightwork.errors import UsageError
 from lightwork.run.course import Course, Following
 from lightwork.run.exit import EXITS
@@ -78,7 +79,7 @@ class Passes:
                     break
                 if self._team.presence.anyone_left():
                     break
-                if self._engine.looks:
+                if self._engine.looks.are_due:
                     self._guard.check()
                 course.begin_step(order, epoch)
                 step = self._make_step(order, loader, epoch, step_in_epoch)

@@ -231,7 +231,7 @@ class TrainedState:
     def accept(self) -> None:
         """Take what the leaders have written for legitimate. Every worker does."""
         self._updates.forget()
-        self._weights.accept_versions()
+        self._weights.writes.accept()
         self._buffers.restore()
 
     def release(self) -> None:
@@ -275,7 +275,7 @@ class TrainedState:
                 self._upkeep.spread()
                 self.release()
         meet("edit (end)")
-        self._weights.accept_versions()
+        self._weights.writes.accept()
         self._buffers.restore()
 
 

@@ -6,7 +6,6 @@ holdings ([Note: five tensors, four places] in `spec/holdings`).
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,16 +13,13 @@ import torch
 from torch import nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
-from lightwork.device.base import Mark
 from lightwork.errors import UsageError
 from lightwork.spec.holdings import MASTERS, WORKING, Holdings, Home
-from lightwork.spec.layout import ALIGNMENT, Block, Layout, span_of
+from lightwork.spec.layout import ALIGNMENT, Block, span_of
 from lightwork.state.parameters import DTYPES, like, plainly
+from lightwork.state.writes import Writes
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
-
-#: How often a tensor was written in place.
-_VERSION = operator.attrgetter("_version")
 
 
 class Stretch(NamedTuple):
@@ -56,16 +52,13 @@ class Weights:
         self.layout = holdings.layout
         self.masters = memory.home(MASTERS, torch.float32)
         self.masters_here = memory.here(MASTERS, torch.float32)
-        self.accepted: Mark = None  #: when every weight had its value
         self._holdings = holdings
         self._device = memory.device
         self._stays_put = memory.units is None  # tensors of it may be kept
         self._values = self._place(memory)
         self._places_here = tuple(dict.fromkeys((*(value.here for value in self._values), self.masters_here)))
         self.homes = list(dict.fromkeys((self.masters, *(value.home for value in self._values))))
-        self._versions: list[int] = []
-        self._addresses: list[int] = []
-        self._samples = _Samples(self.layout, holdings, memory)
+        self.writes = Writes(parameters, holdings, memory)
         self._stretches_of: dict[int, list[Stretch]] = {}  # of each bucket, made once
         self._tensors: dict[int, list[torch.Tensor]] = {}
 
@@ -106,9 +99,7 @@ class Weights:
             parameter.data = view
             self._leave_unread(index)
             done(index)
-        if self._stays_put:
-            self._addresses = list(map(torch.Tensor.data_ptr, self.parameters))
-        self.accept_versions()
+        self.writes.accept(moved=True)
         return were_meta
 
     @plainly
@@ -119,11 +110,11 @@ class Weights:
         a parameter that the script has written since the last step, in the memory that all workers write.
         """
         written: str | None = None
-        changed = self._samples.changed() or [False] * len(self.parameters)
+        changed = self.writes.found()
         for index, parameter in enumerate(self.parameters):
             if parameter.numel() and self.parameter_of(parameter) != index:
                 continue
-            if changed[index] or parameter._version != self._versions[index]:
+            if changed[index]:
                 written = written or self._name(index)
             rows = [self._holdings.rows[bucket] for bucket in self.layout.buckets_of(index)]
             if copies and not any(row.weights_stay_with_owner for row in rows):
@@ -224,45 +215,6 @@ class Weights:
                 return self.layout.parameter_at(element)
         return None
 
-    def accept_versions(self) -> None:
-        """Take every parameter's value as it is now for legitimate, whoever wrote it."""
-        self._versions = list(map(_VERSION, self.parameters))
-        self.accept_values()
-
-    def accept_values(self) -> None:
-        """Take the values that an update has made for legitimate."""
-        self._samples.take()
-        self.accepted = self._device.mark()
-
-    def check_unwritten(self, when: str) -> None:
-        """Raise UsageError when user code has written a parameter in place since `accept_versions`, or moved it."""
-        if self._versions != list(map(_VERSION, self.parameters)):
-            counts = zip(self.parameters, self._versions, strict=True)
-            self._refuse_write([parameter._version != version for parameter, version in counts], when)
-        if self._stays_put and self._addresses != list(map(torch.Tensor.data_ptr, self.parameters)):
-            places = zip(self.parameters, self._addresses, strict=True)
-            name = next(self._name(i) for i, (p, address) in enumerate(places) if p.data_ptr() != address)
-            raise UsageError(
-                f"parameter {name} was given other memory {when} (by `.data = ...`, model.to(...), .half(), "
-                "load_state_dict(assign=True) or the like), so that it would not be trained. Convert and move the "
-                "model before lightwork.distribute; write values in `with run.edit(): parameter.copy_(...)`."
-            )
-
-    def check_values(self, when: str) -> None:
-        """Raise UsageError when user code has written a parameter through `.data`, which PyTorch does not count.
-
-        A few elements of each are compared with those of `accept_values`.
-        """
-        if self._samples.differ():
-            self._refuse_write(self._samples.changed(), when)
-
-    def _refuse_write(self, written: Sequence[bool], when: str) -> None:
-        if any(written):
-            raise UsageError(
-                f"parameter {self._name(list(written).index(True))} was written {when}. Weights are shared by all "
-                "workers and written by the update alone: put other writes into `with run.edit():`."
-            )
-
     def _name(self, index: int) -> str:
         return self.layout.parameters[index].name
 
@@ -305,47 +257,3 @@ class Weights:
 
     def _strided(self, index: int, region: Elements) -> torch.Tensor:
         return like(region.view(*self.layout.range_of(index)), self.parameters[index])
-
-
-class _Samples:
-    """A few elements of each working weight that stays in the host's memory."""
-
-    def __init__(self, layout: Layout, holdings: Holdings, memory: Regions) -> None:
-        self._regions: list[tuple[list[int], memoryview, Callable[[memoryview], tuple[int, ...]]]] = []
-        self._then: list[tuple[int, ...]] = []
-        self._num_parameters = len(layout.parameters)
-        places: dict[str, list[tuple[int, int]]] = {}
-        if memory.units is not None or holdings.weights_are_paged or holdings.shares_weights:
-            return
-        for index, (region, is_fetched, _) in enumerate(holdings.working_weights):
-            first, end = layout.range_of(index)
-            if not is_fetched:
-                found = {first, (2 * first + end) // 3, (first + 2 * end) // 3, end - 1} if end > first else set()
-                places.setdefault(region, []).extend((index, element) for element in sorted(found))
-        for region, elements in places.items():
-            size = 2 if region == WORKING else 4
-            values = memory.region(region)
-            bits = values[: len(values) // size * size].cast("H" if size == 2 else "I")
-            if elements:
-                at = [element for _, element in elements]
-                # Of one place alone it would return no tuple.
-                self._regions.append(([index for index, _ in elements], bits, operator.itemgetter(*at, at[0])))
-
-    def take(self) -> None:
-        """Remember them as they are."""
-        self._then = [read(values) for _, values, read in self._regions]
-
-    def differ(self) -> bool:
-        """Return whether any is another one now."""
-        return self._then != [read(values) for _, values, read in self._regions]
-
-    def changed(self) -> list[bool]:
-        """Return of each parameter whether one of its elements is another one now; nothing where none is."""
-        changed: list[bool] = []
-        for then, (indices, values, read) in zip(self._then, self._regions, strict=True):
-            now = read(values)
-            if now != then:
-                changed = changed or [False] * self._num_parameters
-                for index, one, other in zip(indices, now, then, strict=False):
-                    changed[index] |= one != other
-        return changed

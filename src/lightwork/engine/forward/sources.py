@@ -173,7 +173,7 @@ def _answer_requests(weights: Weights, carrier: Carrier, device: Device, closed:
             if bucket == _GOODBYE:
                 open_hosts -= 1
                 continue
-            device.wait_for_mark(weights.accepted)
+            device.wait_for_mark(weights.writes.accepted)
             for pending in [carrier.send(host, tensor, _ANSWER) for tensor in weights.of_bucket(bucket)]:
                 pending.wait()
     closed.wait()
