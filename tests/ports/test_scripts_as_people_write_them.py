@@ -173,11 +173,7 @@ def test_a_plan_changes_no_bit(name: str, plan: str, settings: dict[str, Any]) -
     assert digests(ended) == digests(alone(name)[0])
 
 
-#: PyTorch's fast path of a transformer in evaluation takes no fp32 mask beside bf16 weights.
-IN_BF16 = [name for name in SCRIPTS if name != "translation"]
-
-
-@pytest.mark.parametrize("name", IN_BF16)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_in_bf16_a_team_gives_the_bits_of_one_worker(name: str) -> None:
     one, _ = run_script(name, 1, new_folder(), precision="bf16")
     two, _ = run_script(name, 2, new_folder(), precision="bf16")

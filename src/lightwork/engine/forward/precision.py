@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import _engine_run_backward
+from torch.backends import mha
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
@@ -82,6 +83,20 @@ class MasterWeights(TorchFunctionMode):
                 leaves[at] = _Master.apply(leaf, self._masters[id(leaf)])  # type: ignore[no-untyped-call]
         args, kwargs = pytree.tree_unflatten(leaves, tree)
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _without_fast_paths() -> Iterator[None]:
+    """Let transformers in eval mode run as they were trained: their fast path knows nothing of autocast on a CPU.
+
+    Beside narrow weights it can not take fp32 masks.
+    """
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)
 
 
 def _is_attribute(func: Callable[..., Any]) -> bool:
@@ -166,6 +181,7 @@ class Compute:
                 with (
                     self._masters if self._is_watched else contextlib.nullcontext(),
                     torch.autocast(self._device_type, self._dtype),
+                    _without_fast_paths(),
                 ):
                     yield
             finally:
