@@ -114,6 +114,8 @@ class Engine:
         """Set the random state and the buffers from which micro-batch `index` is computed, whoever does."""
         if not self._num_computed:  # else looked at when the one before was finished
             self.state.buffers.check_unwritten(BETWEEN_STEPS)
+        if self.looks.closely:
+            self.state.structure.before_forward()
         self.seed("micro-batch", step, index)
 
     def seed(self, *what: str | int) -> None:

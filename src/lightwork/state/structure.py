@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightwork.errors import UsageError
+from lightwork.state.counters import Counters
 
 
 class _Held(NamedTuple):
@@ -29,6 +30,7 @@ class Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._counters = Counters(model)
         self.accept()
 
     def accept(self) -> None:
@@ -49,8 +51,13 @@ class Structure:
         if _ids(self._filled) != self._ids or (whole and sum(len(held.live) for held in self._held) != self._size):
             raise UsageError(self._difference(when) or f"the model was changed {when}. {_ADVICE['_modules']}")
 
+    def before_forward(self) -> None:
+        """Note what `check_forward` compares with."""
+        self._counters.before_forward()
+
     def check_forward(self, when: str) -> None:
         """Raise UsageError when a forward has added, removed or replaced something: more than a buffer's tensor."""
+        self._counters.after_forward()
         difference = self._difference(when, is_forward=True)
         if difference is not None:
             raise UsageError(difference)
