@@ -179,6 +179,32 @@ class SlowWeights(Own):
                     p.copy_(slow)
 
 
+class StateOfMatrices(Own):
+    """Keeps state for matrices alone, and takes it that each parameter has a gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() == 2:
+                    m = self.state[p].setdefault("m", torch.zeros_like(p))
+                    m.mul_(0.9).add_(p.grad, alpha=0.1)
+                    p.sub_(group["lr"] * m)
+                else:
+                    p.sub_(group["lr"] * p.grad)
+
+
+class DecaysAll(Own):
+    """Its weights decay with a gradient and without."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - 0.1 * group["lr"])
+        super().step()
+
+
 class SlowerWeights(SlowWeights):
     every = 11
 
@@ -306,6 +332,8 @@ RIGHT: dict[str, Make] = {
     "its own, counts by parameter": lambda m: Own(groups(m)),
     "its own, counts in the group": lambda m: CountsInGroup(groups(m)),
     "its own, state of the third step": lambda m: SlowWeights(groups(m)),
+    "its own, state of matrices": lambda m: StateOfMatrices(groups(m)),
+    "its own, decays all": lambda m: DecaysAll(groups(m)),
     "a subclass": lambda m: type("Mine", (optim.AdamW,), {})(groups(m), lr=0.01),
 }
 
@@ -470,6 +498,22 @@ def test_state_that_comes_later_than_was_observed_is_refused_when_it_comes() -> 
                 step.backward(F.cross_entropy(model(x), y))
 
     assert "SlowerWeights has begun to keep state 'slow'" in run_ranks(1, attempt)[0]
+
+
+@pytest.mark.parametrize("rate", [0.05, torch.tensor(0.05)], ids=["a number", "a tensor"])
+def test_one_that_changes_parameters_without_a_gradient_is_refused_where_one_has_none(rate: Any) -> None:
+    def attempt() -> None:
+        model = build()
+        unused = nn.Parameter(torch.ones(7))
+        optimizer = DecaysAll([*model.parameters(), unused], lr=rate)
+        model.register_parameter("unused", unused)
+        run = lightwork.distribute(model, optimizer, global_batch=8, run_dir=new_folder())
+        for step in run.steps(DATA):
+            for x, y in step:
+                step.backward(F.cross_entropy(model(x), y))
+
+    with pytest.raises(SpecError, match="^parameter unused got no gradient in this step, and DecaysAll changes"):
+        run_ranks(1, attempt)
 
 
 # --- settings that are switched ---------------------------------------------------------------------------------------

@@ -110,4 +110,5 @@ def _state_layout(optimizers: Optimizers, spec: Spec, layout: Layout, device: De
         optimizers, layout.parameters, observed, device.place, has_spare_room=not device.has_own_memory
     )
     counted = frozenset(number for number, seen in observed.items() if seen.counts)
-    return StateLayout(layout, entries, spec.optimizer_state, counted)
+    restless = frozenset(number for number, seen in observed.items() if seen.is_restless)
+    return StateLayout(layout, entries, spec.optimizer_state, counted, restless)

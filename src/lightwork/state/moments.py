@@ -41,6 +41,7 @@ class Moments:
         self._wide_offsets = [sum(of_bucket[:i]) for of_bucket in sizes for i in range(len(of_bucket))]
         self.device = memory.device.place
         self.counted = state_layout.counted
+        self.restless = state_layout.restless
         self.in_8_bits = bool(state_layout.in_8_bits)
         self._odd = memory.tensor("state odd")
         self._numbers = memory.tensor("state numbers")  # of the odd state, what an optimizer keeps on the host

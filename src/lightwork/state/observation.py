@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -66,6 +66,7 @@ class Observed:
     entries: frozenset[str] = frozenset()  #: of the state of a parameter, after the last scratch step
     num_steps: int = 1  #: until all of them were there
     counts: bool = False  #: whether step() changes settings of the group
+    is_restless: bool = False  #: whether step() changes a parameter that has no gradient
     switches: Mapping[str, object] = field(default_factory=dict)  #: values with which, set later, there is more state
 
 
@@ -149,15 +150,27 @@ class _Observation:
                 for name in (name for name, value in trial.state.items() if value is not None):
                     first_seen[trial.group].setdefault(name, step + 1)
         self._refuse_state_elsewhere()
+        restless = self._restless()
         return {
             number: Observed(
                 entries=frozenset(first_seen[number]),
                 num_steps=max(first_seen[number].values(), default=1),
                 counts=not _same(before[number], self._settings[number]),
+                is_restless=number in restless,
                 switches=self._switches(number),
             )
             for number in self._groups
         }
+
+    def _restless(self) -> set[int]:
+        """Return the groups in which a step changes a parameter that has no gradient, as a decay of weights may."""
+        trials = {trial.group: trial for trial in self._trials}.values()
+        before = [trial.whole.clone() for trial in trials]
+        for trial in trials:
+            trial.whole.grad = None
+        with contextlib.suppress(Exception), torch.no_grad():  # what needs a gradient changes nothing without
+            bare_step(self._member)(self._whole)
+        return {trial.group for trial, then in zip(trials, before, strict=True) if not _same(trial.whole, then)}
 
     def _switches(self, number: int) -> dict[str, object]:
         """Return the settings that are off, and with which a parameter gets more state when they are set later."""
@@ -302,11 +315,9 @@ def _refuse_without_groups(optimizer: optim.Optimizer) -> None:
 def _inner_optimizers(value: object, depth: int = 2) -> list[optim.Optimizer]:
     if isinstance(value, optim.Optimizer):
         return [value]
-    parts: Iterator[object] = iter(())
-    if isinstance(value, dict) and depth:
-        parts = iter(list(value.values()))
-    elif isinstance(value, (list, tuple)) and depth:
-        parts = iter(value)
+    parts = tuple(value.values()) if isinstance(value, dict) else value
+    if not depth or not isinstance(parts, list | tuple):
+        return []
     found = [inner for part in parts for inner in _inner_optimizers(part, depth - 1)]
     return list({id(one): one for one in found}.values())
 

@@ -135,12 +135,21 @@ class BlockOptimizer:
             parameters, state = self._lists_of(bucket)
             _fused_adam(group, parameters, present, state)
             return
+        if len(present) < len(gradients) and spec.group in moments.restless:
+            block = self._layout.blocks_of(bucket)[next(i for i, gradient in enumerate(gradients) if gradient is None)]
+            raise SpecError(
+                f"parameter {self._layout.parameters[block.parameter].name} got no gradient in this step, and "
+                f"{type(optimizer).__name__} changes such a parameter all the same (a decay of weights, say), which a "
+                "team does not. Begin the loop of step() with `if p.grad is None: continue`, as torch's own do, or "
+                "freeze the parameter by requires_grad_(False) before the optimizer is made."
+            )
         shadow, tensors = self._shadow(bucket)
         # Blocks with the same state in a call of their own: a fused kernel takes its list for new or old as a whole.
         alike: dict[bytes, list[int]] = defaultdict(list)
         for index in (first + i for i, gradient in enumerate(gradients) if gradient is not None):
             alike[moments.flags(range(index, index + 1))].append(index)
         for flags, chosen in sorted(alike.items(), reverse=True):
+            shadow.param_groups[0]["params"] = [tensors[index - first] for index in chosen]
             for index in chosen:
                 tensor, gradient = tensors[index - first], gradients[index - first]
                 tensor.grad = like(gradient, tensor) if gradient is not None else None

@@ -47,9 +47,11 @@ class StateLayout:
         entries: Mapping[Probed, list[StateEntry]],
         state_format: StateFormat = "fp32",
         counted: frozenset[int] = frozenset(),
+        restless: frozenset[int] = frozenset(),
     ) -> None:
-        """`counted` are the parameter groups whose settings `step()` changes."""
+        """Of the parameter groups, `step()` changes settings of `counted`; of `restless` what has no gradient, too."""
         self.counted = counted
+        self.restless = restless
         self.flat: dict[str, torch.dtype] = {}
         self.in_8_bits: set[str] = set()  #: of the flat ones
         self.of_group: dict[int, dict[str, int]] = {}  #: bytes of an element of those of a group; 0 while it is spare
