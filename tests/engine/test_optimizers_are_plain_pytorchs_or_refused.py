@@ -512,7 +512,7 @@ def test_one_that_changes_parameters_without_a_gradient_is_refused_where_one_has
             for x, y in step:
                 step.backward(F.cross_entropy(model(x), y))
 
-    with pytest.raises(SpecError, match="^parameter unused got no gradient in this step, and DecaysAll changes"):
+    with pytest.raises(SpecError, match=r"^parameter unused got no gradient in this step, and DecaysAll changes"):
         run_ranks(1, attempt)
 
 

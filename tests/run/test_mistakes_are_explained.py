@@ -231,6 +231,22 @@ def lazy() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
+def lazy_norm() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.LazyBatchNorm1d(affine=False), nn.Linear(3, 3))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def scripted(part: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))
+    model = nn.Sequential(model, nn.Linear(3, 3)) if part else model
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def traced() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = torch.jit.trace(nn.Linear(3, 3), torch.zeros(2, 3))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 def stranger() -> tuple[nn.Module, torch.optim.Optimizer]:
     return nn.Linear(3, 3), torch.optim.SGD(nn.Linear(3, 3).parameters(), lr=0.1)
 
@@ -250,11 +266,15 @@ def quasi_newton() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.LBFGS(model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lazy, "is of a lazy module"),
+        (lazy, "module 0 is a lazy module (LazyLinear)"),
+        (lazy_norm, "module 0 is a lazy module (LazyBatchNorm1d)"),
+        (lambda: scripted(part=False), "the model is a module of TorchScript"),
+        (lambda: scripted(part=True), "module 0 is a module of TorchScript"),
+        (traced, "the model is a module of TorchScript"),
         (stranger, "parameters that are not in the model"),
         (sparse, "makes sparse gradients"),
         (double, "is torch.float64"),
@@ -272,7 +292,7 @@ def test_a_lazy_model_is_refused_by_name_in_every_precision(precision: Literal["
     def job() -> None:
         lightwork.distribute(*lazy(), global_batch=4, precision=precision, run_dir=new_folder())
 
-    assert "is of a lazy module" in raised(job)
+    assert "is a lazy module" in raised(job)
 
 
 def clip_by_value(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

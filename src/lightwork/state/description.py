@@ -17,7 +17,7 @@ from lightwork.state.buffers import Buffers, refuse_odd_buffers
 from lightwork.state.materialise import check_can_reset, give_buffers_memory
 from lightwork.state.observation import observe
 from lightwork.state.optimizers import Optimizers, is_elementwise
-from lightwork.state.parameters import describe_parameters, refuse_sparse_gradients
+from lightwork.state.parameters import describe_parameters, refuse_sparse_gradients, refuse_unfinished
 from lightwork.state.probe import probe_state
 from lightwork.state.rules import refuse_synchronised
 from lightwork.state.scaling import LossScale
@@ -78,6 +78,7 @@ def describe(
 
     Raises: SpecError for what can not be trained.
     """
+    refuse_unfinished(model)
     refuse_sparse_gradients(model.named_modules())
     refuse_synchronised(model)
     refuse_odd_buffers(model)

@@ -163,7 +163,7 @@ class _Observation:
         }
 
     def _restless(self) -> set[int]:
-        """Return the groups in which a step changes a parameter that has no gradient, as a decay of weights may."""
+        """Return the groups in which a step changes a parameter that has no gradient: a decay of weights may."""
         trials = {trial.group: trial for trial in self._trials}.values()
         before = [trial.whole.clone() for trial in trials]
         for trial in trials:
@@ -179,8 +179,7 @@ class _Observation:
         if not tried:
             return found
         trial, settings = tried[0], self._settings[number]
-        off = [name for name, value in settings.items() if value in (0, False) and name not in _IMPLEMENTATIONS]
-        for name in off:
+        for name in (n for n, value in settings.items() if value in (0, False) and n not in _IMPLEMENTATIONS):
             value: object = True if settings[name] is False else _SWITCHED_ON
             group = {**copy.deepcopy(settings), name: value, "params": []}
             tensor = trial.alone.clone()

@@ -57,7 +57,7 @@ def describe_parameters(
 
     Parameters of other types (quantised and frozen ones) stay with each worker, as they are.
 
-    Raises: SpecError for lazy parameters, parameters of a type that is not supported, trained parameters whose
+    Raises: SpecError for parameters of a type that is not supported, trained parameters whose
     memory overlaps itself, and an optimizer with parameters of another model.
     """
     group_of = {p: number for number, group in enumerate(optimizers.groups) for p in group["params"]}
@@ -94,12 +94,23 @@ def describe_parameters(
     return parameters, specs
 
 
+def refuse_unfinished(model: nn.Module) -> None:
+    """Raise SpecError for lazy modules that have seen no batch, and for modules of TorchScript."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SpecError(
+                f"{f'module {name}' if name else 'the model'} is a module of TorchScript (torch.jit.script or trace), "
+                "whose parameters no Python object holds. Distribute the module that it was made of, and script it "
+                "when it is trained."
+            )
+        if any(map(nn.parameter.is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+            raise SpecError(
+                f"{f'module {name}' if name else 'the model'} is a lazy module ({type(module).__name__}) and has no "
+                "shape yet. Run one batch through the model before distribute."
+            )
+
+
 def _check_supported(name: str, parameter: nn.Parameter, *, is_trained: bool) -> None:
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise SpecError(
-            f"parameter {name} is of a lazy module and has no shape yet. Run one batch through the "
-            "model before distribute."
-        )
     if parameter.device.type not in ("cpu", "meta", "cuda"):
         raise SpecError(
             f"parameter {name} is on {parameter.device}. This version trains on CPUs and CUDA devices: keep the model "
