@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightwork.errors import UsageError
-from lightwork.state.counters import Counters
+from lightwork.state.attributes import Attributes
 
 
 class _Held(NamedTuple):
@@ -30,7 +30,7 @@ class Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._counters = Counters(model)
+        self._attributes = Attributes(model)
         self.accept()
 
     def accept(self) -> None:
@@ -53,11 +53,11 @@ class Structure:
 
     def before_forward(self) -> None:
         """Note what `check_forward` compares with."""
-        self._counters.before_forward()
+        self._attributes.before_forward()
 
     def check_forward(self, when: str) -> None:
         """Raise UsageError when a forward has added, removed or replaced something: more than a buffer's tensor."""
-        self._counters.after_forward()
+        self._attributes.after_forward()
         difference = self._difference(when, is_forward=True)
         if difference is not None:
             raise UsageError(difference)

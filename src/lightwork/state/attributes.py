@@ -19,7 +19,7 @@ _Place = tuple[str, str]
 
 
 @final
-class Counters:
+class Attributes:
     """The numbers and tensors of one worker's model, looked at around its first forwards."""
 
     def __init__(self, model: nn.Module) -> None:
