@@ -261,3 +261,21 @@ for step in run.steps(torch.randn(8, 4), shuffle=False):
     assert result.status == 1, result.text
     assert "saved tensor hooks" in result.err, result.text
     assert "placement='zero2'" in result.err, result.text
+
+
+def test_a_part_of_a_model_in_bf16_that_is_called_outside_the_loop_is_explained(tmp_path: Path) -> None:
+    text = """
+import torch
+from torch import nn
+import lightwork
+
+model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run = lightwork.distribute(model, optimizer, global_batch=8, micro_batch=4, precision="bf16")
+model(torch.ones(2, 4))
+model[0](torch.ones(2, 4))
+"""
+    result = lightwork_run(tmp_path, text)
+    assert result.status == 1, result.text
+    assert "must have the same dtype" in result.err, result.text
+    assert "around a part of it write `with torch.autocast" in result.err, result.text

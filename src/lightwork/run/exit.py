@@ -159,21 +159,38 @@ class Exits:
         return on_error
 
 
+#: What a run adds to errors of torch's own: their type, words in them, and what to do.
+_ADVICE = (
+    (
+        torch.OutOfMemoryError,
+        "",
+        "the GPU has no more room. What takes it: activations (activations='recompute' or 'offload', or a smaller "
+        "micro_batch), the optimizer's state and masters (offload={'optimizer': 'host'}), weights (offload={'weights': "
+        "'host'}); or memory=, which chooses what to offload.",
+    ),
+    (
+        RuntimeError,
+        "saved tensor hooks",
+        "torch.func.grad, vjp, jacrev and hessian do not go with weights that are brought when they are read "
+        "(placement='zero3', offload={'weights': ...}), nor within a module whose activations are not kept. Use "
+        "placement='zero2', leave these weights and this module where they are (activations={'NAME': 'keep'}), or "
+        "write torch.autograd.grad(..., create_graph=True), which goes with all of them.",
+    ),
+    (
+        RuntimeError,
+        "must have the same dtype",
+        "under precision='bf16' or 'fp16' the model's weights are of that type. The loop body, run.evaluate and a call "
+        "of the whole model compute under autocast; around a part of it write `with torch.autocast('cpu', "
+        "torch.bfloat16):`. run.state_dict() has the weights in fp32.",
+    ),
+)
+
+
 def _tell(error: BaseException, failing: list[_Living]) -> None:
     """Tell the teams of an error, and end the process where it is another worker's."""
-    if isinstance(error, torch.OutOfMemoryError):
-        notice(
-            "the GPU has no more room. What takes it: activations (activations='recompute' or 'offload', or a "
-            "smaller micro_batch), the optimizer's state and masters (offload={'optimizer': 'host'}), weights "
-            "(offload={'weights': 'host'}); or memory=, which chooses what to offload."
-        )
-    elif isinstance(error, RuntimeError) and "saved tensor hooks" in str(error):
-        notice(
-            "torch.func.grad, vjp, jacrev and hessian do not go with weights that are brought when they are read "
-            "(placement='zero3', offload={'weights': ...}), nor within a module whose activations are not kept. Use "
-            "placement='zero2', leave these weights and this module where they are (activations={'NAME': 'keep'}), or "
-            "write torch.autograd.grad(..., create_graph=True), which goes with all of them."
-        )
+    advice = next((text for kind, words, text in _ADVICE if isinstance(error, kind) and words in str(error)), None)
+    if advice is not None:
+        notice(advice)
     for living in failing:
         team = living.team()
         if team is not None:
