@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,42 @@ def test_a_damaged_or_missing_checkpoint_is_named() -> None:
         lightwork.load(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(lightwork.CheckpointError, match=r"model\.safetensors is missing"):
+        lightwork.load(folder)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("name", ["model", "buffers", "optimizer", "kept", "manifest"])
+def test_one_bit_that_is_another_is_found_before_anything_is_taken_from_the_checkpoint(
+    name: str, num_workers: int
+) -> None:
+    folder = saved(CASES["buffers"])
+    (path,) = folder.glob(f"{name}.*")
+    whole = path.read_bytes()
+
+    def resume() -> None:
+        run, _ = distributed(CASES["buffers"])
+        before = run.digest()
+        with pytest.raises(lightwork.CheckpointError) as error:
+            run.load(folder)
+        assert f"is damaged: {path.name} " in str(error.value)
+        assert run.digest() == before
+
+    generator = random.Random(len(whole))
+    for at in (0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(20))):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << generator.randrange(8))]) + whole[at + 1 :])
+        with pytest.raises(lightwork.CheckpointError, match="is damaged"):
+            lightwork.load(folder)
+    run_ranks(num_workers, resume)
+    path.write_bytes(whole)
+    assert len(lightwork.load(folder)) > 0
+
+
+def test_a_manifest_that_was_edited_is_refused() -> None:
+    folder = saved(CASES["RMSprop"])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["groups"][0]["lr"] = 0.5
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    with pytest.raises(lightwork.CheckpointError, match=r"is damaged: manifest.json \(it is not as it was written"):
         lightwork.load(folder)
 
 

@@ -1,6 +1,7 @@
 """A checkpoint: a folder with a manifest and four tensor files.
 
-    manifest.json           format, spec, position in the data, hyper-parameters, kept objects, aliases of tied tensors
+    manifest.json           format, spec, position in the data, hyper-parameters, kept objects, aliases of tied tensors;
+                            the SHA-256 of each of the other files, and of itself
     model.safetensors       the model's state dict: fp32 weights, buffers
     buffers.safetensors     buffers that are not in it
     optimizer.safetensors   "PARAMETER|ENTRY": the optimizer's state of each parameter
@@ -13,6 +14,8 @@ and the objects, and leaves the tensors where they are until they are asked for.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -25,9 +28,9 @@ import torch
 
 from lightwork.checkpoint import folder as folders
 from lightwork.checkpoint import foreign
-from lightwork.checkpoint.folder import MANIFEST, TENSOR_FILES
+from lightwork.checkpoint.folder import MANIFEST, TENSOR_FILES, file_of
 from lightwork.checkpoint.settings import Bookmark, Settings, Unfinished
-from lightwork.checkpoint.tensors import TensorFile, TensorWriter, in_file_order
+from lightwork.checkpoint.tensors import TensorFile, TensorWriter, in_file_order, sha256_of
 from lightwork.checkpoint.values import put_together, take_apart
 from lightwork.errors import CheckpointError
 from lightwork.notice import notice
@@ -35,7 +38,12 @@ from lightwork.spec.spec import Spec, differences
 from lightwork.state.items import SEPARATOR, Item, Piece, Plain, windows
 from lightwork.state.state import Meet, TrainedState
 
-FORMAT = 3
+FORMAT = 4
+
+#: Entries of the manifest: the hashes of the other files by name, and that of all that stands before it.
+_HASHES, _OWN_HASH = "sha256_of_files", "sha256"
+
+_OLDER = "Use an older one."
 
 
 @dataclass(kw_only=True)
@@ -55,6 +63,23 @@ class Checkpoint(Mapping[str, Any]):
     unfinished: Unfinished | None = None  #: the code in which it was saved, unless that has ended
     beside: Mapping[str, int] = field(default_factory=dict)  #: steps of the script's other runs, by their folders
     extra: Mapping[str, Any] = field(default_factory=dict)  #: what modules keep beside tensors, by its name
+    folder: Path = Path()  #: where it lies
+    hashes: Mapping[str, str] = field(default_factory=dict)  #: SHA-256 of its files, by their names
+
+    def verify(self) -> None:
+        """Read all of it. Raises: CheckpointError, with the file that is not as it was written."""
+        for name, expected in self.hashes.items():
+            try:
+                found = sha256_of(self.folder / name)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{name} of the checkpoint in {self.folder} can not be read ({error}). {_OLDER}"
+                ) from error
+            if found != expected:
+                raise CheckpointError(
+                    f"the checkpoint in {self.folder} is damaged: {name} is not as it was written (its SHA-256 is "
+                    f"{found[:12]}..., and the manifest says {expected[:12]}...). {_OLDER}"
+                )
 
     def __getitem__(self, name: str) -> Any:
         return self.extra[name] if name in self.extra else self.model[name]
@@ -120,10 +145,12 @@ def save(path: Path, state: TrainedState, description: Description | None, meet:
         if description is not None:
             try:
                 with folders.replaced(path) as folder:
-                    for name, items in files.items():
-                        _write_file(folder / f"{name}.safetensors", items, pieces)
+                    hashes = {
+                        file_of(name): _write_file(folder / file_of(name), items, pieces)
+                        for name, items in files.items()
+                    }
                     loss_scale = state.loss_scale(description.settings.position.step)
-                    _write_rest(folder, description, aliases, loss_scale)
+                    _write_rest(folder, description, hashes, aliases, loss_scale)
             except CheckpointError as error:
                 problem = str(error)
             except OSError as error:
@@ -133,8 +160,8 @@ def save(path: Path, state: TrainedState, description: Description | None, meet:
     return problem
 
 
-def _write_file(path: Path, items: Sequence[Item], pieces: Iterator[Piece]) -> None:
-    """Write a file of tensors, as they come."""
+def _write_file(path: Path, items: Sequence[Item], pieces: Iterator[Piece]) -> str:
+    """Write a file of tensors, as they come, and return its SHA-256."""
     writer = TensorWriter(path, items)
     try:
         for item in items:
@@ -143,6 +170,7 @@ def _write_file(path: Path, items: Sequence[Item], pieces: Iterator[Piece]) -> N
                 if piece.end == item.numel:
                     break
         writer.close()
+        return writer.sha256
     finally:
         writer.abandon()
 
@@ -154,9 +182,11 @@ def complete(path: Path, description: Description) -> None:
         if manifest.get("name") != description.name:
             return
         with folders.replaced(path) as folder:
-            for name in ("model", "buffers", "optimizer"):
-                _link(path / f"{name}.safetensors", folder / f"{name}.safetensors")
-            _write_rest(folder, description, manifest["aliases"], manifest["loss_scale"])
+            names = [file_of(name) for name in ("model", "buffers", "optimizer")]
+            for name in names:
+                _link(path / name, folder / name)
+            hashes = {name: manifest[_HASHES][name] for name in names}
+            _write_rest(folder, description, hashes, manifest["aliases"], manifest["loss_scale"])
     except (OSError, ValueError, CheckpointError) as error:
         notice(f"what changed after {path} was saved could not be added to it ({error}).")
 
@@ -169,9 +199,13 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_rest(
-    folder: Path, description: Description, aliases: Mapping[str, str], loss_scale: Sequence[float]
+    folder: Path,
+    description: Description,
+    hashes: Mapping[str, str],
+    aliases: Mapping[str, str],
+    loss_scale: Sequence[float],
 ) -> None:
-    """Write the objects and, last, the manifest."""
+    """Write the objects and, last, the manifest; `hashes` are those of the files that are there."""
     tensors: dict[str, torch.Tensor] = {}
     unfinished = description.unfinished
     redo = None if unfinished is None else unfinished.redo
@@ -190,11 +224,17 @@ def _write_rest(
         "aliases": dict(aliases),
     }
     items = in_file_order(Plain(name, tensor) for name, tensor in tensors.items())
-    _write_file(folder / "kept.safetensors", items, (piece for window in windows(items) for piece in window))
+    kept = _write_file(folder / file_of("kept"), items, (piece for window in windows(items) for piece in window))
+    manifest[_HASHES] = {**hashes, file_of("kept"): kept}
+    manifest[_OWN_HASH] = _hash_of(manifest)
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def _settings(settings: Settings, tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
@@ -225,18 +265,20 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         weights = foreign.load_weights(Path(path))
         if weights is not None:
             return weights
-    return load_whole(path)
+    checkpoint = load_whole(path)
+    checkpoint.verify()
+    return checkpoint
 
 
 def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
-    """Return a checkpoint that lightwork has written in its own form.
+    """Return a checkpoint that lightwork has written in its own form. Its tensors are not verified yet.
 
     Raises: CheckpointError when there is none, or it is damaged.
     """
     folder = folders.find(Path(path))
     if not (folder / MANIFEST).exists() and folders.exists(folder / "checkpoint"):
         folder = folders.find(folder / "checkpoint")
-    for name in (MANIFEST, *(f"{name}.safetensors" for name in TENSOR_FILES)):
+    for name in (MANIFEST, *map(file_of, TENSOR_FILES)):
         if not (folder / name).exists():
             if foreign.is_there(folder):
                 raise CheckpointError(
@@ -248,16 +290,24 @@ def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{folder} is not a checkpoint: {name} is missing. Pass the folder given to run.save, "
                 "or a run directory."
             )
-    try:
+    with _named(folder, MANIFEST):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {manifest['format']}; this version reads format {FORMAT}.")
-        kept = dict(TensorFile(folder / "kept.safetensors"))
+        if manifest.pop(_OWN_HASH) != _hash_of(manifest):
+            raise ValueError("it is not as it was written")
+        aliases: dict[str, Mapping[str, str]] = {"model": manifest["aliases"]}
+    files = {}
+    for name in TENSOR_FILES:
+        with _named(folder, file_of(name)):
+            files[name] = TensorFile(folder / file_of(name), aliases.get(name))
+    with _named(folder, MANIFEST):
+        kept = dict(files["kept"])
         redo = None if manifest["redo"] is None else _settings_of(manifest["redo"], kept)
         return Checkpoint(
-            model=TensorFile(folder / "model.safetensors", manifest["aliases"]),
-            buffers=TensorFile(folder / "buffers.safetensors"),
-            optimizer_file=TensorFile(folder / "optimizer.safetensors"),
+            model=files["model"],
+            buffers=files["buffers"],
+            optimizer_file=files["optimizer"],
             spec=Spec.from_json(json.dumps(manifest["spec"])),
             settings=_settings_of(manifest, kept),
             loss_scale=tuple(manifest["loss_scale"]),
@@ -265,9 +315,18 @@ def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
             unfinished=None if manifest["is_finished"] else Unfinished(redo, manifest["obstacle"]),
             beside=manifest["beside"],
             extra=put_together(manifest["extra"], kept),
+            folder=folder,
+            hashes=manifest[_HASHES],
         )
+
+
+@contextlib.contextmanager
+def _named(folder: Path, name: str) -> Iterator[None]:
+    """Raise CheckpointError, with the name of the file, for whatever its reading raises."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"the checkpoint in {folder} is damaged ({error}). Use an older one.") from error
+        raise CheckpointError(f"the checkpoint in {folder} is damaged: {name} ({error}). {_OLDER}") from error
 
 
 def check_fits(checkpoint: Checkpoint, spec: Spec, state: TrainedState) -> None:

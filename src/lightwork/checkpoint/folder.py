@@ -26,7 +26,13 @@ MANIFEST = "manifest.json"
 #: What the files of tensors are called, without their suffix.
 TENSOR_FILES = ("model", "buffers", "optimizer", "kept")
 
-_FILES = {MANIFEST, *(f"{name}.safetensors" for name in TENSOR_FILES)}
+
+def file_of(name: str) -> str:
+    """Return the name of the file of these tensors."""
+    return f"{name}.safetensors"
+
+
+_FILES = {MANIFEST, *map(file_of, TENSOR_FILES)}
 
 #: Of renameat2: paths are relative to the current folder; both names change places.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

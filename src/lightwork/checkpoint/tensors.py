@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -45,6 +46,9 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 #: What the header's length is rounded up to, so that data is aligned; its longest, as safetensors has it.
 _ALIGNMENT, _LONGEST_HEADER = 8, 100_000_000
+
+#: Bytes of a file that are read at a time where all of it is.
+_READ_AT_ONCE = 1 << 20
 
 #: Key of the header that names no tensor.
 _METADATA = "__metadata__"
@@ -101,6 +105,7 @@ class TensorWriter:
         text += b" " * (-len(text) % _ALIGNMENT)
         self._path = path
         self._left = at  # bytes of data that are still to come
+        self._hash = hashlib.sha256()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             self._put(len(text).to_bytes(8, "little") + text)
@@ -121,6 +126,11 @@ class TensorWriter:
         os.fsync(self._fd)
         self.abandon()
 
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far, in hexadecimal digits."""
+        return self._hash.hexdigest()
+
     def abandon(self) -> None:
         """Let go of the file as it is."""
         fd, self._fd = self._fd, -1
@@ -129,6 +139,7 @@ class TensorWriter:
 
     def _put(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
+        self._hash.update(rest)
         while rest:
             rest = rest[os.write(self._fd, rest) :]
 
@@ -140,6 +151,16 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
     offset: int  #: in bytes, from the start of the file
     num_bytes: int
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hash of a whole file, in hexadecimal digits. Reads it piece by piece."""
+    found = hashlib.sha256()
+    room = memoryview(bytearray(_READ_AT_ONCE))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(room):
+            found.update(room[:count])
+    return found.hexdigest()
 
 
 @final

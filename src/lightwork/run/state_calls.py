@@ -103,8 +103,16 @@ class StateCalls:
         Raises: CheckpointError when it is of another model, optimizer or spec.
         """
         trained, team = self._trained, self._team
+        problem = ""
+        if team.is_leader:
+            try:
+                checkpoint.verify()
+            except CheckpointError as error:
+                problem = str(error)
+        for found in team.meet("load", problem.encode()):
+            if found:
+                raise CheckpointError(found.decode())
         checkpoints.check_fits(checkpoint, self._spec, trained)
-        team.meet("load")
         checkpoints.restore(checkpoint, trained, is_leader=team.is_leader)
         if team.is_leader:
             team.board.resume_at(checkpoint.step)
