@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 from dataclasses import replace
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import lightwork
@@ -197,15 +195,6 @@ def test_kept_values_that_no_file_can_hold_are_named(content: Any) -> None:
         return str(caught.value)
 
     run_team(2, job)
-
-
-def test_kept_tensors_of_the_first_version_are_read(tmp_path: Path) -> None:
-    folder = saved(CASES["RMSprop"])
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["kept"] = {"box": {"__lightwork__": "tensor", "name": "box.content"}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    save_file({"box.content": torch.tensor([5.0])}, folder / "kept.safetensors")
-    assert lightwork.load(folder).kept["box"].tolist() == [5.0]
 
 
 def test_a_run_that_was_resumed_holds_no_file_of_its_checkpoint() -> None:

@@ -66,20 +66,19 @@ class Checkpoint(Mapping[str, Any]):
     folder: Path = Path()  #: where it lies
     hashes: Mapping[str, str] = field(default_factory=dict)  #: SHA-256 of its files, by their names
 
-    def verify(self) -> None:
-        """Read all of it. Raises: CheckpointError, with the file that is not as it was written."""
-        for name, expected in self.hashes.items():
+    def damage(self, first: int = 0, every: int = 1) -> str:
+        """Read one in `every` of its files, from the `first` on; return which is not as it was written, if one is not."""
+        for name, expected in list(self.hashes.items())[first::every]:
             try:
                 found = sha256_of(self.folder / name)
             except OSError as error:
-                raise CheckpointError(
-                    f"{name} of the checkpoint in {self.folder} can not be read ({error}). {_OLDER}"
-                ) from error
+                return f"{name} of the checkpoint in {self.folder} can not be read ({error}). {_OLDER}"
             if found != expected:
-                raise CheckpointError(
-                    f"the checkpoint in {self.folder} is damaged: {name} is not as it was written (its SHA-256 is "
-                    f"{found[:12]}..., and the manifest says {expected[:12]}...). {_OLDER}"
+                return (
+                    f"the checkpoint in {self.folder} is damaged: {name} (its SHA-256 is {found[:12]}..., and was "
+                    f"{expected[:12]}... when it was written). {_OLDER}"
                 )
+        return ""
 
     def __getitem__(self, name: str) -> Any:
         return self.extra[name] if name in self.extra else self.model[name]
@@ -266,7 +265,9 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         if weights is not None:
             return weights
     checkpoint = load_whole(path)
-    checkpoint.verify()
+    damage = checkpoint.damage()
+    if damage:
+        raise CheckpointError(damage)
     return checkpoint
 
 

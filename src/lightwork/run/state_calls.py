@@ -103,12 +103,9 @@ class StateCalls:
         Raises: CheckpointError when it is of another model, optimizer or spec.
         """
         trained, team = self._trained, self._team
-        problem = ""
-        if team.is_leader:
-            try:
-                checkpoint.verify()
-            except CheckpointError as error:
-                problem = str(error)
+        roster = team.roster
+        own = roster.ranks(roster.host_of(team.rank))
+        problem = checkpoint.damage(own.index(team.rank), len(own))  # on each host: it may have a disk of its own
         for found in team.meet("load", problem.encode()):
             if found:
                 raise CheckpointError(found.decode())
