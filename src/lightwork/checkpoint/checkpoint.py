@@ -67,7 +67,7 @@ class Checkpoint(Mapping[str, Any]):
     hashes: Mapping[str, str] = field(default_factory=dict)  #: SHA-256 of its files, by their names
 
     def damage(self, first: int = 0, every: int = 1) -> str:
-        """Read one in `every` of its files, from the `first` on; return which is not as it was written, if one is not."""
+        """Read one in `every` of its files, from the `first` on; return what is damaged, or nothing."""
         for name, expected in list(self.hashes.items())[first::every]:
             try:
                 found = sha256_of(self.folder / name)
