@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,7 +238,7 @@ def _hash_of(manifest: Mapping[str, Any]) -> str:
 
 def _settings(settings: Settings, tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
     return {
-        "position": asdict(settings.position),
+        "position": settings.position._asdict(),
         "groups": [take_apart(group, tensors, f"{prefix}group{i}") for i, group in enumerate(settings.groups)],
         "kept": {name: take_apart(value, tensors, f"{prefix}{name}") for name, value in settings.kept.items()},
     }

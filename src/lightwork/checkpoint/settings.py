@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bookmark:
+class Bookmark(NamedTuple):
     """Where a run is: after `step` updates in all.
 
     The body of a loop over `run.epochs`, or the script outside of one, makes calls of run.steps. A call is one or more
@@ -28,7 +27,7 @@ class Bookmark:
     last_epoch: int = 0  #: of the data set: that of the last step
     epoch: int = 0  #: that of the next step, if it exists
     step_in_epoch: int = 0
-    order: dict[str, object] = field(default_factory=dict)  #: of the samples of `last_epoch`
+    order: Mapping[str, object] = {}  #: of the samples of `last_epoch`
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ are depends on how its script is written:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, cast, final
 
@@ -194,14 +193,14 @@ class Course:
         try:
             for epoch in range(first, num):
                 if not self.is_resuming:
-                    self.at = replace(self.at, outer=epoch, call=0, is_open=False, is_after=False)
+                    self.at = self.at._replace(outer=epoch, call=0, is_open=False, is_after=False)
                 self.has_begun = True
                 self._epoch, self._num_epochs, self._call = epoch, num, 0
                 yield epoch
                 body_ended()
                 self.at = self.completed
                 self.is_resuming = False
-            self.at = replace(self.at, loop=index + 1, outer=None, call=0)
+            self.at = self.at._replace(loop=index + 1, outer=None, call=0)
             self.is_resuming = False
         finally:
             self._epoch = None
@@ -224,8 +223,8 @@ class Course:
             check_unchanged()  # the code between the first loop and this one has run again
         if following is Following.NEW:
             epoch = self.data.known[number].num_passes
-            self.at = replace(
-                self.completed if self._epoch is None else self.at,
+            before = self.completed if self._epoch is None else self.at
+            self.at = before._replace(
                 data=number,
                 first_epoch=epoch,
                 epoch=epoch,
@@ -234,8 +233,8 @@ class Course:
                 last_epoch=epoch,
             )
         elif self._epoch is None and not self.at.is_open:  # it is not counted twice
-            self.at = replace(self.at, plain=self.at.plain - 1)
-        self.at = replace(self.at, is_open=True, is_after=False, outer=self._epoch)
+            self.at = self.at._replace(plain=self.at.plain - 1)
+        self.at = self.at._replace(is_open=True, is_after=False, outer=self._epoch)
         self.is_resuming = False
         return following
 
@@ -251,13 +250,12 @@ class Course:
         known = self.data.known[self.at.data]
         known.num_passes = max(known.num_passes, epoch + 1)
         if self.at.order.get("epoch") != epoch or not self.at.steps_in_call:
-            self.at = replace(self.at, order={"epoch": epoch, **order.describe(epoch)})
+            self.at = self.at._replace(order={"epoch": epoch, **order.describe(epoch)})
 
     def advance(self, epoch: int, following: tuple[int, int]) -> None:
         """Take note of an update, in `epoch`, which `following` comes after."""
         at = self.at
-        self.at = replace(
-            at,
+        self.at = at._replace(
             step=at.step + 1,
             steps_in_call=at.steps_in_call + 1,
             last_epoch=epoch,
@@ -269,8 +267,7 @@ class Course:
         """End a call of run.steps, `broken` where the script left it: a run that is resumed there goes on with it."""
         at = self.at
         within = self._epoch is not None
-        self.at = replace(
-            at,
+        self.at = at._replace(
             is_open=broken,
             is_after=True,
             call=at.call + (within and not broken),
@@ -286,8 +283,8 @@ class Course:
     def completed(self) -> Bookmark:
         """Where the run is when the code after the call has ended."""
         if self._epoch is None:
-            return replace(self.at, plain=self.at.plain + self.at.is_open, is_open=False, is_after=False)
-        return replace(self.at, outer=self._epoch + 1, call=0, is_open=False, is_after=False)
+            return self.at._replace(plain=self.at.plain + self.at.is_open, is_open=False, is_after=False)
+        return self.at._replace(outer=self._epoch + 1, call=0, is_open=False, is_after=False)
 
     def end_of(self, total: int | None) -> int | None:
         """Return the step at which the run ends, for all that is known, where the present call makes `total` steps."""

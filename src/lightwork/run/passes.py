@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
 from functools import partial
 from typing import final
 
@@ -175,7 +174,7 @@ class Passes:
         One that left its loop early is: the others finished the step that they were in without it.
         """
         self._guard.check()
-        places = [json.loads(place) for place in self._team.meet(what, json.dumps(asdict(self._course.at)).encode())]
+        places = [json.loads(place) for place in self._team.meet(what, json.dumps(self._course.at._asdict()).encode())]
         farthest = max(places, key=lambda place: (place["step"], place["plain"], place["call"]))
         if farthest["step"] > self._course.at.step:
             self._engine.trained.accept()  # what the others have done since

@@ -103,7 +103,9 @@ class Optimizers:
         values: list[object] = []
         for group in self.groups:
             for name, value in group.items():
-                if isinstance(value, (int, float, str, tuple, list)) and name != "params":
+                if value is None or name == "params":  # else each None is asked whether it is a tensor, which is slow
+                    continue
+                if isinstance(value, (int, float, str, tuple, list)):
                     values.append(tuple(value) if isinstance(value, list) else value)
                 elif isinstance(value, torch.Tensor):
                     values.append(value.item())
