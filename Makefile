@@ -1,5 +1,5 @@
 # make demo    set up, train a small GPT on Python's own source with all cores, check its bits against one worker
-# make check   set up, run linters and the tests that stay in one process, in a minute or so
+# make check   set up, run linters and the tests that stay in one process, in a few minutes
 # make test    set up, run linters and all tests
 # make bench   set up the peers, run the benchmarks (about 45 minutes on 2 cores)
 # make clean   remove what these made

@@ -253,3 +253,26 @@ def test_the_state_of_an_optimizer_that_trained_before_is_taken_over() -> None:
         return torch.equal(model.weight, twin.weight)
 
     assert run_ranks(1, job) == [True]
+
+
+def test_a_loop_that_a_resumed_run_finds_without_a_step_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = new_folder()
+
+    def job(stop_after: int) -> list[int]:
+        run, _ = distributed(CASES["RMSprop"], run_dir=str(folder))
+        seen = []
+        for _ in run.epochs(2):
+            for step in run.steps(CASES["RMSprop"].dataset()):
+                for batch in step:
+                    step.backward(CASES["RMSprop"].loss(run.model, batch)[0])
+                seen.append(step.index)
+                if step.index == stop_after:
+                    run.save()
+                    return seen
+        return seen
+
+    assert run_ranks(1, partial(job, 1))[0] == [0, 1]
+    assert run_ranks(1, partial(job, 2))[0] == [2]  # the last of its epoch
+    assert "which has none left" not in capsys.readouterr().err
+    assert run_ranks(1, partial(job, 99))[0] == [3, 4, 5]
+    assert "saved after step 2, the last of its loop over run.steps, which has none left" in capsys.readouterr().err

@@ -70,6 +70,12 @@ class Passes:
             total = total_steps(order, start.first_epoch, epochs, max_steps)
             self._trace.event("steps", first=start.step, total=course.end_of(total))
             left = None if total is None else max(0, total - start.steps_in_call)
+            if not left and start.steps_in_call:
+                self._team.say(
+                    f"the checkpoint was saved after step {start.step - 1}, the last of its loop over run.steps, which "
+                    "has none left: what the loop sets for the code after it (`step`, say) is not set. run.keep(...) "
+                    "holds values, and run.save() after that code leaves nothing of it to be done."
+                )
             share = partial(self._team.roster.share, self._team.rank)
             loader = feed.load(upcoming(order, start.epoch, start.step_in_epoch, left, share))
             while total is None or course.at.steps_in_call < total:
