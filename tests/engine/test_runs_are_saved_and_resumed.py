@@ -276,3 +276,34 @@ def test_a_loop_that_a_resumed_run_finds_without_a_step_says_so(capsys: pytest.C
     assert "which has none left" not in capsys.readouterr().err
     assert run_ranks(1, partial(job, 99))[0] == [3, 4, 5]
     assert "saved after step 2, the last of its loop over run.steps, which has none left" in capsys.readouterr().err
+
+
+def test_a_sum_over_an_epoch_that_is_kept_goes_on_in_its_middle() -> None:
+    case = CASES["RMSprop"]
+
+    def job(folder: Path, stop_after: int) -> list[object]:
+        run, _ = distributed(case, run_dir=str(folder))
+        (optimizer,) = run._engine.optimizers.members
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.9)
+        run.keep(scheduler=scheduler)
+        seen: list[object] = []
+        for _ in run.epochs(4):
+            run.keep(total=0.0)
+            for step in run.steps(case.dataset()):
+                for batch in step:
+                    step.backward(case.loss(run.model, batch)[0])
+                run.keep(total=run.kept["total"] + step.loss)
+                seen.append(run.digest())
+                if step.index == stop_after:
+                    run.save()
+                    return seen
+            scheduler.step(run.kept["total"])
+            seen.append((run.kept["total"], optimizer.param_groups[0]["lr"]))
+        return seen
+
+    expected = run_ranks(1, partial(job, new_folder(), 99))[0]
+    assert len({rate for _, rate in filter(lambda entry: isinstance(entry, tuple), expected)}) > 1  # type: ignore[misc]
+    for stop_after in (1, 2, 4, 8):
+        folder = new_folder()
+        before = run_ranks(2, partial(job, folder, stop_after))[0]
+        assert before + run_ranks(3, partial(job, folder, 99))[0] == expected
