@@ -181,7 +181,8 @@ _ADVICE = (
         "must have the same dtype",
         "under precision='bf16' or 'fp16' the model's weights are of that type. The loop body, run.evaluate and a call "
         "of the whole model compute under autocast; around a part of it write `with torch.autocast('cpu', "
-        "torch.bfloat16):`. run.state_dict() has the weights in fp32.",
+        "torch.bfloat16):`. A module that mixes its weights with fp32 tensors keeps fp32 ones: fp32_modules=('NAME',). "
+        "run.state_dict() has all weights in fp32.",
     ),
 )
 
