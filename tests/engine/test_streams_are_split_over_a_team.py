@@ -125,6 +125,15 @@ def test_a_resumed_stream_goes_on_to_the_same_bits(data: Any, stop: int, tmp_pat
         assert before + after == whole
 
 
+def test_a_resumed_stream_whose_end_is_not_known_is_not_said_to_be_at_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(1, partial(train, Plain(50), stop=2, run_dir=str(tmp_path)))
+    run_ranks(1, partial(train, Plain(50), run_dir=str(tmp_path)))
+    assert "resumed after" in (said := capsys.readouterr().err)
+    assert "which has none left" not in said
+
+
 def test_a_short_last_step_can_be_left_out() -> None:
     for data, steps in ((Plain(50), 4), (Sharded([7, 3, 9, 12]), 1)):
         (alone,) = run_ranks(1, partial(train, data, epochs=1, drop_last=True))

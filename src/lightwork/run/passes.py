@@ -70,7 +70,7 @@ class Passes:
             total = total_steps(order, start.first_epoch, epochs, max_steps)
             self._trace.event("steps", first=start.step, total=course.end_of(total))
             left = None if total is None else max(0, total - start.steps_in_call)
-            if not left and start.steps_in_call:
+            if left == 0 and start.steps_in_call:
                 self._team.say(
                     f"the checkpoint was saved after step {start.step - 1}, the last of its loop over run.steps, which "
                     "has none left: what the loop sets for the code after it (`step`, say) is not set. run.keep(...) "
