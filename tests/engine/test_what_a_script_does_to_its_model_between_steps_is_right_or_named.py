@@ -105,12 +105,15 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
 }
 
 
-@pytest.mark.parametrize("at", ["before", "between"])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        *((name, "between") for name in CHANGES),
+        *((name, "before") for name in CHANGES if name != "reset statistics"),  # which changes nothing there
+    ],
+)
 def test_a_change_outside_an_edit_is_refused_by_name(name: str, at: str) -> None:
     what, change = CHANGES[name]
-    if name == "reset statistics" and at == "before":
-        return  # it changes nothing
     for num_workers in (1, 2) if at == "between" else (1,):
         with pytest.raises(UsageError, match=f"^{what} "):
             run_ranks(num_workers, lambda: train(Net(), lambda model, run: change(model), at))

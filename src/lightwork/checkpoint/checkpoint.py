@@ -297,11 +297,10 @@ def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
             raise CheckpointError(f"{folder} has format {manifest['format']}; this version reads format {FORMAT}.")
         if manifest.pop(_OWN_HASH) != _hash_of(manifest):
             raise ValueError("it is not as it was written")
-        aliases: dict[str, Mapping[str, str]] = {"model": manifest["aliases"]}
     files = {}
     for name in TENSOR_FILES:
         with _named(folder, file_of(name)):
-            files[name] = TensorFile(folder / file_of(name), aliases.get(name))
+            files[name] = TensorFile(folder / file_of(name), manifest["aliases"] if name == "model" else None)
     with _named(folder, MANIFEST):
         kept = dict(files["kept"])
         redo = None if manifest["redo"] is None else _settings_of(manifest["redo"], kept)

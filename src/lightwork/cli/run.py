@@ -205,7 +205,7 @@ def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int, l
     culprit = outcome.culprit
     if culprit is not None:
         _say(f"{culprit.describe_end()} The others were ended.")
-        _show_traceback(culprit, run_dir, logged)
+        _show_last_words(culprit, run_dir, logged)
         return culprit.exit_status or 1
     if all(ended.progress is Progress.STARTED for ended in outcome.ended):
         copies = "It ran" if len(outcome.ended) == 1 else f"{len(outcome.ended)} copies of it ran, each for itself"
@@ -228,7 +228,7 @@ def _conclude_unheard(run_dir: Path) -> int:
     return 128 + signal.SIGPIPE
 
 
-def _show_traceback(culprit: Ended, run_dir: Path, logged: dict[int, int]) -> None:
+def _show_last_words(culprit: Ended, run_dir: Path, logged: dict[int, int]) -> None:
     """Show the culprit's last words, unless the main worker, whose errors were shown as they came, had the same."""
 
     def last_words(rank: int) -> str:

@@ -140,7 +140,7 @@ class Order:
         arranged = self._arranged(epoch)
         first, end = arranged.micro_batches(step_in_epoch)
         if not 0 <= index < end - first:
-            raise IndexError(f"micro-batch {index} of step {step_in_epoch} of epoch {epoch}, which has {end - first}")
+            raise IndexError(f"micro-batch {index} of step {step_in_epoch} of epoch {epoch}, of {end - first}")
         return arranged.ids[arranged.bounds[first + index] : arranged.bounds[first + index + 1]]
 
     def _arrange(self, epoch: int) -> _Arranged:
@@ -150,7 +150,6 @@ class Order:
                 f"{self.data_name} changed its length: {self.num_samples} samples when the run began, "
                 f"{num_samples} at epoch {epoch}. Keep its len() fixed; order= chooses an epoch's samples."
             )
-        # Not a view of the caller's array, which may change, nor writable by those whom it is handed to.
         bounds: Ids | None = None
         if isinstance(self.arrangement, Sampled) and self.arrangement.batched:
             arranged, sizes = self.arrangement.batches(self.seed, epoch)
@@ -164,6 +163,7 @@ class Order:
                 )
         else:
             arranged = self.arrangement(self.seed, epoch, num_samples)
+        # Not a view of the caller's array, which may change, nor writable by those whom it is handed to.
         ids = np.array(arranged, dtype=np.int64)
         ids.flags.writeable = False
         if not len(ids):
@@ -189,7 +189,7 @@ class Order:
         return _Arranged(ids, bounds, of_step, num_steps)
 
     def _cut(self, num_ids: int) -> Ids:
-        """Return where micro-batches begin; a new one begins with each global batch. One that is short is left out."""
+        """Return where micro-batches begin, the first of each global batch among them, and the end of the last."""
         of_step = np.arange(0, self.global_batch, self.micro_batch)
         num_whole, rest = divmod(num_ids, self.global_batch)
         whole = (np.arange(num_whole)[:, None] * self.global_batch + of_step).ravel()

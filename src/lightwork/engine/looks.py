@@ -13,7 +13,7 @@ from typing import final
 #: The first steps, in which more is looked at than in any other: what modules do once, they do there.
 CLOSELY = 2
 
-#: The first steps, each of which looks; what a script does once in so many steps is no longer found at once.
+#: The first steps, each of which looks: what a script does in every step or every few is found at once.
 AT_FIRST = 16
 
 #: After these one step in so many looks.

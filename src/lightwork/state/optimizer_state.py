@@ -193,7 +193,7 @@ class _Handed:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._ref = weakref.ref(tensor)
         self._witness = tensor.detach()
-        self._witness.data = torch.empty(0)
+        self._witness.data = tensor.new_empty(0)
         self._version = tensor._version
 
     @property

@@ -57,8 +57,8 @@ def describe_parameters(
 
     Parameters of other types (quantised and frozen ones) stay with each worker, as they are.
 
-    Raises: SpecError for parameters of a type that is not supported, trained parameters whose
-    memory overlaps itself, and an optimizer with parameters of another model.
+    Raises: SpecError for parameters of a type that is not supported, trained parameters whose memory overlaps itself,
+    and an optimizer with parameters of another model.
     """
     group_of = {p: number for number, group in enumerate(optimizers.groups) for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -97,16 +97,17 @@ def describe_parameters(
 def refuse_unfinished(model: nn.Module) -> None:
     """Raise SpecError for lazy modules that have seen no batch, and for modules of TorchScript."""
     for name, module in model.named_modules():
+        what = f"module {name}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
             raise SpecError(
-                f"{f'module {name}' if name else 'the model'} is a module of TorchScript (torch.jit.script or trace), "
+                f"{what} is a module of TorchScript (torch.jit.script or trace), "
                 "whose parameters no Python object holds. Distribute the module that it was made of, and script it "
                 "when it is trained."
             )
         if any(map(nn.parameter.is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
             raise SpecError(
-                f"{f'module {name}' if name else 'the model'} is a lazy module ({type(module).__name__}) and has no "
-                "shape yet. Run one batch through the model before distribute."
+                f"{what} is a lazy module ({type(module).__name__}) and has no shape yet. Run one batch through the "
+                "model before distribute."
             )
 
 

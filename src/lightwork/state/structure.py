@@ -56,7 +56,10 @@ class Structure:
         self._attributes.before_forward()
 
     def check_forward(self, when: str) -> None:
-        """Raise UsageError when a forward has added, removed or replaced something: more than a buffer's tensor."""
+        """Raise UsageError when a forward has added, removed or replaced something: more than a buffer's tensor.
+
+        What it has left in other attributes is told.
+        """
         self._attributes.after_forward()
         difference = self._difference(when, is_forward=True)
         if difference is not None:

@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightwork.engine.forward.away import AwayParameter, class_for
-from lightwork.engine.forward.hooks import ModuleHook
-from lightwork.engine.forward.transforms import plainly
+from lightwork.engine.forward.hooks import ModuleHook, Outermost
+from lightwork.engine.forward.transforms import outside_transforms
 from lightwork.errors import RankLost, SpecError, UsageError
 from lightwork.spec.holdings import Depths
 from lightwork.state.places import HeldBy, Visits, Where
@@ -111,7 +111,6 @@ class WeightsOnTheirWay(Fetching):
         self._following: dict[tuple[int, int], int] = {}
         self._again: set[int] = set()  # parameters that a forward within backward has needed
         self._in_backward = False
-        self._depth = 0  # of modules' forwards that run
         self._is_active = False
         self._is_closed = False
         self._hooks: list[RemovableHandle] = []
@@ -127,29 +126,17 @@ class WeightsOnTheirWay(Fetching):
             parameter = self._weights.parameters[index]
             if self._buckets_of[index] and type(parameter) is nn.Parameter:
                 parameter.__class__ = away
-        entered: list[Any] = []
-
-        def before(_module: nn.Module, _inputs: object) -> None:
-            self._depth += 1
-            if self._depth == 1 and not self._is_active:
-                entered.append(self.active())
-                entered[-1].__enter__()
-
-        def after(_module: nn.Module, _inputs: object, _output: object) -> None:
-            self._depth -= 1
-            if self._depth == 0 and entered:
-                entered.pop().__exit__(None, None, None)
-
+        outermost = Outermost(self.active)
         for name, module in model.named_modules():
             if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
                 raise SpecError(
                     f"module {name or type(module).__name__} is compiled, and placement zero3 brings weights while "
                     "Python runs the model. Leave out torch.compile, or choose zero2."
                 )
-            self._hooks.append(module.register_forward_pre_hook(ModuleHook(before)))
+            self._hooks.append(module.register_forward_pre_hook(ModuleHook(outermost.before)))
             if _asks_for_modes(module):
                 self._watch_whole(module)
-            self._hooks.append(module.register_forward_hook(ModuleHook(after), always_call=True))
+            self._hooks.append(module.register_forward_hook(ModuleHook(outermost.after), always_call=True))
 
     def _watch_whole(self, module: nn.Module) -> None:
         """Bring all weights of a module in eval mode, and leave it alone: it has a faster way while no mode is on."""
@@ -294,7 +281,7 @@ class WeightsOnTheirWay(Fetching):
             self._following[self._parameter] = parameter
             self._parameter = self._parameter[1], parameter
         try:
-            with plainly():
+            with outside_transforms():
                 for bucket in buckets:
                     self._visits.ask(bucket)
                     self._visits.hold(bucket, by)

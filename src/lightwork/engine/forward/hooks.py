@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 
@@ -27,3 +28,29 @@ def _inert() -> Callable[..., None]:
 
 def _nothing(*_: Any) -> None:
     """Do nothing."""
+
+
+class Outermost:
+    """A context around the outermost of the forwards that run within one another.
+
+    `before` and `after` are the hooks of each module that counts. `after` is to be called whatever happens.
+    """
+
+    def __init__(self, context: Callable[[], AbstractContextManager[object]]) -> None:
+        self._context = context
+        self._depth = 0
+        self._entered: AbstractContextManager[object] | None = None
+
+    def before(self, *_: object) -> None:
+        """Begin a forward."""
+        self._depth += 1
+        if self._depth == 1:
+            self._entered = self._context()
+            self._entered.__enter__()
+
+    def after(self, *_: object) -> None:
+        """End it, with an error or without."""
+        self._depth -= 1
+        if self._depth == 0 and self._entered is not None:
+            entered, self._entered = self._entered, None
+            entered.__exit__(None, None, None)

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lightwork.device.base import Device
 from lightwork.engine.backward.early import Early
 from lightwork.engine.forward.fetching import Fetching
-from lightwork.engine.forward.hooks import ModuleHook
+from lightwork.engine.forward.hooks import ModuleHook, Outermost
 from lightwork.errors import UsageError
 from lightwork.spec.spec import Precision
 from lightwork.state.parameters import DTYPES, NARROW
@@ -143,24 +143,14 @@ class Compute:
 
     def _watch(self, model: nn.Module) -> None:
         """Be active in a forward of the whole model, wherever it is called: its weights are narrow."""
-        entered: list[contextlib.AbstractContextManager[None]] = []
-        depth = 0
+        outermost = Outermost(self._active_unless_it_is)
+        self._hooks.append(model.register_forward_pre_hook(ModuleHook(outermost.before)))
+        self._hooks.append(model.register_forward_hook(ModuleHook(outermost.after), always_call=True))
 
-        def before(_module: nn.Module, _inputs: object) -> None:
-            nonlocal depth
-            depth += 1
-            if depth == 1 and not self._is_active and not torch.is_autocast_enabled(self._device_type):
-                entered.append(self.active())
-                entered[-1].__enter__()
-
-        def after(_module: nn.Module, _inputs: object, _output: object) -> None:
-            nonlocal depth
-            depth -= 1
-            if not depth and entered:
-                entered.pop().__exit__(None, None, None)
-
-        self._hooks.append(model.register_forward_pre_hook(ModuleHook(before)))
-        self._hooks.append(model.register_forward_hook(ModuleHook(after), always_call=True))
+    def _active_unless_it_is(self) -> contextlib.AbstractContextManager[None]:
+        if self._is_active or torch.is_autocast_enabled(self._device_type):
+            return contextlib.nullcontext()
+        return self.active()
 
     def close(self) -> None:
         """Take the hooks off the model."""

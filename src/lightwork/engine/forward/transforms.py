@@ -17,6 +17,6 @@ def is_transformed() -> bool:
     return peek_interpreter_stack() is not None
 
 
-def plainly() -> contextlib.AbstractContextManager[object]:
+def outside_transforms() -> contextlib.AbstractContextManager[object]:
     """Let what is done belong to no transform."""
     return temporarily_clear_interpreter_stack() if is_transformed() else contextlib.nullcontext()
