@@ -73,7 +73,7 @@ def holdings_of(
 
 
 def parts_of(description: Description, holdings: Holdings, device: Device, folder: Path) -> tuple[Parts, Regions]:
-    fixed = {"board": 4096, **description.flag_bytes}
+    fixed = {"board": 4096, **description.flag_bytes(holdings)}
     memory_map = map_regions(regions_of(holdings, fixed, description.buffer_bytes))
     store = PrivateStore(memory_map.num_bytes)
     disk = create_disk_store(folder, memory_map.disk_bytes) if memory_map.disk_bytes else None

@@ -30,6 +30,7 @@ from lightwork.engine.update import Updater
 from lightwork.spec.holdings import MASTERS, WORKING, Holdings
 from lightwork.state.buffers import Buffers
 from lightwork.state.description import Description
+from lightwork.state.journal import Journal, UndoJournal
 from lightwork.state.materialise import load, reset
 from lightwork.state.moments import Moments
 from lightwork.state.optimizer import BlockOptimizer
@@ -67,7 +68,14 @@ def make_parts(description: Description, holdings: Holdings, workplace: Workplac
     are_one = holdings.widths.narrow is None
     clipping = clipping_of(holdings.spec, weights)
     updater = Updater(
-        weights, slots, state.optimizer, update_parts, fetching, clipping=clipping, masters_are_weights=are_one
+        weights,
+        slots,
+        state.optimizer,
+        update_parts,
+        fetching,
+        clipping=clipping,
+        journal=_journal(description, holdings, workplace),
+        masters_are_weights=are_one,
     )
     exchange = Exchange()
     if workplace.carrier.others:
@@ -173,6 +181,13 @@ def _fetching(weights: Weights, holdings: Holdings, workplace: Workplace) -> Fet
         pages = Visits(WeightPages(holdings.layout, weights.homes), range(len(weights.parameters)), device, limit=1)
         fetching = WeightsOnDisk(weights, pages, fetching)
     return fetching
+
+
+def _journal(description: Description, holdings: Holdings, workplace: Workplace) -> Journal:
+    layout, memory = holdings.layout, workplace.memory
+    if not holdings.elastic:
+        return Journal(layout)
+    return UndoJournal(layout, description.state_layout, memory, workplace.local_rank, holdings.num_workers)
 
 
 def _early(weights: Weights, holdings: Holdings, slots: Slots, updater: Updater, fetching: Fetching) -> Early:

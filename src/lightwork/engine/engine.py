@@ -42,7 +42,7 @@ from lightwork.team.words import Kind
 from lightwork.transport.base import Watch
 
 #: Seconds between two looks at the other workers' health while waiting.
-WATCH_SECONDS = 0.2
+WATCH_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Engine:
         self._map, self._scale = None, None
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._parts.updater.reduce_seconds = 0.0
+        self._parts.updater.journal.begin_step(step)
         self._step_start = time.perf_counter()
         return self._board.enter(step, num_micro_batches, self._settings_hash(), measure=self._norms.come_first)
 
@@ -286,7 +287,7 @@ class Engine:
 
     def _end_state(self, step: int) -> None:
         """Make the step's buffers, and the next step's loss scale."""
-        self.state.buffers.combine(self._weights_of(step), self._spec.micro_batch)
+        self.state.buffers.combine(step, self._weights_of(step), self._spec.micro_batch)
         if self.state.loss_scale.enabled:
             self.state.loss_scale.advance(step, finite=self._norms.may_be_used())
 

@@ -109,6 +109,12 @@ def check_untouched(parts: Parts, when: str) -> None:
     state.buffers.check_unwritten(when)
 
 
+def forget_steps(parts: Parts) -> None:
+    """Forget what is known of single steps, as some may come again. Nobody is in one; the leaders do."""
+    parts.updater.journal.forget()
+    parts.state.buffers.forget()
+
+
 def settle(parts: Parts) -> None:
     """Let everything that comes and goes leave, and return when every value is at home."""
     parts.moving.update_parts.settle()
@@ -138,6 +144,7 @@ def trained_state(parts: Parts) -> TrainedState:
             settle=partial(settle, parts),
             drop=partial(drop_pages, parts),
             spread=partial(take_from_first_host, parts),
+            forget_steps=partial(forget_steps, parts),
         ),
         Shards(parts.holdings, state.weights, state.optimizer.moments, parts.exchange),
     )

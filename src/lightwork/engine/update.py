@@ -19,6 +19,7 @@ from lightwork.engine.exchange.sums import Adder
 from lightwork.engine.forward.fetching import Fetching
 from lightwork.spec.layout import ALIGNMENT, Span, span_of, spans_of
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
+from lightwork.state.journal import Journal
 from lightwork.state.optimizer import BlockOptimizer
 from lightwork.state.places import Visits
 from lightwork.state.weights import Weights
@@ -51,10 +52,12 @@ class Updater:
         fetching: Fetching,
         *,
         clipping: Clipping,
+        journal: Journal,
         masters_are_weights: bool,
     ) -> None:
         """`parts` brings masters and state that have their home elsewhere, `fetching` working weights that do."""
         self._clipping = clipping
+        self.journal = journal
         device = self._device = slots.device
         self._parts = parts
         self._fetching = fetching
@@ -150,15 +153,25 @@ class Updater:
         if not self._masters_are_weights:
             # What goes home is the whole bucket: values of blocks that this update does not write are brought.
             self._fetching.bring_for_update(bucket, values=any(gradient is None for gradient in gradients))
-        blocks = self._layout.blocks_of(bucket)
-        for block, gradient in zip(blocks, gradients, strict=True):
-            if gradient is not None:
-                self._clipping.clip(block, gradient)
-        self._optimizer.update_bucket(bucket, gradients)
-        self._weights.write_working([b for b, gradient in zip(blocks, gradients, strict=True) if gradient is not None])
+        first = self._layout.buckets[bucket].first_block
+        for granule in self.journal.granules(bucket):
+            if self.journal.begin(granule):
+                self._apply_to(bucket, range(first + granule.first, first + granule.end), gradients)
+                self.journal.end(granule)
         self._parts.leave(bucket, written=True)
         self._fetching.leave_updated(bucket)
         return squared
+
+    def _apply_to(self, bucket: int, indices: range, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Update neighbouring blocks of a bucket, of which `gradients` has those of all."""
+        first = self._layout.buckets[bucket].first_block
+        blocks = self._layout.blocks[indices.start : indices.stop]
+        own = gradients[indices.start - first : indices.stop - first]
+        for block, gradient in zip(blocks, own, strict=True):
+            if gradient is not None:
+                self._clipping.clip(block, gradient)
+        self._optimizer.update_blocks(bucket, indices, own)
+        self._weights.write_working([b for b, gradient in zip(blocks, own, strict=True) if gradient is not None])
 
     def _current(self) -> StepMap:
         if self._map is None:

@@ -40,7 +40,7 @@ from lightwork.store import heap
 from lightwork.team import environment as environments
 from lightwork.team import rendezvous as rendezvouses
 from lightwork.team.environment import Environment, Launcher
-from lightwork.team.join import Joined, Needs, find_roster, join
+from lightwork.team.join import Joined, Needs, find_roster, is_elastic, join
 from lightwork.team.rendezvous import Progress
 from lightwork.team.team import Team
 from lightwork.trace import Trace
@@ -191,6 +191,7 @@ def distribute(
         team.say(f"resumed after {run.step_index} steps, from {checkpoint}.")
     FOLDERS.begin(folder, run.step_index, saved.beside if saved is not None else {}, EXITS.folders())
     heap.keep_pages()
+    team.may_lose = holdings.elastic
     return run
 
 
@@ -217,6 +218,7 @@ def _join_team(
             state=description.state_shape,
             dials=Dials(placement=plan.placement, offload=plan.offload),
             depths=TUNING.depths,
+            elastic=plan.elastic and is_elastic(roster, environment.launcher, device),
         )
         if plan.memory is not None:
             plan = replace(plan, offload=fit(holdings, str(plan.memory), plan.offload))
@@ -225,7 +227,8 @@ def _join_team(
     except LightworkError:
         rendezvous.report(Progress.JOINED)  # all workers are told the same, and nobody waits for this one
         raise
-    needs = Needs(holdings=holdings, device=device, flags=description.flag_bytes, buffers=description.buffer_bytes)
+    flags = description.flag_bytes(holdings)
+    needs = Needs(holdings=holdings, device=device, flags=flags, buffers=description.buffer_bytes)
     return description, holdings, plan, join(needs, plan, environment, rendezvous, run_number)
 
 

@@ -14,7 +14,7 @@ from lightwork.data.batch import map_tensors
 from lightwork.data.feed import Batches, Feed
 from lightwork.data.order import Ids
 from lightwork.engine.engine import Engine
-from lightwork.errors import UsageError
+from lightwork.errors import RankLost, UsageError
 from lightwork.random import RandomState
 from lightwork.run.collected import Collected, Numbers, Part, combined
 from lightwork.store import heap
@@ -38,7 +38,10 @@ class Evaluation:
         self._loader: Batches | None = None  # inside the `with`
         self._claimed: deque[int] = deque()  # ahead, for the loading workers
         self._number = number
-        self._collected: dict[int, Collected] = {}  # by batch
+        self._collected: dict[int, Collected] = {}  # by batch, of this worker
+        self._numbers: dict[int, Numbers] = {}  # of all workers
+        self._parts: dict[int, Mapping[str, Part]] = {}
+        self._end: int | None = None  # of a stream, where this worker has seen it
         self._index = -1
         self._exhausted = False
         self._metrics: Mapping[str, Any] | None = None
@@ -118,16 +121,46 @@ class Evaluation:
         while (index := self._claimed.popleft() if self._claimed else self._claim()) is not None:
             ids = loader.ids(0, index, 0)
             if not len(ids):  # the end of a stream
+                self._end = index
                 break
-            batch = loader.get(0, index, 0)
-            self._index, self._ids = index, ids
-            self._collected[index] = Collected(len(ids), "ev")
-            batch = self._engine.device.bring_batch(batch, map_tensors)
-            self._engine.seed("evaluate", index)
-            with self._engine.computing():
-                yield batch
-        self._index = -1
+            yield from self._batch(loader, index, ids)
+        while left := self._exchange():
+            for index in left[self._team.roster.living.index(self._team.rank) :: self._team.world_size]:
+                yield from self._batch(loader, index, loader.ids(0, index, 0))
         self._exhausted = True
+
+    def _batch(self, loader: Batches, index: int, ids: Ids) -> Iterator[Any]:
+        """Let the body compute a batch."""
+        batch = loader.get(0, index, 0)
+        self._index, self._ids = index, ids
+        self._collected[index] = Collected(len(ids), "ev")
+        batch = self._engine.device.bring_batch(batch, map_tensors)
+        self._engine.seed("evaluate", index)
+        with self._engine.computing():
+            yield batch
+        self._index = -1
+
+    def _exchange(self) -> list[int]:
+        """Exchange with the others what batches came to, and return those that a worker that died has left.
+
+        Raises: RankLost where they can not be read again.
+        """
+        own = {i: (one.numbers, one.parts) for i, one in self._collected.items() if i not in self._numbers}
+        total = self._feed.order.total_steps(1)
+        ends = []
+        for payload in self._team.meet("evaluate (results)", pickle.dumps((self._end, own))):
+            end, of_worker = pickle.loads(payload)
+            ends.append(end)
+            for index, (numbers, parts) in of_worker.items():
+                self._numbers[index], self._parts[index] = numbers, parts
+        of_stream = min((end for end in ends if end is not None), default=0)
+        left = [index for index in range(of_stream if total is None else total) if index not in self._numbers]
+        if left and total is None:
+            raise RankLost(
+                f"batches {left[:5]} of an evaluation are lost with a worker that has died, and a stream is not read "
+                "twice. Start again, to go on from the last checkpoint; a map-style data set would have gone on."
+            )
+        return left
 
     def _claim(self) -> int | None:
         """Return the next batch that nobody has claimed; None when there is no more."""
@@ -159,13 +192,6 @@ class Evaluation:
         self._metrics = self._combined()
 
     def _combined(self) -> dict[str, Any]:
-        """Exchange with the others what the batches came to."""
-        own = {index: (of_batch.numbers, of_batch.parts) for index, of_batch in self._collected.items()}
-        numbers: dict[int, Numbers] = {}
-        parts: dict[int, Mapping[str, Part]] = {}
-        for payload in self._team.meet("evaluate (results)", pickle.dumps(own)):
-            for index, (of_batch, rest) in pickle.loads(payload).items():
-                numbers[index], parts[index] = of_batch, rest
-        batches = sorted(numbers)
-        in_order = {place: parts[index] for place, index in enumerate(batches)}
-        return combined([numbers[index] for index in batches], lambda: [in_order])
+        batches = sorted(self._numbers)
+        in_order = {place: self._parts[index] for place, index in enumerate(batches)}
+        return combined([self._numbers[index] for index in batches], lambda: [in_order])

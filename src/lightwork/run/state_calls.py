@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightwork.checkpoint import foreign
 from lightwork.checkpoint.checkpoint import Checkpoint, Description
 from lightwork.checkpoint.foreign import Format
 from lightwork.engine.engine import Engine
-from lightwork.errors import CheckpointError, UsageError
+from lightwork.errors import CheckpointError, RankLost, UsageError
 from lightwork.run.saves import Saves
 from lightwork.spec.spec import Spec
 from lightwork.state.optimizer_state import take_settings
@@ -39,7 +39,7 @@ class StateCalls:
     def edit(self) -> Iterator[None]:
         """Apply what the body writes to weights and buffers, once: as the main worker leaves them."""
         self._saves.edited("run.edit()")
-        with self._trained.edit(self._team.meet, is_leader=self._team.is_leader):
+        with self._trained.edit(self._team.meet, self._team.by_leader, is_leader=self._team.is_leader):
             yield
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -49,7 +49,11 @@ class StateCalls:
     def digest(self) -> str:
         """Return the SHA-256 of everything."""
         team = self._team
-        return self._trained.digest(team.meet, team.rank, team.world_size, is_leader=team.is_leader)
+
+        def share(names: Sequence[str]) -> Sequence[str]:
+            return names[team.roster.living.index(team.rank) :: team.world_size]
+
+        return self._trained.digest(team.meet, share, is_leader=team.is_leader)
 
     def save(
         self,
@@ -76,24 +80,34 @@ class StateCalls:
             team.meet_equal("run.save (what modules say by get_extra_state)", extra)
         said = self._saves.describe(beside, within_loop=within_loop)
         said = said if of is None else self._of(of, said)
-        description = said if team.is_main else None
-        if form == "lightwork":
-            problem = checkpoints.save(path, self._trained, description, team.meet, is_leader=team.is_leader)
-        else:
-            settings = None if description is None else description.settings
-            problem = foreign.save(path, form, model, self._trained, settings, team.meet, is_leader=team.is_leader)
-        if description is not None and not problem:
+        while True:
+            writer = team.roster.main
+            description = said if team.rank == writer else None
+            if form == "lightwork":
+                problem = checkpoints.save(path, self._trained, description, team.meet, is_leader=team.is_leader)
+            else:
+                settings = None if description is None else description.settings
+                problem = foreign.save(path, form, model, self._trained, settings, team.meet, is_leader=team.is_leader)
+            problem = team.meet_main("save (result)", problem.encode()).decode()
+            if writer in team.roster.living:  # else it has died over it
+                break
+        if problem:
+            raise CheckpointError(problem)
+        if description is not None:
             if form == "lightwork":
                 self._saves.saved(path, description)
             self._trace.event("save", path=str(path), step=description.settings.position.step)
-        problem = team.meet_main("save (result)", problem.encode()).decode()
-        if problem:
-            raise CheckpointError(problem)
 
     def _of(self, rank: int, description: Description) -> Description:
         """Return the description that a worker has, to all."""
         team = self._team
         received = team.meet("save (settings)", pickle.dumps(description) if team.rank == rank else b"")
+        if rank not in team.roster.living:
+            raise RankLost(
+                f"rank {rank} has died, which was a step ahead of the others: they left their loop before it. What its "
+                "schedulers and kept objects came to is lost. Start again, to go on from the last checkpoint.",
+                rank,
+            )
         found: Description = pickle.loads(received[team.roster.living.index(rank)])
         return found
 
@@ -110,11 +124,15 @@ class StateCalls:
             if found:
                 raise CheckpointError(found.decode())
         checkpoints.check_fits(checkpoint, self._spec, trained)
-        checkpoints.restore(checkpoint, trained, is_leader=team.is_leader)
-        if team.is_leader:
+        checkpoints.restore(checkpoint, trained, is_leader=False)
+
+        def write() -> bytes:
+            checkpoints.restore(checkpoint, trained, is_leader=True)
             team.board.resume_at(checkpoint.step)
+            return b""
+
+        team.by_leader("load (end)", write)
         self._saves.resume(checkpoint)
-        team.meet("load (end)")
         trained.accept()
         self._trace.event("load", step=checkpoint.step)
         return checkpoint.step > 0
@@ -134,8 +152,11 @@ class StateCalls:
         team.meet("optimizer.load_state_dict")
         self._saves.edited("optimizer.load_state_dict()")
         take_settings(optimizer, loaded)
-        if team.is_leader:
+
+        def write() -> bytes:
             trained.optimizer_state.take_loaded(optimizer, loaded)
             trained.release()
-        team.meet("optimizer.load_state_dict (end)")
+            return b""
+
+        team.by_leader("optimizer.load_state_dict (end)", write)
         trained.accept()

@@ -22,7 +22,7 @@ from lightwork.data.feed import Batches
 from lightwork.data.order import Ids, some_of
 from lightwork.engine.beside import Beside
 from lightwork.engine.engine import Engine, StepResult
-from lightwork.errors import NonFiniteLoss, UsageError
+from lightwork.errors import NonFiniteLoss, RankLost, UsageError
 from lightwork.run.collected import Collected, Part, combined
 from lightwork.run.interrupt import INTERRUPTS
 from lightwork.team.ledger import Outcome
@@ -307,7 +307,14 @@ class Step:
 
     def _exchange_parts(self) -> list[dict[int, dict[str, Part]]]:
         payloads = self._team.meet(f"step.gather (step {self.index})", pickle.dumps(self._parts))
-        return [pickle.loads(payload) for payload in payloads]
+        received = [pickle.loads(payload) for payload in payloads]
+        lost = set(range(self._num_micro_batches)).difference(*received)
+        if lost:
+            raise RankLost(
+                f"what micro-batches {sorted(lost)[:5]} of step {self.index} gave to step.gather or step.sum is lost "
+                "with the worker that computed them, which has died. Start again, to go on from the last checkpoint."
+            )
+        return received
 
     def _load(self, index: int) -> tuple[_MicroBatch, Any]:
         start = time.perf_counter()

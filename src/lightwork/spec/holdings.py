@@ -31,7 +31,7 @@ from lightwork.spec.layout import Bucket, Cut, Layout, cut_for
 from lightwork.spec.plan import Part, Place, Placement
 from lightwork.spec.roster import Roster
 from lightwork.spec.spec import Spec
-from lightwork.spec.tree import max_partial_sums
+from lightwork.spec.tree import max_partial_sums, spare_partial_sums
 
 #: The regions of the parts that are laid out like the weights; those of the state are `state_region(entry)`.
 MASTERS, WORKING, SUMS = "masters", "working", "partial sums"
@@ -240,6 +240,7 @@ class Holdings:
     dials: Dials = field(default_factory=Dials)
     dials_of: Mapping[int, Dials] = field(default_factory=dict)  #: of buckets for which the plan says something else
     depths: Depths = field(default_factory=Depths)
+    elastic: bool = False  #: the host's workers go on without one that is killed
 
     def __post_init__(self) -> None:
         if max(self.roster.sizes) > 1 and any(self._placement(dials) == "zero3" for dials in self._all_dials()):
@@ -264,7 +265,13 @@ class Holdings:
     @property
     def num_slots(self) -> int:
         """Partial sums that one worker may hold."""
-        return max_partial_sums(self.spec.num_micro_batches)
+        return max_partial_sums(self.spec.num_micro_batches) + self.num_spare_slots
+
+    @property
+    def num_spare_slots(self) -> int:
+        """... of which so many only after others have died: room that costs nothing before, so not in a file."""
+        has_room = self.elastic and Home.DISK not in self.homes_of("gradients")
+        return spare_partial_sums(self.spec.num_micro_batches) if has_room else 0
 
     @property
     def num_places(self) -> int:

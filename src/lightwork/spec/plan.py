@@ -31,12 +31,13 @@ class Plan:
     offload_dir: str = ""  #: of the disk; the system's temporary folder unless given
     activations: Mapping[str, Activation] = field(default_factory=dict)  #: of modules by name; the others are kept
     steal: bool = True  #: a worker that is done takes micro-batches that a late one has not started
+    elastic: bool = True  #: lightwork run's workers of a machine go on without one that is killed; costs a little
     trace: bool = True  #: spans and counters of each worker in the run directory
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
             raise SpecError(f"world_size={self.world_size} is not a positive whole number.")
-        for name, switch in (("steal", self.steal), ("trace", self.trace)):
+        for name, switch in (("steal", self.steal), ("elastic", self.elastic), ("trace", self.trace)):
             if not isinstance(switch, bool):
                 raise SpecError(f"{name}={switch!r} is neither true nor false.")
         check_choice("transport", self.transport, get_args(Carriage))

@@ -52,6 +52,12 @@ class Roster:
         ends = [sum(sizes[: host + 1]) for host in range(len(sizes))]
         return cls(tuple(tuple(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)))
 
+    def without(self, host: int, local_ranks: Sequence[int]) -> Roster:
+        """Return the roster of the next generation, in which nobody is at these places of a host."""
+        places = list(self.places)
+        places[host] = tuple(None if local in local_ranks else rank for local, rank in enumerate(places[host]))
+        return Roster(tuple(places), self.generation + 1)
+
     # --- who is in ------------------------------------------------------------------------------------------------
 
     def ranks(self, host: int) -> tuple[int, ...]:

@@ -123,3 +123,11 @@ def max_partial_sums(num_leaves: int) -> int:
     multiple of its size is log2(m) + 1. The rest is for stolen leaves and the sum being made.
     """
     return 2 * (num_leaves - 1).bit_length() + 3
+
+
+def spare_partial_sums(num_leaves: int) -> int:
+    """Return how many more a worker may come to hold that takes over what others leave when they die.
+
+    Of leaves at any places no two can be siblings, or they are one node: half of them, and the sum being made.
+    """
+    return max(0, num_leaves // 2 + 2 - max_partial_sums(num_leaves))

@@ -4,6 +4,9 @@ Every micro-batch starts from the buffers of the step; what they become is combi
 ends (`rules`): floating ones by weighted mean, integer ones as start plus the summed increments, or as the spec's
 `buffers` says by name. Large ones, such as masks, are compared only if PyTorch counted a write; small ones always,
 because batch normalisation writes its statistics without counting.
+
+What a step makes of them is written beside them first, and copied in their place once all of it is there: a worker that
+is killed over it leaves what another one can do again.
 """
 
 from __future__ import annotations
@@ -83,7 +86,10 @@ class Buffers:
         self._named = frozenset(rules)
         self._offsets: list[int] = []  # of each, in bytes
         self._buffers = self._collect(model, rules)
-        self._generations = memory.region("buffer generations").cast("q")
+        count = len(self._buffers)
+        words = memory.region("buffer generations").cast("q")
+        self._generations, self._next_generations = words[:count], words[count : 2 * count]  # next: 0 for unchanged
+        self._combined = words[2 * count :]  # 1 + the last step of which what is beside the buffers is whole
         self._changed = memory.region("buffers changed")  # [micro-batch][buffer]
         unknown = set(rules) - {b.name for b in self._buffers}
         if unknown:
@@ -96,13 +102,13 @@ class Buffers:
     def values_bytes(model: nn.Module, num_micro_batches: int) -> dict[str, int]:
         """Return the bytes of the regions of values, by name."""
         size = buffer_bytes(model)
-        return {"buffers": size, "buffers of micro-batches": num_micro_batches * size}
+        return {"buffers": size, "buffers of a step": size, "buffers of micro-batches": num_micro_batches * size}
 
     @staticmethod
     def flag_bytes(model: nn.Module, num_micro_batches: int) -> dict[str, int]:
         """Return the bytes of the regions of flags, by name."""
         count = count_buffers(model)
-        return {"buffers changed": num_micro_batches * count, "buffer generations": 8 * count}
+        return {"buffers changed": num_micro_batches * count, "buffer generations": 8 * (2 * count + 1)}
 
     def _collect(self, model: nn.Module, rules: Mapping[str, BufferRule]) -> list[_Buffer]:
         found: list[_Buffer] = []
@@ -194,14 +200,28 @@ class Buffers:
             ):
                 check_leaf(buffer.name, buffer.start, leaf)
 
-    def combine(self, weights: Sequence[float], micro_batch_size: int) -> None:
-        """Make the step's buffers of what its micro-batches left, in the fixed tree. One worker does, at its end.
+    def combine(self, step: int, weights: Sequence[float], micro_batch_size: int) -> None:
+        """Make the buffers of `step` of what its micro-batches left, in the fixed tree. One worker does, at its end.
 
         `weights` are those of the micro-batches; one of weight 0 counts for nothing.
         """
-        count = len(self._buffers)
-        if not count:
+        if not self._buffers:
             return
+        if self._combined[0] != step + 1:
+            self._combine(weights, micro_batch_size)
+            self._combined[0] = step + 1
+        for index, buffer in enumerate(self._buffers):
+            if self._next_generations[index]:
+                buffer.start.copy_(self._value_beside(index))
+                self._generations[index] = self._next_generations[index]
+
+    def forget(self) -> None:
+        """Forget which step was combined, as steps come that were there before. Nobody is in a step."""
+        self._combined[0] = 0
+
+    def _combine(self, weights: Sequence[float], micro_batch_size: int) -> None:
+        """Write what a step makes of the buffers beside them."""
+        count = len(self._buffers)
         rows = [self._changed[m * count : (m + 1) * count] for m in range(len(weights))]
         changed = [
             index for index in range(count) if any(rows[m][index] and weight for m, weight in enumerate(weights))
@@ -210,11 +230,10 @@ class Buffers:
             is_set_once = self._generations[index] % _PUBLISHED == 1 and index not in changed
             if is_set_once and self._is_by_default(buffer) and not is_of_torch(buffer.module) and len(weights) > 1:
                 check_flag(buffer.name, buffer.start, len(weights), is_training=buffer.module.training)
-        # All of them before any is written: an average over all batches needs the count of these as it was.
-        values = [self._value_of(index, rows, weights, micro_batch_size) for index in changed]
-        for index, value in zip(changed, values, strict=True):
-            self._buffers[index].start.copy_(value)
-            self._generations[index] += 1
+        for index in range(count):
+            self._next_generations[index] = self._generations[index] + 1 if index in changed else 0
+            if index in changed:
+                self._value_beside(index).copy_(self._value_of(index, rows, weights, micro_batch_size))
 
     def _value_of(
         self, index: int, rows: Sequence[memoryview], weights: Sequence[float], micro_batch_size: int
@@ -281,9 +300,14 @@ class Buffers:
         return {buffer.name: buffer.start for buffer in self._buffers}
 
     def _leaf(self, index: int, micro_batch: int) -> torch.Tensor:
+        return self._value_in("buffers of micro-batches", index, micro_batch * self._num_bytes)
+
+    def _value_beside(self, index: int) -> torch.Tensor:
+        return self._value_in("buffers of a step", index)
+
+    def _value_in(self, region: str, index: int, first: int = 0) -> torch.Tensor:
         start = self._buffers[index].start
-        offset = micro_batch * self._num_bytes + self._offsets[index]
-        return self._memory.tensor("buffers of micro-batches", start.dtype, offset, start.numel()).view(start.shape)
+        return self._memory.tensor(region, start.dtype, first + self._offsets[index], start.numel()).view(start.shape)
 
     def _was_written(self, buffer: _Buffer) -> bool:
         if not self._compares and _is_small(buffer) and buffer.rule is not None and buffer.module.training:

@@ -10,10 +10,11 @@ from torch import nn
 
 from lightwork.device.base import Device
 from lightwork.errors import SpecError
-from lightwork.spec.holdings import StateShape
+from lightwork.spec.holdings import Holdings, StateShape
 from lightwork.spec.layout import Cut, Layout, lay_out
 from lightwork.spec.spec import Spec
 from lightwork.state.buffers import Buffers, refuse_odd_buffers
+from lightwork.state.journal import journal_bytes
 from lightwork.state.materialise import check_can_reset, give_buffers_memory
 from lightwork.state.observation import observe
 from lightwork.state.optimizers import Optimizers, is_elementwise
@@ -56,10 +57,10 @@ class Description:
         """The bytes of the regions of the model's buffers, which lie where computation sees them."""
         return Buffers.values_bytes(self.model, self.spec.num_micro_batches)
 
-    @property
-    def flag_bytes(self) -> Mapping[str, int]:
-        """The bytes of the regions of flags and numbers, which lie with the host."""
-        return {**Buffers.flag_bytes(self.model, self.spec.num_micro_batches), **LossScale.region_bytes()}
+    def flag_bytes(self, holdings: Holdings) -> Mapping[str, int]:
+        """Return the bytes of the regions of flags and numbers, which lie with the host, and of its journal."""
+        journal = journal_bytes(self.layout, self.state_layout, holdings.num_workers) if holdings.elastic else {}
+        return {**Buffers.flag_bytes(self.model, self.spec.num_micro_batches), **LossScale.region_bytes(), **journal}
 
 
 def describe(

@@ -74,7 +74,7 @@ class BlockOptimizer:
         self._layout = weights.layout
         self.moments = moments
         self._shadows: dict[int, tuple[optim.Optimizer, list[torch.Tensor]]] = {}
-        self._lists: dict[int, tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]] = {}  # of each bucket
+        self._lists: dict[range, tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]] = {}  # by blocks
 
     def check_settings(self) -> None:
         """Raise SpecError when a setting was switched on or off that the optimizer can not be shared with.
@@ -108,8 +108,8 @@ class BlockOptimizer:
                 bare_step(optimizer)(shadow)
             group.update({k: v for k, v in shadow.param_groups[0].items() if k not in ("params", "fused")})
 
-    def update_bucket(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Take one optimizer step on the blocks of `bucket`; `gradients`, one for each, flat or None to skip it.
+    def update_blocks(self, bucket: int, blocks: range, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Take one optimizer step on `blocks` of `bucket`; `gradients`, one for each, flat or None to skip it.
 
         To be called without autograd (`torch.no_grad`).
 
@@ -117,26 +117,25 @@ class BlockOptimizer:
         """
         touched = []
         if self.moments.in_8_bits:
-            indices = self._layout.block_indices(bucket)
-            touched = [index for index, gradient in zip(indices, gradients, strict=True) if gradient is not None]
+            touched = [index for index, gradient in zip(blocks, gradients, strict=True) if gradient is not None]
         for index in touched:
             self.moments.widen(index)
-        self._update(bucket, gradients)
+        self._update(bucket, blocks, gradients)
         for index in touched:
             self.moments.round_widened(index)
 
-    def _update(self, bucket: int, gradients: Sequence[torch.Tensor | None]) -> None:
+    def _update(self, bucket: int, blocks: range, gradients: Sequence[torch.Tensor | None]) -> None:
         spec = self._layout.buckets[bucket]
         optimizer, group = self._optimizers.owner(spec.group), self._optimizers.group(spec.group)
-        first, moments = spec.first_block, self.moments
+        moments = self.moments
         present = [gradient for gradient in gradients if gradient is not None]
-        is_new = 0 in moments.flags(range(first, spec.end_block))
+        is_new = 0 in moments.flags(blocks)
         if len(present) == len(gradients) and not is_new and has_plain_adam_kernel(optimizer, group):
-            parameters, state = self._lists_of(bucket)
+            parameters, state = self._lists_of(blocks)
             _fused_adam(group, parameters, present, state)
             return
         if len(present) < len(gradients) and spec.group in moments.restless:
-            block = self._layout.blocks_of(bucket)[next(i for i, gradient in enumerate(gradients) if gradient is None)]
+            block = self._layout.blocks[blocks[next(i for i, gradient in enumerate(gradients) if gradient is None)]]
             raise SpecError(
                 f"parameter {self._layout.parameters[block.parameter].name} got no gradient in this step, and "
                 f"{type(optimizer).__name__} changes such a parameter all the same (a decay of weights, say), which a "
@@ -146,12 +145,14 @@ class BlockOptimizer:
         shadow, tensors = self._shadow(bucket)
         # Blocks with the same state in a call of their own: a fused kernel takes its list for new or old as a whole.
         alike: dict[bytes, list[int]] = defaultdict(list)
-        for index in (first + i for i, gradient in enumerate(gradients) if gradient is not None):
-            alike[moments.flags(range(index, index + 1))].append(index)
+        for index, gradient in zip(blocks, gradients, strict=True):
+            if gradient is not None:
+                alike[moments.flags(range(index, index + 1))].append(index)
+        first = spec.first_block
         for flags, chosen in sorted(alike.items(), reverse=True):
             shadow.param_groups[0]["params"] = [tensors[index - first] for index in chosen]
             for index in chosen:
-                tensor, gradient = tensors[index - first], gradients[index - first]
+                tensor, gradient = tensors[index - first], gradients[index - blocks.start]
                 tensor.grad = like(gradient, tensor) if gradient is not None else None
                 self._attach(shadow, tensor, index, flags)
             bare_step(optimizer)(shadow)
@@ -236,16 +237,16 @@ class BlockOptimizer:
                 "run, so that there is no room for it. Use an optimizer that makes its state in its first steps."
             )
 
-    def _lists_of(self, bucket: int) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
-        """Return the blocks of a bucket and each entry of their state, block by block."""
-        lists = self._lists.get(bucket)
+    def _lists_of(self, indices: range) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
+        """Return some blocks and each entry of their state, block by block."""
+        lists = self._lists.get(indices)
         if lists is None:
             state: dict[str, list[torch.Tensor]] = defaultdict(list)
-            for index in self._layout.block_indices(bucket):
+            for index in indices:
                 for entry, view in self.moments.views_of(index):
                     state[entry.name].append(view)
-            blocks = [self._block_tensor(block) for block in self._layout.blocks_of(bucket)]
-            lists = self._lists[bucket] = blocks, dict(state)
+            blocks = [self._block_tensor(self._layout.blocks[index]) for index in indices]
+            lists = self._lists[indices] = blocks, dict(state)
         return lists
 
 

@@ -51,6 +51,13 @@ class Meet(Protocol):
         """Return every worker's payload."""
 
 
+class ByLeader(Protocol):
+    """A call in which all workers meet after one of them has done something for all."""
+
+    def __call__(self, what: str, work: Callable[[], bytes], /) -> bytes:
+        """Call `work` on the leader of each host; anew on the next one, where the one that was at it has died."""
+
+
 class Source(Protocol):
     """Tensors by name, of which parts can be read: a checkpoint's."""
 
@@ -65,6 +72,7 @@ class Upkeep(NamedTuple):
     check_form: Callable[[str], None]  #: raises when parts of the model were added, removed or replaced
     settle: Callable[[], None]  #: returns when nothing is on its way, and forgets what comes and goes
     drop: Callable[[], None]  #: lets go of the pages of what lies on disk
+    forget_steps: Callable[[], None]  #: forgets what is known of single steps, which may come again; by the leaders
     spread: Callable[[], None]  #: makes the first host's memory that of all; called by the leaders
 
 
@@ -175,23 +183,27 @@ class TrainedState:
         values |= self.extra.read()
         return {name: values[plain_name(name)] for name in self._model.state_dict(keep_vars=True)}
 
-    def digest(self, meet: Meet, rank: int, world_size: int, *, is_leader: bool) -> str:
-        """Return the SHA-256 of everything, in hexadecimal digits; each worker hashes its share of the items."""
+    def digest(self, meet: Meet, share: Callable[[Sequence[str]], Sequence[str]], *, is_leader: bool) -> str:
+        """Return the SHA-256 of everything, in hexadecimal digits.
+
+        Each worker hashes its `share` of the items: of all, then of what those that died have left.
+        """
+        hashes: dict[str, str] = {}
         with self.reading("digest", meet, is_leader=is_leader) as walk:
             items = self._everything()
-            own = {id(item): name for i, (name, item) in enumerate(items.items()) if i % world_size == rank}
-            hashers = {}
-            for piece in walk.through(items.values()):
-                name = own.get(id(piece.item))
-                if name is None:
-                    continue
-                if name not in hashers:
-                    hashers[name] = hashlib.sha256(f"{piece.item.dtype} {piece.item.shape} ".encode())
-                hashers[name].update(piece.read().view(torch.uint8).numpy().data)
-        mine = {name: hasher.hexdigest() for name, hasher in hashers.items()}
-        hashes: dict[str, str] = {}
-        for part in meet("digest (hashes)", json.dumps(mine).encode()):
-            hashes.update(json.loads(part))
+            while left := [name for name in items if name not in hashes]:
+                own = {id(items[name]): name for name in share(left)}
+                hashers = {}
+                for piece in walk.through(items.values()):
+                    name = own.get(id(piece.item))
+                    if name is None:
+                        continue
+                    if name not in hashers:
+                        hashers[name] = hashlib.sha256(f"{piece.item.dtype} {piece.item.shape} ".encode())
+                    hashers[name].update(piece.read().view(torch.uint8).numpy().data)
+                mine = {name: hasher.hexdigest() for name, hasher in hashers.items()}
+                for part in meet("digest (hashes)", json.dumps(mine).encode()):
+                    hashes.update(json.loads(part))
         return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
 
     # --- writing ----------------------------------------------------------------------------------------------------
@@ -216,6 +228,7 @@ class TrainedState:
                 self._moments.mark(index, {name for name in possible if f"{parameter.name}{SEPARATOR}{name}" in state})
             self._fill(self.of_optimizer(), optimizer)
             self._buffers.publish()
+            self._upkeep.forget_steps()
 
     def set_loss_scale(self, step: int, state: Sequence[float]) -> None:
         """Let `step` begin with a state of loss scaling, if there is one. The leaders do."""
@@ -248,7 +261,7 @@ class TrainedState:
     # --- editing ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def edit(self, meet: Meet, *, is_leader: bool) -> Iterator[None]:
+    def edit(self, meet: Meet, by_leader: ByLeader, *, is_leader: bool) -> Iterator[None]:
         """Let the body write into fp32 weights and buffers of this worker's own; the leaders' become all workers'."""
         with self.reading("edit (begun)", meet, is_leader=is_leader) as walk:
             items = [self._weight(str(index), index) for index in range(len(self._weights.parameters))]
@@ -260,21 +273,28 @@ class TrainedState:
                 with torch._C.DisableTorchFunctionSubclass():
                     parameter.data = like(flat, parameter).copy_(value)
             self._buffers.restore()
-        edited = False
+        is_attached = False
+
+        def attach(*, write: bool) -> None:
+            nonlocal is_attached
+            self._weights.attach(write=write, done=lambda index: self._upkeep.drop())
+            is_attached = True
+
+        def write() -> bytes:
+            self._buffers.publish()
+            attach(write=True)
+            self._upkeep.spread()
+            self.release()
+            return b""
+
         try:
             with torch.no_grad():
                 yield
             self._upkeep.check_form("in run.edit()")
-            edited = True
+            by_leader("edit (end)", write)
         finally:
-            writes = edited and is_leader
-            if writes:
-                self._buffers.publish()
-            self._weights.attach(write=writes, done=lambda index: self._upkeep.drop())
-            if writes:
-                self._upkeep.spread()
-                self.release()
-        meet("edit (end)")
+            if not is_attached:
+                attach(write=False)
         self._weights.writes.accept()
         self._buffers.restore()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from lightwork.errors import SpecError
+from lightwork.spec.holdings import scales_region, state_region
 from lightwork.spec.layout import Layout
 from lightwork.spec.spec import StateFormat
 from lightwork.state.eight_bit import num_scales
@@ -88,6 +89,26 @@ class StateLayout:
     def flags_of(self, blocks: range) -> slice:
         """Return the flags of neighbouring blocks."""
         return slice(self.first_flag[blocks.start], self.first_flag[blocks.stop])
+
+    def ranges_of(self, blocks: range, start: int, end: int) -> Iterator[tuple[str, int, int]]:
+        """Yield where the state of neighbouring blocks lies, elements `start` to `end`: region, first byte, end."""
+        odd: dict[bool, list[int]] = {True: [], False: []}  # by whether it is with the host
+        own = [place for index in blocks for place in self.of_block[index]]
+        for name in dict.fromkeys(entry.name for entry, _ in own if entry.shape is None):
+            size = self.flat[name].itemsize
+            yield state_region(name), start * size, end * size
+            if name in self.in_8_bits:
+                scales = self.scales_of_block[blocks[0]][0], self.scales_of_block[blocks[-1]][1]
+                yield scales_region(name), 4 * scales[0], 4 * scales[1]
+        for entry, offset in own:
+            if entry.shape is not None:
+                size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
+                odd[entry.on_host] += [offset, offset + size]
+        for on_host, bounds in odd.items():  # offsets rise from block to block
+            if bounds:
+                yield "state numbers" if on_host else "state odd", min(bounds), max(bounds)
+        flags = self.flags_of(blocks)
+        yield "state made", flags.start, flags.stop
 
     def _take(self, entry: StateEntry, state_format: StateFormat) -> None:
         in_8_bits = state_format == "int8" and entry.dtype is torch.float32

@@ -3,6 +3,8 @@
 A worker reports what it has finished and gets what to do next, in one visit under the team's lock: the board writes
 `words` and asks the `rules`. A visit that ends a phase wakes those who wait for it.
 
+A worker that died is buried by whoever finds it so: what it had in hand is free for others, and nobody waits for it.
+
 The partial sums and their map belong to a step in progress: a worker reads them only while it holds a claim. What a
 step came to is in the `ledger`, who is where in `presence`.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import final
 
 from lightwork.errors import Disagreement
@@ -18,12 +21,16 @@ from lightwork.spec.roster import Roster
 from lightwork.spec.tree import Node
 from lightwork.team.ledger import Ledger, Outcome
 from lightwork.team.presence import Activity, Presence, Signal
-from lightwork.team.rules import Action, Phase, Seat, next_action, partial_sums, phases_of
+from lightwork.team.rules import Action, Phase, Seat, freed_by_death, next_action, partial_sums, phases_of
 from lightwork.team.words import (
+    BURIALS,
     COMMITTED,
+    DEAD,
     ENTERED,
     EVALUATION,
+    LEFT,
     OPEN,
+    PID,
     PRESENCE_WORDS,
     SETTINGS,
     BoardSize,
@@ -72,6 +79,7 @@ class Board:
         self._phases: tuple[Phase, ...] = ()
         self._shape = (0, False)  # of what the phases are: number of micro-batches, and whether norms are measured
         self._at = self._position = 0  # where the last action was found
+        self._burials = 0  # that the seat knows of
 
     @staticmethod
     def num_bytes(size: BoardSize) -> int:
@@ -90,6 +98,7 @@ class Board:
         """
         words, rank = self._words, self._seat.rank
         with self._lock:
+            self._follow()
             open_step, count, measures = opened(words.header[OPEN])
             if open_step != step:
                 count, measures = num_micro_batches, measure
@@ -153,6 +162,7 @@ class Board:
         """Claim what the visitor should do and return it; `wrote` says that this visit may have ended a phase."""
         words = self._words
         self._raise_if_failed()
+        self._follow()
         if words.header[COMMITTED] > step:
             return Action(Kind.COMMITTED, 0)
         before = self._at
@@ -169,6 +179,46 @@ class Board:
         words.claims[kind][item] = claim_word(step, self._local_rank)
         self.presence.show(_SHOWN[kind], item if kind is Kind.COMPUTE else step)
         return action
+
+    # --- who is in --------------------------------------------------------------------------------------------------
+
+    @property
+    def roster(self) -> Roster:
+        """Who is in, as of this worker's last visit."""
+        return self._seat.roster
+
+    def is_dead(self, local_rank: int) -> bool:
+        """Return whether a worker of this host was found dead."""
+        return self._words.is_dead(local_rank)
+
+    def bury(self, local_rank: int) -> None:
+        """Take a worker of this host that has died out of the team: see [Note: the order of a board's words]."""
+        words, at = self._words, local_rank * PRESENCE_WORDS
+        with self._lock:
+            step, count, measure = opened(words.header[OPEN])
+            if step >= words.header[COMMITTED]:
+                phases = phases_of(self._seat, count, measure=measure)
+                for kind, item in freed_by_death(words, local_rank, step, phases):
+                    words.claims[kind][item] = 0
+            words.presence[at + LEFT] = 0
+            words.presence[at + DEAD] = words.presence[at + PID]
+            words.header[BURIALS] += 1
+            self._signal.notify()
+
+    def _follow(self) -> None:
+        """Take note of who has died."""
+        burials = self._words.header[BURIALS]
+        if burials == self._burials:
+            return
+        self._burials = burials
+        dead = [local for local in self._seat.locals if self._words.is_dead(local)]
+        if dead:
+            roster = self._seat.roster.without(self._seat.host, dead)
+            self._seat = replace(self._seat, roster=roster)
+            if self._phases:
+                count, measures = self._shape
+                self._phases = phases_of(self._seat, count, measure=measures)
+        self._position = 0  # what they had in hand is free
 
     # --- what there is ----------------------------------------------------------------------------------------------
 

@@ -97,6 +97,14 @@ def find_roster(
     return roster
 
 
+def is_elastic(roster: Roster, launcher: Launcher, device: Device) -> bool:
+    """Return whether a team can go on without a worker that is killed: what that held lies in the others' memory.
+
+    Other launchers end the team when a worker ends.
+    """
+    return launcher is Launcher.LIGHTWORK and roster.num_hosts == 1 < roster.world_size and not device.has_own_memory
+
+
 def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezvous, run_number: int) -> Joined:
     """Return this worker's team, once every worker has come.
 
@@ -110,6 +118,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
         num_parameters=len(holdings.layout.parameters),
         num_buckets=len(holdings.layout.buckets),
         num_hosts=roster.num_hosts,
+        num_spare_slots=holdings.num_spare_slots,
     )
     fixed = {
         "signal": _SIGNAL_BYTES,
@@ -137,7 +146,9 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
         sharded=holdings.shares_state,
     )
     board.presence.join(os.getpid())
-    mailboxes = HostTransport(roster.local_rank(rank), roster.ranks(host), memory.region("mailboxes"), lock, signal)
+    mailboxes = HostTransport(
+        roster.local_rank(rank), roster.ranks(host), memory.region("mailboxes"), lock, signal, board.is_dead
+    )
     transport = mailboxes if roster.num_hosts == 1 else LayeredTransport(mailboxes, holdings.num_workers, carrier)
     team = Team(rank, roster, board, mailboxes, transport, rendezvous, store, carrier)
     team.meet_first()

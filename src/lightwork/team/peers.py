@@ -41,6 +41,14 @@ class Peers:
                 pass
         return sorted(ranks)
 
+    def forget(self, rank: int) -> None:
+        """Watch the process of `rank` no more."""
+        self._pids.pop(rank, None)
+        for fd in [fd for fd, of in self._rank_of.items() if of == rank]:
+            self._poll.unregister(fd)
+            del self._rank_of[fd]
+            os.close(fd)
+
     def close(self) -> None:
         """Close the descriptors."""
         for fd in self._rank_of:

@@ -99,7 +99,8 @@ def next_action(
 ) -> tuple[Action, int, int]:
     """Return what the visitor should do in `step`, which is open, and where that was found: phase and position.
 
-    Going on from there the next time finds the same as going from the beginning, sooner: what is claimed stays claimed.
+    Going on from there the next time finds the same as going from the beginning, sooner: what is claimed stays claimed,
+    unless its claimant dies.
 
     Raises: Disagreement when the workers differ in their settings, or the leader will not come.
     """
@@ -204,10 +205,14 @@ def _micro_batch_for(words: Words, seat: Seat, step: int, phase: Phase) -> int |
     if not candidates:
         return None
     slots = words.slots_of(seat.local_rank).tolist()
-    if slots.count(0) > 1:
+    num_free = slots.count(0) - 1  # but for the sum being made
+    if num_free > seat.size.num_spare_slots:
         return candidates[0]
     held = [node_of(word) for word in slots if word]
-    return next((index for index in candidates if fold(index, count, held)[0]), None)
+    folds = next((index for index in candidates if fold(index, count, held)[0]), None)
+    if folds is None and seat.roster.generation and num_free > 0:  # who died leaves more than others would have taken
+        return candidates[0]
+    return folds
 
 
 def _all_entered(words: Words, seat: Seat, step: int) -> bool:

@@ -1,13 +1,19 @@
 """What a worker holds of its team: meeting the others, and watching them while it waits.
 
 A watch raises nothing: it returns why waiting has become pointless, an error as a value, and the one who waits decides.
-A `RankLost` among them is a death, and says whose.
+A death is such a reason only where the team can not do without the worker; else it is buried, and the wait goes on.
+
+    [Note: who is there]
+    All must agree on who does what in a collective call, and a death is seen by one sooner than by another. But what
+    a meeting came to is the same for everyone (`transport/mailboxes`), so a team's roster is that of its last meeting.
+    Who leads by it may be dead by then; then what it should have done is done again by the next (`by_leader`).
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import final
 
 from lightwork.errors import Disagreement, RankLost, TeamError
@@ -47,7 +53,8 @@ class Team:
     ) -> None:
         """`mailboxes` are those of this host's workers, `transport` is that of all; `carrier` is the leader's."""
         self.rank = rank
-        self.roster = roster
+        self.roster = roster  #: as of the last meeting: [Note: who is there]
+        self.may_lose = False  #: whether the team goes on without a worker that dies
         self.board = board
         self.presence = board.presence
         self.store = store  #: kept open, as its descriptor is also the lock's
@@ -57,7 +64,7 @@ class Team:
         self._rendezvous = rendezvous
         self._carrier = carrier
         self._host = roster.host_of(rank)
-        self._others = [local for local in roster.local_ranks(self._host) if local != self.local_rank]
+        self._names = dict(zip(roster.local_ranks(self._host), roster.ranks(self._host), strict=True))
         self._peers = Peers()
         self._lateness = Lateness()
 
@@ -100,11 +107,27 @@ class Team:
         self.presence.announce(Activity.MEETING)
         received = self._transport.exchange(what, payload, self._watch(f"in {what}", self._missing_from_meeting))
         self.presence.show(Activity.OUTSIDE)
-        return received
+        if None in received:
+            dead = [local for local in self.roster.local_ranks(self._host) if received[local] is None]
+            self.roster = self.roster.without(self._host, dead) if dead else self.roster
+        return [payload for payload in received if payload is not None]
 
     def meet_main(self, what: str, payload: bytes = b"") -> bytes:
         """Meet, and return what the main worker has to say."""
-        return self.meet(what, payload)[self.roster.living.index(self.roster.main)]
+        return self.meet(what, payload)[0]
+
+    def by_leader(self, what: str, work: Callable[[], bytes]) -> bytes:
+        """Let the leader of each host do something between two meetings; return what the main worker's came to.
+
+        `work` may be done again from its beginning by another worker, where the one that was at it has died.
+        """
+        while True:
+            leader = self.roster.leader(self._host)
+            result = work() if leader == self.rank else b""
+            main = self.roster.main
+            received = self.meet(what, result)
+            if main in self.roster.living:
+                return received[0]
 
     def meet_first(self) -> None:
         """Meet for the first time, when a worker that will never come can not be watched yet; then watch all.
@@ -114,7 +137,7 @@ class Team:
         deadline = time.monotonic() + JOIN_TIMEOUT
 
         def look() -> TeamError | None:
-            missing = [local for local in self._others if not self.presence.pid(local)]
+            missing = [local for local in self._others() if not self.presence.pid(local)]
             if not missing or time.monotonic() <= deadline:
                 return None
             rank = self._name(missing[0])
@@ -126,7 +149,7 @@ class Team:
 
         self.presence.announce(Activity.MEETING)
         self._transport.exchange("distribute", b"", look)
-        for local in self._others:
+        for local in self._others():
             self._peers.watch(local, self.presence.pid(local))
 
     def meet_equal(self, what: str, values: dict[str, object]) -> None:
@@ -146,7 +169,10 @@ class Team:
         since = time.monotonic()
 
         def watch() -> TeamError | None:
-            reason = self.presence.failure() or look()
+            reason: TeamError | None = self.presence.failure()
+            if reason is None:
+                self._bury_the_dead()
+                reason = look()
             if reason is None:
                 self._name_late(where, since)
             return reason
@@ -155,10 +181,19 @@ class Team:
 
     def _name_late(self, where: str, since: float) -> None:
         there = (Activity.WAITING, Activity.MEETING)
-        busy = [local for local in self._others if self.presence.activity(local) not in there]
+        busy = [local for local in self._others() if self.presence.activity(local) not in there]
         if busy and self._lateness.is_due(self.rank, since, time.monotonic()):
             doing = "; ".join(self.presence.describe_worker(local) for local in busy)
             notice(f"rank {self.rank} waits {where} for: {doing}.")
+
+    def _bury_the_dead(self) -> None:
+        """Bury the workers that were killed, where the team goes on without them."""
+        if not self.may_lose:
+            return
+        for local in self._peers.ended():
+            if self.presence.activity(local) is not Activity.ENDED:
+                self.board.bury(local)
+                self._peers.forget(local)
 
     def _missing_from_step(self, step: int) -> TeamError | None:
         presence = self.presence
@@ -169,7 +204,7 @@ class Team:
                     f"step {step}. Its process ended in the middle of training; see its log.",
                     self._name(local),
                 )
-        for local in self._others:
+        for local in self._others():
             # Only in an exchange that this worker has not entered: otherwise it is just slow to wake from one.
             calls_alone = presence.activity(local) is Activity.MEETING and self._mailboxes.is_ahead(local)
             entered = presence.entered(local)
@@ -182,7 +217,7 @@ class Team:
 
     def _missing_from_meeting(self) -> TeamError | None:
         presence = self.presence
-        missing = [local for local in self._others if self._mailboxes.posted(local) is None]
+        missing = [local for local in self._others() if self._mailboxes.posted(local) is None]
         for local in self._peers.ended():
             if local in missing:
                 return RankLost(
@@ -199,9 +234,13 @@ class Team:
                 )
         return None
 
+    def _others(self) -> list[int]:
+        """Return the places of the other workers of this host that are not known to be dead."""
+        return [local for local in self.board.roster.local_ranks(self._host) if local != self.local_rank]
+
     def _name(self, local_rank: int) -> int:
         """Return the rank of a worker of this host."""
-        return self.roster.rank_of(self._host, local_rank)
+        return self._names[local_rank]
 
 
 def compare(what: str, ours: dict[str, object], theirs: dict[str, object], rank: int, main: int) -> None:

@@ -7,7 +7,8 @@ nothing is counted.
     open                the step that is open, its micro-batches, and whether norms are measured, in one word
     failed              1 + the place of a worker that can not go on; the first one stays
     evaluation          the evaluation that goes on, and how many of its batches are claimed, in one word
-    presence            of each worker, its own to write (`presence`)
+    burials             how often a worker was found dead
+    presence            of each worker, its own to write (`presence`); whether it is dead, written by who finds it so
     claim   of a piece  who has it, in which step: written under the lock, before the work
     done    of a piece  the step for which it is done: written by its claimant, after everything that the work left
     slot                the node of the tree whose sum lies in a worker's slot, 0 for none; its own to write
@@ -23,6 +24,8 @@ A claim or a done word of an earlier step says nothing, so nothing is cleared wh
     slots of the sums that went into it are freed. Until it is done, a sum with this micro-batch does not count, and
     the sums that went into it do; from then on it is the reverse.
     It finishes a bucket: its norm, **done**.
+    It buries another one: what that had claimed and not done is free, **dead**, burials. Who finds a worker dead does
+    all of it, also where somebody else has; so it may be killed in between.
 """
 
 from __future__ import annotations
@@ -43,11 +46,11 @@ WORD = 8
 MAX_WORKERS = 4096
 
 # Words of the header.
-COMMITTED, OPEN, FAILED, EVALUATION = range(4)
+COMMITTED, OPEN, FAILED, EVALUATION, BURIALS = range(5)
 _HEADER_WORDS = 8
 
 # Words of a worker.
-PID, ACTIVITY, SETTINGS, ENTERED, LEFT = range(5)
+PID, ACTIVITY, SETTINGS, ENTERED, LEFT, DEAD = range(6)
 PRESENCE_WORDS = 8
 
 
@@ -73,11 +76,12 @@ class BoardSize:
     num_parameters: int
     num_buckets: int
     num_hosts: int = 1
+    num_spare_slots: int = 0  #: of a worker, used only after another one has died
 
     @property
     def num_slots(self) -> int:
         """Partial sums that one worker may hold."""
-        return max_partial_sums(self.num_micro_batches)
+        return max_partial_sums(self.num_micro_batches) + self.num_spare_slots
 
     @property
     def num_places(self) -> int:
@@ -139,6 +143,11 @@ class Words:
     def settings(self, local_rank: int) -> int:
         """Return the hash of the settings with which a worker has entered its step."""
         return int(self.presence[local_rank * PRESENCE_WORDS + SETTINGS])
+
+    def is_dead(self, local_rank: int) -> bool:
+        """Return whether the worker at a place was found dead."""
+        at = local_rank * PRESENCE_WORDS
+        return bool(self.presence[at + DEAD]) and self.presence[at + DEAD] == self.presence[at + PID]
 
     def claimant(self, kind: Kind, item: int, step: int) -> int | None:
         """Return who has a piece of a step, None while nobody has."""

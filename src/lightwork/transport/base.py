@@ -22,10 +22,11 @@ class Transport(ABC):
     """
 
     @abstractmethod
-    def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:
-        """Return every worker's payload, by rank. Also a barrier: nobody leaves before all have entered.
+    def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes | None]:
+        """Return every worker's payload, in order. Also a barrier: nobody leaves before all have entered.
 
-        `what` names the call, such as "save"; all must agree on it.
+        `what` names the call, such as "save"; all must agree on it. Of a worker that died before it came there is None;
+        what one has left that died since is there. Everyone receives the same.
 
         Moves: the payload of each worker, once, to each other.
         Blocks: until all have called, while `watch` has nothing against it.

@@ -17,13 +17,18 @@ class LayeredTransport(Transport):
         self._num_workers = num_workers
         self._carrier = carrier
 
-    def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:
+    def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes | None]:
         """Gather on each host, exchange between the leaders, and pass on what came: three barriers."""
-        own = self._local.exchange(what, payload, watch)
+        own = _of_all(self._local.exchange(what, payload, watch))
         everything = _pack(self._carrier.exchange(what, _pack(own)))
         if self._num_workers > 1:
-            everything = self._local.exchange(what, everything, watch)[0]
+            everything = _of_all(self._local.exchange(what, everything, watch))[0]
         return [payload for of_host in _unpack(everything) for payload in _unpack(of_host)]
+
+
+def _of_all(payloads: list[bytes | None]) -> list[bytes]:
+    """Return the payloads of a host none of whose workers may be missing."""
+    return [payload for payload in payloads if payload is not None]
 
 
 def _pack(payloads: list[bytes]) -> bytes:

@@ -2,12 +2,15 @@
 
 Each worker has two boxes, used in turn: a worker that is a whole exchange ahead may write its next box, but can not be
 two ahead, because the exchange between needs everyone. A payload longer than a box goes in several rounds.
+
+The number of the exchange is the last word that is written of a box, at once: it is there with all that it announces,
+or not at all. What a worker that died has posted stays, so that everyone finds the same of it, however late.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import final
 
@@ -19,11 +22,13 @@ from lightwork.transport.signal import Signal
 BOX_BYTES = 256 * 1024
 
 _WHAT_BYTES = 48
-_HEADER = struct.Struct(f"<q{_WHAT_BYTES}sq")  # number of the exchange, what, bytes of the whole payload
-_STRIDE = _HEADER.size + BOX_BYTES
+_WORD = 8
+_HEADER = struct.Struct(f"<{_WHAT_BYTES}sq")  # what, bytes of the whole payload; before it the number of the exchange
+_PAYLOAD_AT = _WORD + _HEADER.size
+_STRIDE = _PAYLOAD_AT + BOX_BYTES
 
 #: Seconds between two calls of the watch.
-WATCH_SECONDS = 0.2
+WATCH_SECONDS = 0.05
 
 
 @final
@@ -37,14 +42,17 @@ class HostTransport(Transport):
         region: memoryview,
         lock: AbstractContextManager[bool | None],
         signal: Signal,
+        is_dead: Callable[[int], bool] = lambda local_rank: False,
     ) -> None:
-        """`names` are the ranks of the host's workers in the whole team, for messages."""
+        """`names` are the ranks of the host's workers in the whole team, for messages; `is_dead` says who is buried."""
         self._local_rank = local_rank
         self._names = names
         self._locals = range(len(names))
         self._region = region
         self._lock = lock
         self._signal = signal
+        self._is_dead = is_dead
+        self._counts = region[: len(region) // _WORD * _WORD].cast("q")
         self._count = 0
 
     @staticmethod
@@ -52,56 +60,64 @@ class HostTransport(Transport):
         """Return the bytes of the region that `num_workers` workers need."""
         return num_workers * 2 * _STRIDE
 
-    def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes]:
+    def exchange(self, what: str, payload: bytes, watch: Watch) -> list[bytes | None]:
         """Write to the own box, wait for the others', read them; again while any payload is not complete."""
         what = what.encode()[:_WHAT_BYTES].decode(errors="ignore")
-        received = [b""] * len(self._locals)
-        lengths = [1] * len(self._locals)
+        received = dict.fromkeys(self._locals, b"")
+        lengths = dict.fromkeys(self._locals, 1)
         start = 0
-        while any(len(received[local]) < lengths[local] for local in self._locals):
+        while any(len(received[local]) < lengths[local] for local in received):
             self._post(what, payload[start : start + BOX_BYTES], len(payload))
             start += BOX_BYTES
             self._wait_for_all(watch)
-            for local in self._locals:
+            for local in list(received):
+                if self.posted(local) is None:  # it died, maybe with a part of its payload left to send
+                    del received[local]
+                    continue
                 self._check(local, what)
                 lengths[local], chunk = self._read(local, len(received[local]))
                 received[local] += chunk
-        return received
+        return [received.get(local) for local in self._locals]
 
     def posted(self, local_rank: int) -> str | None:
         """Return what a worker has posted in the exchange that this worker is in, None if it has not come yet."""
-        count, what, _ = _HEADER.unpack_from(self._region, self._box(local_rank))
-        return bytes(what).rstrip(b"\0").decode() if count == self._count else None
+        at = self._box(local_rank)
+        if self._counts[at // _WORD] != self._count:
+            return None
+        what, _ = _HEADER.unpack_from(self._region, at + _WORD)
+        return bytes(what).rstrip(b"\0").decode()
 
     def is_ahead(self, local_rank: int) -> bool:
         """Return whether a worker has entered an exchange that this worker has not."""
-        return self._last(local_rank)[0] > self._count
+        return max(self._counts[self._box_at(local_rank, box) // _WORD] for box in range(2)) > self._count
 
     def posted_last(self, local_rank: int) -> str:
         """Return the last exchange that a worker has posted."""
-        return self._last(local_rank)[1].rstrip(b"\0").decode()
-
-    def _last(self, local_rank: int) -> tuple[int, bytes, int]:
-        boxes = [_HEADER.unpack_from(self._region, (local_rank * 2 + box) * _STRIDE) for box in range(2)]
-        count, what, length = max(boxes)
-        return count, what, length
+        at = max((self._box_at(local_rank, box) for box in range(2)), key=lambda at: self._counts[at // _WORD])
+        what, _ = _HEADER.unpack_from(self._region, at + _WORD)
+        return bytes(what).rstrip(b"\0").decode()
 
     def _box(self, local_rank: int) -> int:
-        return (local_rank * 2 + self._count % 2) * _STRIDE
+        return self._box_at(local_rank, self._count % 2)
+
+    @staticmethod
+    def _box_at(local_rank: int, box: int) -> int:
+        return (local_rank * 2 + box) * _STRIDE
 
     def _post(self, what: str, chunk: bytes, length: int) -> None:
         self._count += 1
         at = self._box(self._local_rank)
-        self._region[at + _HEADER.size : at + _HEADER.size + len(chunk)] = chunk
+        self._region[at + _PAYLOAD_AT : at + _PAYLOAD_AT + len(chunk)] = chunk
+        _HEADER.pack_into(self._region, at + _WORD, what.encode(), length)
         with self._lock:
-            _HEADER.pack_into(self._region, at, self._count, what.encode(), length)
+            self._counts[at // _WORD] = self._count
             self._signal.notify()
 
     def _wait_for_all(self, watch: Watch) -> None:
         while True:
             with self._lock:
                 seen = self._signal.value
-                missing = any(self.posted(local) is None for local in self._locals)
+                missing = any(self.posted(local) is None and not self._is_dead(local) for local in self._locals)
             if not missing:
                 return
             if not self._signal.wait_for_change(seen, WATCH_SECONDS):
@@ -120,6 +136,6 @@ class HostTransport(Transport):
 
     def _read(self, local_rank: int, received: int) -> tuple[int, bytes]:
         at = self._box(local_rank)
-        _, _, length = _HEADER.unpack_from(self._region, at)
+        _, length = _HEADER.unpack_from(self._region, at + _WORD)
         size = min(BOX_BYTES, length - received)
-        return length, bytes(self._region[at + _HEADER.size : at + _HEADER.size + size])
+        return length, bytes(self._region[at + _PAYLOAD_AT : at + _PAYLOAD_AT + size])
