@@ -246,6 +246,9 @@ class FakeRendezvous(Rendezvous):
     def report(self, progress: Progress) -> None:
         pass
 
+    def report_elastic(self, *, elastic: bool) -> None:
+        pass
+
 
 class _Message(Pending):
     """One side of a tensor on its way."""

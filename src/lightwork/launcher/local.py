@@ -74,11 +74,8 @@ def launch(
             settings=settings,
         )
         log = log_of(run_dir, rank)
-        if rank == FIRST_RANK:
-            stdout, stderr = supervisor.forward(log, display.write_out), supervisor.forward(log, display.write_error)
-        else:
-            stdout = supervisor.forward(log)
-            stderr = os.dup(stdout)
+        stdout = supervisor.forward(rank, log, display.write_out)
+        stderr = supervisor.forward(rank, log, display.write_error) if rank == FIRST_RANK else os.dup(stdout)
         try:
             return start_worker(environment, script.run, stdout=stdout, stderr=stderr)
         finally:

@@ -3,6 +3,8 @@
 What counts as a failure: a status other than 0, a signal, and an end with status 0 in the middle of training, in
 `distribute`, or before a call of it that others have made. The first failure decides; a worker that says that it
 ended only because of another (EXIT_BECAUSE_OF_PEER) is believed for a moment, in which the other is looked for.
+
+A worker that was killed by a signal is no failure where the others go on without it, as long as one of them does.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Protocol
 
 from lightwork.errors import EXIT_BECAUSE_OF_PEER
 from lightwork.launcher.process import group_lives, kill_group
+from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.rendezvous import FileRendezvous, Progress
 
 #: Seconds between SIGTERM and SIGKILL after a failure, and after an interruption.
@@ -141,6 +144,8 @@ class Supervisor:
         self._ended: list[Ended] = []
         self._culprit: Ended | None = None
         self._interrupted: int | None = None
+        self._shown = FIRST_RANK
+        self._lost: set[int] = set()  # ranks that were killed, and that the others went on without
         self._kill_at: float | None = None
         self._judge_at: float | None = None
         self._logs: dict[Path, _Log] = {}
@@ -150,13 +155,16 @@ class Supervisor:
         os.set_blocking(self._wake_write, False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, "wake")
 
-    def forward(self, log: Path, show: Callable[[bytes], None] | None = None) -> int:
-        """Return a descriptor, the caller's, from which all that is written goes to the file `log`, and to `show`."""
+    def forward(self, rank: int, log: Path, show: Callable[[bytes], None]) -> int:
+        """Return a descriptor, the caller's, for a worker: all that is written there goes to the file `log`.
+
+        Also to `show`, while it is this worker whose output is shown: the first one that is there.
+        """
         sink = self._logs.setdefault(log, _Log(log))
 
         def pass_on(data: bytes) -> None:
             sink.write(data)
-            if show is not None:
+            if rank == self._shown:
                 show(data)
             if sink.problem and log not in self._told:
                 self._told.add(log)
@@ -252,14 +260,37 @@ class Supervisor:
             self._ended.append(ended)
         # One that ended may become a failure later: when another one reaches a `distribute` that it did not.
         failures = [ended for ended in self._ended if self._is_failure(ended)]
+        self._tell_of_deaths(failures)
         if any(ended.status != EXIT_BECAUSE_OF_PEER for ended in failures):
             self._judge_at = 0.0
         elif failures and self._judge_at is None:
             self._judge_at = time.monotonic() + CAUSE_WINDOW
 
+    def _tell_of_deaths(self, failures: Sequence[Ended]) -> None:
+        """Say once of each worker that was killed that the others go on, and show the output of the first of them."""
+        for ended in self._ended:
+            if ended.status < 0 and ended.rank not in self._lost and ended not in failures and self._kill_at is None:
+                self._lost.add(ended.rank)
+                self._tell(f"{ended.describe_end()} The others go on.")
+        if self._shown in self._lost and self._running:
+            self._shown = min(self._running)
+
+    def _is_survived(self, ended: Ended) -> bool:
+        """Return whether a worker was killed that the others can do without, and any of them does."""
+        others = [other for other in self._ended if other.status == 0] or self._running
+        if ended.status >= 0 or not others or ended.progress in (Progress.STARTED, Progress.JOINING):
+            return False
+        return all(self._rendezvous.is_elastic(rank) for rank in (ended.rank, *self._running))
+
     def _is_failure(self, ended: Ended) -> bool:
+        if self._is_survived(ended):
+            return self._is_missed(ended)
         if ended.status != 0 or ended.progress in (Progress.JOINING, Progress.TRAINING):
             return True
+        return self._is_missed(ended)
+
+    def _is_missed(self, ended: Ended) -> bool:
+        """Return whether others have called `distribute` more often, and wait there for a worker that has ended."""
         num_runs = self._rendezvous.num_runs(ended.rank)
         return any(self._rendezvous.num_runs(rank) > num_runs for rank in range(self._num_workers))
 
@@ -268,6 +299,8 @@ class Supervisor:
         if self._culprit is None and self._interrupted is None:
             failures = [ended for ended in self._ended if self._is_failure(ended)]
             causes = [ended for ended in failures if ended.status != EXIT_BECAUSE_OF_PEER]
+            if failures and not causes:  # maybe one that they could not do without after all
+                causes = [ended for ended in self._ended if ended.rank in self._lost]
             self._culprit = next(iter(causes or failures), None)
             if self._culprit is not None:
                 self._end(GRACE_AFTER_FAILURE)

@@ -191,7 +191,7 @@ def distribute(
         team.say(f"resumed after {run.step_index} steps, from {checkpoint}.")
     FOLDERS.begin(folder, run.step_index, saved.beside if saved is not None else {}, EXITS.folders())
     heap.keep_pages()
-    team.may_lose = holdings.elastic
+    team.begin(elastic=holdings.elastic)
     return run
 
 

@@ -36,8 +36,12 @@ _DISTRIBUTE = "call lightwork.distribute"
 _MAGIC = b"lightwork rendezvous page"
 
 _MAX_WORKERS = 4096
+
+#: Of a worker's runs, once there are any: all go on without it, or some do not.
+_IS_ELASTIC, _RIGID = 1, 2
 _PROGRESS_AT = 64
-_RUNS_AT = _PROGRESS_AT + _MAX_WORKERS
+_ELASTIC_AT = _PROGRESS_AT + _MAX_WORKERS
+_RUNS_AT = _ELASTIC_AT + _MAX_WORKERS
 _JOURNAL_AT = _RUNS_AT + 8 * _MAX_WORKERS
 _JOURNAL_BYTES = 16 * 1024 * 1024  # takes up what was written; a message is about 1 KiB
 _LINES_AT = _JOURNAL_AT + 16
@@ -99,13 +103,17 @@ class Rendezvous(ABC):
     def report(self, progress: Progress) -> None:
         """Tell the launcher how far this worker got, where there is one that looks."""
 
+    @abstractmethod
+    def report_elastic(self, *, elastic: bool) -> None:
+        """Tell the launcher whether the others of a run that was joined go on if this worker is killed."""
+
 
 @final
 class FileRendezvous(Rendezvous):
     """A page inherited from `lightwork run`.
 
-    It holds a byte of progress and a count of runs for each rank, then a journal of `key=message` lines, with a count
-    of how often it was begun anew and its length.
+    It holds two bytes (progress, and whether its runs go on without it) and a count of runs for each rank, then a
+    journal of `key=message` lines, with a count of how often it was begun anew and its length.
     """
 
     def __init__(self, fd: int, rank: int) -> None:
@@ -214,6 +222,15 @@ class FileRendezvous(Rendezvous):
         """Return how far `rank` got."""
         return Progress(self._page[_PROGRESS_AT + rank])
 
+    def report_elastic(self, *, elastic: bool) -> None:
+        """Write this rank's byte: of several runs all must go on."""
+        at = _ELASTIC_AT + self._rank
+        self._page[at] = _RIGID if not elastic or self._page[at] == _RIGID else _IS_ELASTIC
+
+    def is_elastic(self, rank: int) -> bool:
+        """Return whether the runs that `rank` has joined go on without it."""
+        return self._page[_ELASTIC_AT + rank] == _IS_ELASTIC
+
     def _read_new(self) -> None:
         times_begun, length = self._journal()
         if times_begun != self._times_begun:
@@ -299,6 +316,9 @@ class StoreRendezvous(Rendezvous):
     def report(self, progress: Progress) -> None:
         """Do nothing: these launchers look at exit statuses only."""
 
+    def report_elastic(self, *, elastic: bool) -> None:
+        """Do nothing: these launchers end the team when a worker ends."""
+
 
 @final
 class SoloRendezvous(Rendezvous):
@@ -331,6 +351,9 @@ class SoloRendezvous(Rendezvous):
 
     def report(self, progress: Progress) -> None:
         """Do nothing: nobody looks."""
+
+    def report_elastic(self, *, elastic: bool) -> None:
+        """Do nothing: there are no others."""
 
 
 def find(environment: Environment) -> Rendezvous:

@@ -54,7 +54,7 @@ class Team:
         """`mailboxes` are those of this host's workers, `transport` is that of all; `carrier` is the leader's."""
         self.rank = rank
         self.roster = roster  #: as of the last meeting: [Note: who is there]
-        self.may_lose = False  #: whether the team goes on without a worker that dies
+        self._may_lose = False  # a worker that dies, and go on
         self.board = board
         self.presence = board.presence
         self.store = store  #: kept open, as its descriptor is also the lock's
@@ -86,6 +86,11 @@ class Team:
     def report(self, progress: Progress) -> None:
         """Tell the launcher how far this worker got."""
         self._rendezvous.report(progress)
+
+    def begin(self, *, elastic: bool) -> None:
+        """Begin to train; with `elastic`, the team goes on from here without a worker that is killed."""
+        self._may_lose = elastic
+        self._rendezvous.report_elastic(elastic=elastic)
 
     def say(self, text: str) -> None:
         """Tell the user something that is not an error, once: the main worker does."""
@@ -188,7 +193,7 @@ class Team:
 
     def _bury_the_dead(self) -> None:
         """Bury the workers that were killed, where the team goes on without them."""
-        if not self.may_lose:
+        if not self._may_lose:
             return
         for local in self._peers.ended():
             if self.presence.activity(local) is not Activity.ENDED:

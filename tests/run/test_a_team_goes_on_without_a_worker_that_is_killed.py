@@ -1,0 +1,226 @@
+"""A worker may be killed at any point, any worker, down to one: the others go on in their processes, to the same bits.
+
+The points are calls of the library, before, after and in the middle of which a worker kills itself; what the middle of
+an update leaves is made worse than any kernel does. The oracle is the run of one worker that nobody disturbed: loss and
+digest after every step, an evaluation, a sum over micro-batches, what a saved checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lightwork
+from lightwork.checkpoint import checkpoint as checkpoints
+from lightwork.checkpoint import folder as folders
+from lightwork.checkpoint.tensors import TensorWriter
+from lightwork.engine.backward.gradients import Gradients
+from lightwork.engine.engine import Engine
+from lightwork.engine.update import Updater
+from lightwork.launcher.team import WorkerResult, fork_team
+from lightwork.run.evaluation import Evaluation
+from lightwork.run.step import Step
+from lightwork.spec.layout import span_of
+from lightwork.state.buffers import Buffers
+from lightwork.state.journal import UndoJournal
+from lightwork.state.optimizer import BlockOptimizer
+from lightwork.state.state import TrainedState, Walk
+from lightwork.state.weights import Weights
+from lightwork.team import board as boards
+from lightwork.team.board import Board
+from lightwork.team.ledger import Ledger
+from lightwork.team.team import Team
+from lightwork.transport.mailboxes import HostTransport
+from tests.training import in_small_pieces, new_folder
+
+Seen = dict[str, Any]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A call at which to die: the `turn`-th of `name` in `place`, before it, after it, or in its middle."""
+
+    place: Any
+    name: str
+    turn: int
+    when: str = "before"
+    spoil: Callable[..., None] | None = None  #: what the middle of it leaves, from its arguments
+
+    def arm(self) -> None:
+        """Let this process die there."""
+        call = getattr(self.place, self.name)
+        calls = 0
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == self.turn and self.when == "before":
+                die()
+            if calls == self.turn and self.spoil is not None:
+                self.spoil(*arguments, **named)
+                die()
+            result = call(*arguments, **named)
+            if calls == self.turn:
+                die()
+            return result
+
+        setattr(self.place, self.name, counted)
+
+
+def half_an_update(self: BlockOptimizer, bucket: int, blocks: range, gradients: Any) -> None:
+    """Leave masters and state as no kernel leaves them."""
+    for index in blocks:
+        self._block_tensor(self._layout.blocks[index]).fill_(float("nan"))
+        for _, view in self.moments.views_of(index):
+            view.fill_(77)
+    self.moments.set_flags(blocks, bytes(1 for _ in self.moments.flags(blocks)))
+
+
+def half_the_working_weights(self: Weights, blocks: Any) -> None:
+    for block in blocks:
+        span, here = span_of(self.layout, block), self._values[block.parameter].here
+        if here is not self.masters_here:
+            here.view(span.start, span.end).fill_(float("nan"))
+
+
+def half_a_copy(self: UndoJournal, granule: Any) -> None:
+    """Leave a record that is not whole, and is not marked."""
+    for record in self._tensors(self._own, granule.number)[0]:
+        record.fill_(0xFF)
+
+
+def half_the_buffers(self: Buffers, *_: Any) -> None:
+    for index, buffer in enumerate(self._buffers):
+        self._value_beside(index).fill_(99)
+        assert buffer.start is not None
+
+
+POINTS = {
+    "entering a step": Point(Engine, "enter_step", 3),
+    "having entered a step": Point(Engine, "enter_step", 3, "after"),
+    "choosing work, in the lock": Point(boards, "next_action", 9),
+    "having chosen work, in the lock": Point(boards, "next_action", 12, "after"),
+    "before a micro-batch": Point(Engine, "begin_micro_batch", 4),
+    "before backward": Point(Engine, "backward", 3),
+    "with a gradient": Point(Gradients, "_receive", 14),
+    "with a gradient folded": Point(Gradients, "_put_sum", 11, "after"),
+    "with all gradients": Point(Gradients, "run_fold", 4, "after"),
+    "writing what a micro-batch came to": Point(Ledger, "write_outcome", 4, "after"),
+    "having reported a micro-batch": Point(Board, "finished_micro_batch", 4, "after"),
+    "before an update": Point(Updater, "update", 3),
+    "copying to the journal": Point(UndoJournal, "begin", 5, "middle", half_a_copy),
+    "having marked in the journal": Point(UndoJournal, "begin", 6, "after"),
+    "in an update": Point(BlockOptimizer, "update_blocks", 4, "middle", half_an_update),
+    "in a later update": Point(BlockOptimizer, "update_blocks", 7, "middle", half_an_update),
+    "having updated": Point(BlockOptimizer, "update_blocks", 5, "after"),
+    "writing working weights": Point(Weights, "write_working", 5, "middle", half_the_working_weights),
+    "ending a granule": Point(UndoJournal, "end", 6, "after"),
+    "before a bucket is reported": Point(Board, "finished_bucket", 5),
+    "having reported a bucket": Point(Board, "finished_bucket", 6, "after"),
+    "before the buffers": Point(Buffers, "combine", 1),
+    "combining the buffers": Point(Buffers, "_combine", 1, "middle", half_the_buffers),
+    "having combined the buffers": Point(Buffers, "_combine", 1, "after"),
+    "having written the buffers": Point(Buffers, "combine", 1, "after"),
+    "leaving a step": Point(Engine, "leave_step", 2),
+    "having left a step": Point(Engine, "leave_step", 3, "after"),
+    "posting": Point(HostTransport, "_post", 12),
+    "having posted": Point(HostTransport, "_post", 13, "after"),
+    "waiting for posts": Point(HostTransport, "_wait_for_all", 14),
+    "having all posts": Point(HostTransport, "_wait_for_all", 15, "after"),
+    "in a digest": Point(Walk, "through", 2, "after"),
+    "after a digest": Point(TrainedState, "digest", 2, "after"),
+    "claiming a batch of an evaluation": Point(Board, "take_evaluation", 2, "after"),
+    "in an evaluation": Point(Evaluation, "add", 2),
+    "exchanging an evaluation": Point(Evaluation, "_exchange", 1),
+    "having exchanged an evaluation": Point(Evaluation, "_exchange", 1, "after"),
+    "before an edit": Point(TrainedState, "edit", 1),
+    "in an edit": Point(Buffers, "publish", 1),
+    "attaching in an edit": Point(Weights, "attach", 1, "after"),
+    "doing the leader's part": Point(Team, "by_leader", 1, "after"),
+    "before a save": Point(checkpoints, "save", 1),
+    "writing tensors": Point(TensorWriter, "write", 3),
+    "writing the manifest": Point(checkpoints, "_write_rest", 1, "after"),
+    "putting a checkpoint in its place": Point(folders, "_put", 1, "after"),
+    "having saved": Point(checkpoints, "save", 1, "after"),
+    "in the last step": Point(Step, "backward", 7),
+}
+
+
+def train(deaths: dict[int, Point], folder: Path, **settings: Any) -> Seen:
+    """Train with all kinds of collective calls, and return what was seen."""
+    in_small_pieces(block=64, bucket=160)
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.2), nn.Linear(24, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
+    x, y = torch.randn(96, 6), torch.randint(3, (96,))
+    run = lightwork.distribute(
+        model, optimizer, **{"global_batch": 24, "micro_batch": 3, "clip_grad_norm": 1.0, "run_dir": folder, **settings}
+    )
+    if run.rank in deaths:
+        deaths[run.rank].arm()
+    run.keep(scheduler=scheduler)
+    seen: Seen = {"steps": []}
+    for step in run.steps(TensorDataset(x, y)):
+        for xs, ys in step:
+            out = model(xs)
+            step.sum("right", (out.argmax(1) == ys).sum())
+            step.backward(nn.functional.cross_entropy(out, ys))
+        scheduler.step()
+        seen["steps"].append((step.loss, step.grad_norm, step["right"], run.digest()))
+        if step.index == 1:
+            with run.evaluate(TensorDataset(x, y)) as ev:
+                for xs, ys in ev:
+                    ev.add("loss", nn.functional.cross_entropy(model(xs), ys))
+                    ev.gather("y", ys)
+            seen["evaluation"] = ev["loss"], ev["y"].tolist()
+            with run.edit():
+                model[0].bias.mul_(0.5)
+                model[1].running_mean.add_(1.0)
+        if step.index == 2:
+            run.save()
+    seen["saved"] = lightwork.load(folder / "checkpoint")["4.weight"].sum().item()
+    return seen
+
+
+@cache
+def undisturbed(**settings: Any) -> Seen:
+    (alone,) = fork_team(1, partial(train, {}, new_folder(), **settings))
+    assert alone.error is None, alone.error
+    return dict(alone.value)
+
+
+def check(results: list[WorkerResult], expected: Seen, num_dead: int) -> None:
+    """Check that those who were to live have seen what one worker alone sees."""
+    living = [result for result in results if result.status != -signal.SIGKILL]
+    for result in living:
+        assert result.error is None, result.error
+        assert result.value == expected
+    assert len(results) - len(living) == num_dead
+    assert living
+
+
+@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize("num_workers", [2, 3, 4])
+def test_any_one_worker_may_be_killed_at_any_point(num_workers: int, name: str) -> None:
+    deaths = 0
+    for victim in range(num_workers):
+        results = fork_team(num_workers, partial(train, {victim: POINTS[name]}, new_folder()))
+        died = sum(result.status == -signal.SIGKILL for result in results)  # not every one comes there
+        check(results, undisturbed(), died)
+        deaths += died
+    assert deaths, "some worker comes to every point"
