@@ -88,7 +88,8 @@ def test_an_exception_that_every_worker_raises_is_shown_once(tmp_path: Path, pla
     ],
 )
 def test_a_worker_that_leaves_in_mid_run_is_named(tmp_path: Path, mischief: str, status: int, words: str) -> None:
-    result = lightwork_run(tmp_path, script(f"if run.rank == 1 and step.index >= 3: {mischief}", max_steps=100_000))
+    text = script(f"if run.rank == 1 and step.index >= 3: {mischief}", max_steps=100_000)
+    result = lightwork_run(tmp_path, text, "--set", "elastic=false")
     assert result.status == status, result.text
     assert f"lightwork: rank 1 (pid {result.pids()[1]}) {words}" in result.err, result.text
     assert MARK not in result.err, result.text
