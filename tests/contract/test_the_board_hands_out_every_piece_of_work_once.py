@@ -10,7 +10,7 @@ import copy
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,17 +22,19 @@ from lightwork.errors import Disagreement, RankFailed, UsageError
 from lightwork.spec.roster import Roster
 from lightwork.spec.tree import Node, fold, spare_partial_sums, sum_of
 from lightwork.store.private import PrivateStore
+from lightwork.team import board as boards
 from lightwork.team.board import Board
-from lightwork.team.ledger import Outcome
+from lightwork.team.ledger import Ledger, Outcome
 from lightwork.team.presence import Activity
 from lightwork.team.rules import Action, freed_by_death, partial_sums, phases_of
-from lightwork.team.words import METRICS_BYTES, BoardSize, Kind
+from lightwork.team.words import METRICS_BYTES, BoardSize, Kind, slot_word
 from lightwork.transport.signal import Signal
 
 _SIGNAL_BYTES = 64
 
-#: Of workers that die at any word. 100,000 were looked at when this was written.
-NUM_SCHEDULES = int(os.environ.get("LIGHTWORK_SCHEDULES", "1500"))
+MAX_TURNS = 1_000_000
+#: Of workers that die at any word: seconds here, or as many as one has time for.
+NUM_SCHEDULES = int(os.environ.get("LIGHTWORK_SCHEDULES", "800"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -559,7 +561,7 @@ def schedule(seed: int) -> int:
             for other in team.living:
                 unburied[other].add(rank)
         turns += 1
-        assert turns < 1_000_000, "nobody can go on"
+        assert turns < MAX_TURNS, "nobody can go on"
     team.check()
     return setting.world_size - len(team.living)
 
@@ -567,3 +569,69 @@ def schedule(seed: int) -> int:
 def test_all_but_one_may_die_at_any_word_while_others_bury_them() -> None:
     deaths = sum(schedule(seed) for seed in range(NUM_SCHEDULES))
     assert deaths > NUM_SCHEDULES / 2
+
+
+# --- boards that are wrong, each in one place: schedules find it ------------------------------------------------------
+
+
+def frees_nothing(*_: Any) -> list[Action]:
+    return []
+
+
+def follow_without_looking_back(self: Board) -> None:
+    position = self._position
+    follow(self)
+    self._position = position
+
+
+def finish_done_first(
+    self: Board, step: int, index: int, outcome: Outcome, *, freed: Sequence[int], slot: int, node: Node
+) -> Action:
+    self.ledger.write_outcome(step, index, outcome)
+    slots = self._words.slots_of(self._local_rank)
+    with self._lock:
+        self._words.done[Kind.COMPUTE][index] = step + 1
+        slots[slot] = slot_word(node)
+        for old in freed:
+            slots[old] = 0
+        return self._next(step, wrote=True)
+
+
+def finish_freed_first(
+    self: Board, step: int, index: int, outcome: Outcome, *, freed: Sequence[int], slot: int, node: Node
+) -> Action:
+    self.ledger.write_outcome(step, index, outcome)
+    slots = self._words.slots_of(self._local_rank)
+    with self._lock:
+        for old in freed:
+            slots[old] = 0
+        slots[slot] = slot_word(node)
+        self._words.done[Kind.COMPUTE][index] = step + 1
+        return self._next(step, wrote=True)
+
+
+def finish_without_an_outcome(self: Ledger, step: int, index: int, outcome: Outcome) -> None:
+    """Write it after the micro-batch is done: not at all, for a worker that dies then."""
+    if index % 2:
+        write_outcome(self, step, index, outcome)
+
+
+follow, write_outcome = Board._follow, Ledger.write_outcome
+
+MUTATIONS: dict[str, tuple[Any, str, Any]] = {
+    "what the dead had in hand stays theirs": (boards, "freed_by_death", frees_nothing),
+    "nobody looks back for what is free again": (Board, "_follow", follow_without_looking_back),
+    "a micro-batch is done before its sum is": (Board, "finished_micro_batch", finish_done_first),
+    "sums are free before the new one counts": (Board, "finished_micro_batch", finish_freed_first),
+    "an outcome is not written": (Ledger, "write_outcome", finish_without_an_outcome),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
+def test_schedules_find_a_board_that_is_wrong_in_one_place(
+    mutation: tuple[Any, str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*mutation)
+    monkeypatch.setattr(f"{__name__}.MAX_TURNS", 20_000)
+    with pytest.raises(AssertionError):
+        sum(schedule(seed) for seed in range(600))

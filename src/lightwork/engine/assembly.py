@@ -185,7 +185,7 @@ def _fetching(weights: Weights, holdings: Holdings, workplace: Workplace) -> Fet
 
 def _journal(description: Description, holdings: Holdings, workplace: Workplace) -> Journal:
     layout, memory = holdings.layout, workplace.memory
-    if not holdings.elastic:
+    if not holdings.dials.elastic:
         return Journal(layout)
     return UndoJournal(layout, description.state_layout, memory, workplace.local_rank, holdings.num_workers)
 

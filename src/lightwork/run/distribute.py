@@ -191,7 +191,7 @@ def distribute(
         team.say(f"resumed after {run.step_index} steps, from {checkpoint}.")
     FOLDERS.begin(folder, run.step_index, saved.beside if saved is not None else {}, EXITS.folders())
     heap.keep_pages()
-    team.begin(elastic=holdings.elastic)
+    team.begin(elastic=holdings.dials.elastic)
     return run
 
 
@@ -216,9 +216,12 @@ def _join_team(
             roster=roster,
             host=roster.host_of(environment.rank),
             state=description.state_shape,
-            dials=Dials(placement=plan.placement, offload=plan.offload),
+            dials=Dials(
+                placement=plan.placement,
+                offload=plan.offload,
+                elastic=plan.elastic and is_elastic(roster, environment.launcher, device),
+            ),
             depths=TUNING.depths,
-            elastic=plan.elastic and is_elastic(roster, environment.launcher, device),
         )
         if plan.memory is not None:
             plan = replace(plan, offload=fit(holdings, str(plan.memory), plan.offload))

@@ -124,7 +124,7 @@ class Evaluation:
                 self._end = index
                 break
             yield from self._batch(loader, index, ids)
-        while left := self._exchange():
+        while left := self._meet():
             for index in left[self._team.roster.living.index(self._team.rank) :: self._team.world_size]:
                 yield from self._batch(loader, index, loader.ids(0, index, 0))
         self._exhausted = True
@@ -140,7 +140,7 @@ class Evaluation:
             yield batch
         self._index = -1
 
-    def _exchange(self) -> list[int]:
+    def _meet(self) -> list[int]:
         """Exchange with the others what batches came to, and return those that a worker that died has left.
 
         Raises: RankLost where they can not be read again.

@@ -1,8 +1,7 @@
 """Holdings: of each bucket who owns it and, of each of its parts, where that lies on one host, and in how many bytes.
 
-A pure table, made from model, spec and plan before there is any memory. Everything that asks where a value is, or how
-large, reads it: the regions that are reserved, the check that there is room for them, the choice of what to offload,
-who updates a bucket, which weights are fetched. Five tensors are kept for a parameter, in four places:
+A pure table, made from model, spec and plan before there is any memory. Whatever asks where a value is, or how large,
+reads it: the regions, the choice of what to offload. Five tensors are kept for a parameter, in four places:
 
     [Note: five tensors, four places]
     master           the fp32 weight that the optimizer updates
@@ -145,6 +144,7 @@ class Dials:
 
     placement: Placement = "replicate"
     offload: Mapping[str, Place] = field(default_factory=dict)  #: by part
+    elastic: bool = False  #: the host's workers go on without one that is killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,6 @@ class Holdings:
     dials: Dials = field(default_factory=Dials)
     dials_of: Mapping[int, Dials] = field(default_factory=dict)  #: of buckets for which the plan says something else
     depths: Depths = field(default_factory=Depths)
-    elastic: bool = False  #: the host's workers go on without one that is killed
 
     def __post_init__(self) -> None:
         if max(self.roster.sizes) > 1 and any(self._placement(dials) == "zero3" for dials in self._all_dials()):
@@ -264,14 +263,9 @@ class Holdings:
 
     @property
     def num_slots(self) -> int:
-        """Partial sums that one worker may hold."""
-        return max_partial_sums(self.spec.num_micro_batches) + self.num_spare_slots
-
-    @property
-    def num_spare_slots(self) -> int:
-        """... of which so many only after others have died: room that costs nothing before, so not in a file."""
-        has_room = self.elastic and Home.DISK not in self.homes_of("gradients")
-        return spare_partial_sums(self.spec.num_micro_batches) if has_room else 0
+        """Partial sums that one worker may hold; the spare ones (not in a file) are for what others leave that die."""
+        num, has_spare = self.spec.num_micro_batches, self.dials.elastic and Home.DISK not in self.homes_of("gradients")
+        return max_partial_sums(num) + has_spare * spare_partial_sums(num)
 
     @property
     def num_places(self) -> int:

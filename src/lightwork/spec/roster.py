@@ -52,12 +52,6 @@ class Roster:
         ends = [sum(sizes[: host + 1]) for host in range(len(sizes))]
         return cls(tuple(tuple(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)))
 
-    def without(self, host: int, local_ranks: Sequence[int]) -> Roster:
-        """Return the roster of the next generation, in which nobody is at these places of a host."""
-        places = list(self.places)
-        places[host] = tuple(None if local in local_ranks else rank for local, rank in enumerate(places[host]))
-        return Roster(tuple(places), self.generation + 1)
-
     # --- who is in ------------------------------------------------------------------------------------------------
 
     def ranks(self, host: int) -> tuple[int, ...]:
@@ -157,3 +151,10 @@ class Roster:
             for local, rank in enumerate(ranks)
             if rank is not None
         }
+
+
+def without(roster: Roster, host: int, local_ranks: Sequence[int]) -> Roster:
+    """Return the roster of the next generation, in which nobody is at these places of a host."""
+    places = list(roster.places)
+    places[host] = tuple(None if local in local_ranks else rank for local, rank in enumerate(places[host]))
+    return Roster(tuple(places), roster.generation + 1)

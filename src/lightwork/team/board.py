@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import final
 
 from lightwork.errors import Disagreement
-from lightwork.spec.roster import Roster
+from lightwork.spec.roster import Roster, without
 from lightwork.spec.tree import Node
 from lightwork.team.ledger import Ledger, Outcome
 from lightwork.team.presence import Activity, Presence, Signal
@@ -213,8 +213,7 @@ class Board:
         self._burials = burials
         dead = [local for local in self._seat.locals if self._words.is_dead(local)]
         if dead:
-            roster = self._seat.roster.without(self._seat.host, dead)
-            self._seat = replace(self._seat, roster=roster)
+            self._seat = replace(self._seat, roster=without(self._seat.roster, self._seat.host, dead))
             if self._phases:
                 count, measures = self._shape
                 self._phases = phases_of(self._seat, count, measure=measures)

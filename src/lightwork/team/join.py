@@ -30,6 +30,7 @@ from lightwork.spec.footprint import expected_bytes, regions_of
 from lightwork.spec.holdings import Holdings
 from lightwork.spec.plan import Plan
 from lightwork.spec.roster import Roster
+from lightwork.spec.tree import max_partial_sums
 from lightwork.store.elements import Units
 from lightwork.store.mapped import MappedStore, check_room, create_disk_store, create_store, open_store
 from lightwork.store.regions import MemoryMap, Regions, map_regions
@@ -118,7 +119,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
         num_parameters=len(holdings.layout.parameters),
         num_buckets=len(holdings.layout.buckets),
         num_hosts=roster.num_hosts,
-        num_spare_slots=holdings.num_spare_slots,
+        num_spare_slots=holdings.num_slots - max_partial_sums(holdings.spec.num_micro_batches),
     )
     fixed = {
         "signal": _SIGNAL_BYTES,

@@ -18,7 +18,7 @@ from typing import final
 
 from lightwork.errors import Disagreement, RankLost, TeamError
 from lightwork.notice import notice
-from lightwork.spec.roster import Roster
+from lightwork.spec.roster import Roster, without
 from lightwork.store.mapped import MappedStore
 from lightwork.team.board import Board
 from lightwork.team.meeting_point import JOIN_TIMEOUT
@@ -114,7 +114,7 @@ class Team:
         self.presence.show(Activity.OUTSIDE)
         if None in received:
             dead = [local for local in self.roster.local_ranks(self._host) if received[local] is None]
-            self.roster = self.roster.without(self._host, dead) if dead else self.roster
+            self.roster = without(self.roster, self._host, dead) if dead else self.roster
         return [payload for payload in received if payload is not None]
 
     def meet_main(self, what: str, payload: bytes = b"") -> bytes:
