@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from lightwork.launcher.team import WorkerResult, fork_team
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.step import Step
 from lightwork.spec.layout import span_of
+from lightwork.spec.plan import Plan
 from lightwork.state.buffers import Buffers
 from lightwork.state.journal import UndoJournal
 from lightwork.state.optimizer import BlockOptimizer
@@ -50,6 +51,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 @dataclass(frozen=True)
 class Point:
     """A call at which to die: the `turn`-th of `name` in `place`, before it, after it, or in its middle."""
@@ -59,6 +64,7 @@ class Point:
     turn: int
     when: str = "before"
     spoil: Callable[..., None] | None = None  #: what the middle of it leaves, from its arguments
+    end: Callable[[], None] = die
 
     def arm(self) -> None:
         """Let this process die there."""
@@ -69,13 +75,13 @@ class Point:
             nonlocal calls
             calls += 1
             if calls == self.turn and self.when == "before":
-                die()
+                self.end()
             if calls == self.turn and self.spoil is not None:
                 self.spoil(*arguments, **named)
-                die()
+                self.end()
             result = call(*arguments, **named)
             if calls == self.turn:
-                die()
+                self.end()
             return result
 
         setattr(self.place, self.name, counted)
@@ -197,11 +203,17 @@ def train(deaths: dict[int, Point], folder: Path, **settings: Any) -> Seen:
     return seen
 
 
-@cache
-def undisturbed(**settings: Any) -> Seen:
-    (alone,) = fork_team(1, partial(train, {}, new_folder(), **settings))
-    assert alone.error is None, alone.error
-    return dict(alone.value)
+_seen: dict[str, Seen] = {}
+
+
+def undisturbed(settings: dict[str, Any] | None = None) -> Seen:
+    """Return what one worker alone sees."""
+    key = repr(settings)
+    if key not in _seen:
+        (alone,) = fork_team(1, partial(train, {}, new_folder(), **(settings or {})))
+        assert alone.error is None, alone.error
+        _seen[key] = alone.value
+    return _seen[key]
 
 
 def check(results: list[WorkerResult], expected: Seen, num_dead: int) -> None:
@@ -224,3 +236,66 @@ def test_any_one_worker_may_be_killed_at_any_point(num_workers: int, name: str) 
         check(results, undisturbed(), died)
         deaths += died
     assert deaths, "some worker comes to every point"
+
+
+@pytest.mark.parametrize("victims", [(0, 1), (1, 3), (0, 2, 3)], ids=str)
+def test_several_may_be_killed_in_one_step_down_to_one(victims: tuple[int, ...]) -> None:
+    names = ["in an update", "with all gradients", "having marked in the journal"]
+    deaths = {victim: POINTS[name] for victim, name in zip(victims, names, strict=False)}
+    results = fork_team(4, partial(train, deaths, new_folder()))
+    check(results, undisturbed(), sum(result.status == -signal.SIGKILL for result in results))
+
+
+def test_one_worker_may_be_killed_while_it_buries_another() -> None:
+    deaths = {
+        0: POINTS["with all gradients"],
+        1: Point(Board, "bury", 1, "before"),
+        2: Point(Board, "bury", 1, "after"),
+    }
+    results = fork_team(4, partial(train, deaths, new_folder()))
+    check(results, undisturbed(), sum(result.status == -signal.SIGKILL for result in results))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"optimizer_state": "int8"},
+        {"wire": "bf16", "precision": "bf16"},
+        {"offload": {"optimizer": "disk", "weights": "disk", "gradients": "disk"}},
+        {"clip_grad_norm": None},
+        {"clip_grad_norm": None, "clip_grad_adaptive": 0.1},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+@pytest.mark.parametrize(
+    "name",
+    ["in an update", "in a later update", "writing working weights", "combining the buffers", "with a gradient folded"],
+)
+def test_every_place_and_type_of_state_is_put_back(settings: dict[str, Any], name: str) -> None:
+    for victim in range(2):
+        results = fork_team(2, partial(train, {victim: POINTS[name]}, new_folder(), **settings))
+        check(results, undisturbed(settings), sum(result.status == -signal.SIGKILL for result in results))
+
+
+@pytest.mark.parametrize(
+    "name", ["choosing work, in the lock", "with a gradient", "in an update", "posting", "attaching in an edit"]
+)
+def test_a_worker_that_is_stopped_for_longer_than_its_lease_is_ended(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = fork_team(3, partial(train, {1: replace(POINTS[name], end=stop)}, new_folder(), plan=Plan(lease=0.5)))
+    check(results, undisturbed(), 1)
+    assert "is ended: it was stopped for" in capfd.readouterr().err
+
+
+def test_without_the_record_of_an_update_a_death_in_its_middle_is_seen() -> None:
+    """That these tests can fail."""
+
+    def job() -> Seen:
+        UndoJournal.begin = lambda self, granule: self._done[granule.number] != self._step + 1  # type: ignore[method-assign]
+        return train({1: POINTS["in an update"]}, new_folder())
+
+    survivor = fork_team(2, job)[0]
+    assert survivor.error is not None or survivor.value != undisturbed()

@@ -298,9 +298,10 @@ class Supervisor:
         """Name the first failure, if there is one, and end the others."""
         if self._culprit is None and self._interrupted is None:
             failures = [ended for ended in self._ended if self._is_failure(ended)]
-            causes = [ended for ended in failures if ended.status != EXIT_BECAUSE_OF_PEER]
+            lost = [ended for ended in self._ended if ended.rank in self._lost]
+            causes = [ended for ended in failures if ended.status != EXIT_BECAUSE_OF_PEER and ended not in lost]
             if failures and not causes:  # maybe one that they could not do without after all
-                causes = [ended for ended in self._ended if ended.rank in self._lost]
+                causes = lost
             self._culprit = next(iter(causes or failures), None)
             if self._culprit is not None:
                 self._end(GRACE_AFTER_FAILURE)

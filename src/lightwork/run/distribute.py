@@ -191,7 +191,7 @@ def distribute(
         team.say(f"resumed after {run.step_index} steps, from {checkpoint}.")
     FOLDERS.begin(folder, run.step_index, saved.beside if saved is not None else {}, EXITS.folders())
     heap.keep_pages()
-    team.begin(elastic=holdings.dials.elastic)
+    team.begin(elastic=holdings.dials.elastic, lease=plan.lease)
     return run
 
 

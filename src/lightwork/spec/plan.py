@@ -32,6 +32,7 @@ class Plan:
     activations: Mapping[str, Activation] = field(default_factory=dict)  #: of modules by name; the others are kept
     steal: bool = True  #: a worker that is done takes micro-batches that a late one has not started
     elastic: bool = True  #: lightwork run's workers of a machine go on without one that is killed; costs a little
+    lease: float = 2.0  #: seconds after which an elastic team ends a worker that is stopped (SIGSTOP); 0 for never
     trace: bool = True  #: spans and counters of each worker in the run directory
 
     def __post_init__(self) -> None:
@@ -40,6 +41,8 @@ class Plan:
         for name, switch in (("steal", self.steal), ("elastic", self.elastic), ("trace", self.trace)):
             if not isinstance(switch, bool):
                 raise SpecError(f"{name}={switch!r} is neither true nor false.")
+        if not isinstance(self.lease, int | float) or not 0 <= self.lease < float("inf"):
+            raise SpecError(f"lease={self.lease!r} is not a number of seconds from 0 upwards.")
         check_choice("transport", self.transport, get_args(Carriage))
         check_choice("placement", self.placement, get_args(Placement))
         if not isinstance(self.offload, Mapping):

@@ -152,6 +152,8 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
     )
     transport = mailboxes if roster.num_hosts == 1 else LayeredTransport(mailboxes, holdings.num_workers, carrier)
     team = Team(rank, roster, board, mailboxes, transport, rendezvous, store, carrier)
+    if isinstance(lock, FileLock):
+        lock.when_held = team.lock_is_held
     team.meet_first()
     store.published()
     if disk:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 from typing import final
 
 
@@ -17,10 +19,12 @@ class Peers:
     def __init__(self) -> None:
         self._poll = select.poll()
         self._rank_of: dict[int, int] = {}
-        self._pids: dict[int, int] = {}
+        self._pids: dict[int, int] = {}  # of those without a descriptor
+        self._pid_of: dict[int, int] = {}
 
     def watch(self, rank: int, pid: int) -> None:
         """Watch the process of `rank` from now on."""
+        self._pid_of[rank] = pid
         try:
             fd = os.pidfd_open(pid)
         except (AttributeError, OSError):
@@ -41,9 +45,25 @@ class Peers:
                 pass
         return sorted(ranks)
 
+    def stopped(self, rank: int) -> bool:
+        """Return whether the process of `rank` is stopped (SIGSTOP, Ctrl-Z); one in a debugger is not."""
+        try:
+            with open(f"/proc/{self._pid_of[rank]}/stat", encoding="ascii", errors="replace") as stat:
+                return stat.read().rpartition(")")[2].split()[0] == "T"
+        except (OSError, KeyError):
+            return False
+
+    def kill(self, rank: int) -> None:
+        """Kill the process of `rank`: it, and not another one that has its number by now."""
+        for fd, of in self._rank_of.items():
+            if of == rank:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+
     def forget(self, rank: int) -> None:
         """Watch the process of `rank` no more."""
         self._pids.pop(rank, None)
+        self._pid_of.pop(rank, None)
         for fd in [fd for fd, of in self._rank_of.items() if of == rank]:
             self._poll.unregister(fd)
             del self._rank_of[fd]

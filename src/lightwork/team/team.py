@@ -55,6 +55,8 @@ class Team:
         self.rank = rank
         self.roster = roster  #: as of the last meeting: [Note: who is there]
         self._may_lose = False  # a worker that dies, and go on
+        self._lease = 0.0  # seconds that a worker may be stopped while others wait
+        self._stopped_since: dict[int, float] = {}  # by place, as far as this worker has seen
         self.board = board
         self.presence = board.presence
         self.store = store  #: kept open, as its descriptor is also the lock's
@@ -87,9 +89,12 @@ class Team:
         """Tell the launcher how far this worker got."""
         self._rendezvous.report(progress)
 
-    def begin(self, *, elastic: bool) -> None:
-        """Begin to train; with `elastic`, the team goes on from here without a worker that is killed."""
-        self._may_lose = elastic
+    def begin(self, *, elastic: bool, lease: float) -> None:
+        """Begin to train; with `elastic`, the team goes on from here without a worker that is killed.
+
+        It then ends a worker that is stopped for more than `lease` seconds while another one waits; 0 for never.
+        """
+        self._may_lose, self._lease = elastic, lease
         self._rendezvous.report_elastic(elastic=elastic)
 
     def say(self, text: str) -> None:
@@ -172,11 +177,13 @@ class Team:
     def _watch(self, where: str, look: Watch) -> Watch:
         """Return a watch that begins now: over failures, over what `look` sees, and over those that are late."""
         since = time.monotonic()
+        self._stopped_since.clear()  # it may have gone on since
 
         def watch() -> TeamError | None:
             reason: TeamError | None = self.presence.failure()
             if reason is None:
                 self._bury_the_dead()
+                self._end_the_stopped(where)
                 reason = look()
             if reason is None:
                 self._name_late(where, since)
@@ -188,7 +195,9 @@ class Team:
         there = (Activity.WAITING, Activity.MEETING)
         busy = [local for local in self._others() if self.presence.activity(local) not in there]
         if busy and self._lateness.is_due(self.rank, since, time.monotonic()):
-            doing = "; ".join(self.presence.describe_worker(local) for local in busy)
+            doing = "; ".join(
+                self.presence.describe_worker(local) + " (stopped)" * self._peers.stopped(local) for local in busy
+            )
             notice(f"rank {self.rank} waits {where} for: {doing}.")
 
     def _bury_the_dead(self) -> None:
@@ -199,6 +208,35 @@ class Team:
             if self.presence.activity(local) is not Activity.ENDED:
                 self.board.bury(local)
                 self._peers.forget(local)
+
+    def _end_the_stopped(self, where: str) -> None:
+        """End a worker that has been stopped for too long: it would write again, in memory that is the others', too.
+
+        Time is this process's own, counted while it waits.
+        """
+        if not (self._may_lose and self._lease):
+            return
+        now = time.monotonic()
+        for local in self._others():
+            if not self._peers.stopped(local):
+                self._stopped_since.pop(local, None)
+            elif now - self._stopped_since.setdefault(local, now) >= self._lease:
+                notice(
+                    f"rank {self._name(local)} (pid {self.presence.pid(local)}) is ended: it was stopped for "
+                    f"{now - self._stopped_since[local]:.1f} s while rank {self.rank} waited {where}. To wait for "
+                    "stopped workers: --set lease=0."
+                )
+                self._peers.kill(local)
+
+    def lock_is_held(self, pid: int, seconds: float) -> None:
+        """Name the worker that holds the lock of the team's memory for so long, and end it if it is stopped."""
+        local = next((local for local in self._others() if self.presence.pid(local) == pid), None)
+        if local is not None and self._peers.stopped(local):
+            self._end_the_stopped("for the lock of the team's memory, which it holds")
+        if self._lateness.is_due(self.rank, time.monotonic() - seconds, time.monotonic()):
+            who = f"pid {pid}" if local is None else self.presence.describe_worker(local)
+            stopped = ", and is stopped" if local is not None and self._peers.stopped(local) else ""
+            notice(f"rank {self.rank} has waited {seconds:.0f} s for the lock that {who} holds{stopped}.")
 
     def _missing_from_step(self, step: int) -> TeamError | None:
         presence = self.presence

@@ -1,0 +1,84 @@
+"""`lightwork run` goes on when a worker is killed, says whose end it was, and ends as its script does."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.launcher.command import left_running, lightwork_run, script
+
+#: The script's last line on each worker that comes to it.
+END = 'print("end of", run.rank, run.digest(), flush=True)\n'
+
+
+def killed_at(*deaths: tuple[int, int]) -> str:
+    """Return a script in which workers kill themselves, each in a step."""
+    condition = " or ".join(f"(run.rank == {rank} and step.index == {step})" for rank, step in deaths)
+    return script(f"if {condition or 'False'}: os.kill(os.getpid(), signal.SIGKILL)", end=END)
+
+
+def digests(text: str) -> dict[str, str]:
+    return dict(re.findall(r"end of (\d) (\w+)", text))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    result = lightwork_run(tmp_path_factory.mktemp("alone"), killed_at(), workers="1")
+    return digests(result.out)["0"]
+
+
+@pytest.mark.parametrize("deaths", [((1, 3),), ((2, 0),), ((1, 2), (2, 4))], ids=str)
+def test_the_others_go_on_to_the_same_bits(
+    tmp_path: Path, undisturbed: str, deaths: tuple[tuple[int, int], ...]
+) -> None:
+    result = lightwork_run(tmp_path, killed_at(*deaths), workers="3")
+    assert result.status == 0, result.text
+    assert digests(result.out) == {"0": undisturbed}
+    for rank, _ in deaths:
+        assert result.err.count(f"rank {rank} (pid {result.pids()[rank]}) was killed by SIGKILL in the middle of") == 1
+    assert result.err.count("The others go on.") == len(deaths)
+    assert left_running(result.pids()) == []
+
+
+def test_without_the_main_worker_the_output_of_the_next_one_is_shown(tmp_path: Path, undisturbed: str) -> None:
+    result = lightwork_run(tmp_path, killed_at((0, 2)), workers="2")
+    assert result.status == 0, result.text
+    assert digests(result.out) == {"1": undisturbed}
+
+
+def test_when_all_are_killed_the_run_has_failed(tmp_path: Path) -> None:
+    result = lightwork_run(tmp_path, killed_at((0, 2), (1, 4)), workers="2")
+    assert result.status == 128 + signal.SIGKILL, result.text
+    assert "was killed by SIGKILL in the middle of training" in result.err
+
+
+def test_an_exception_of_a_survivor_ends_the_team(tmp_path: Path) -> None:
+    text = script(
+        "if run.rank == 1 and step.index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        '        if run.rank == 2 and step.index == 4: raise ValueError("of a survivor")'
+    )
+    result = lightwork_run(tmp_path, text, workers="3")
+    assert result.status == 1, result.text
+    assert "ValueError: of a survivor" in result.err
+    assert "rank 2" in result.err.splitlines()[-1]
+
+
+def test_a_kill_before_training_ends_the_team(tmp_path: Path) -> None:
+    text = (
+        'import os, signal\nif os.environ["LIGHTWORK_RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)\n' + script()
+    )
+    result = lightwork_run(tmp_path, text, workers="2")
+    assert result.status == 128 + signal.SIGKILL, result.text
+    assert "before it called lightwork.distribute" in result.err
+
+
+def test_a_second_run_is_refused_by_name_after_a_death(tmp_path: Path) -> None:
+    text = killed_at((1, 2)) + (
+        "run.close()\nrun = lightwork.distribute(model, optimizer, global_batch=16, micro_batch=2, name='second')\n"
+    )
+    result = lightwork_run(tmp_path, text, workers="2")
+    assert result.status == 128 + signal.SIGKILL, result.text
+    assert "rank 1" in result.err
