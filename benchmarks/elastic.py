@@ -2,10 +2,10 @@
 
     python benchmarks/elastic.py             # prints tables; --out DIR writes them as well
 
-Two workers train on two cores. Cost: steps of elastic=true and elastic=false, a team of each in turn, several rounds;
-the median of the rounds' ratios. Goals: at most 1.02 of the step of `mid` at batch 16, 1.08 at batch 2, 1.05 of `tiny`.
-Death: one worker kills itself in the middle of a step. From then to the other's notice, and to its next committed step;
-goals: 0.1 s and what the kernel needs to end the process; 1 s and what was to be computed again.
+Two workers train on two cores, the models of `bench.py` in fp32. Cost: blocks of steps with the journal and without, in
+turn in one run; the median ratio of neighbouring blocks. Goals: at most 1.02 of the step of `mid` at batch 16, 1.08 at
+batch 2, 1.05 of `tiny`. Death: one worker kills itself in the middle of a step. From then to the other's notice, and to
+its next committed step; goals: 0.1 s and what the kernel needs to end the process; 1 s and what is computed again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,33 +28,42 @@ from torch.utils.data import TensorDataset
 
 import lightwork
 from lightwork.launcher.team import fork_team
+from lightwork.state.journal import Journal
 from lightwork.team.board import Board
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench import markdown, preamble, print_table
-from models import GPT, LEARNING_RATE, Size
+from models import LEARNING_RATE, make_data, make_model
 
-MID = Size(vocabulary=8192, width=512, layers=6, heads=8, sequence=256)
-TINY = Size(vocabulary=512, width=64, layers=2, heads=2, sequence=32)
-#: Model, global batch, steps, and the goal.
-CASES: dict[str, tuple[Size, int, int, float]] = {
-    "tiny, batch 2": (TINY, 2, 300, 1.05),
-    "mid, batch 2": (MID, 2, 16, 1.08),
-    "mid, batch 16": (MID, 16, 8, 1.02),
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained."""
+
+    model: str
+    batch: int
+    micro_batch: int
+    block: int  #: steps
+    blocks: int
+    goal: float
+
+
+CASES = {
+    "tiny": Case("tiny", 64, 32, 8, 300, 1.05),
+    "mid, batch 2": Case("mid", 2, 1, 2, 30, 1.08),
+    "mid, batch 16": Case("mid", 16, 2, 1, 24, 1.02),
 }
-WARM_UP = 3
-COST_HEADS = ("case", "elastic (ms)", "not (ms)", "ratio", "range", "goal")
-DEATH_HEADS = ("case", "step (s)", "noticed (s)", "next commit (s)", "of which micro-batches again (s)")
+WARM_UP = 4
+COST_HEADS = ("case", "with (ms)", "without (ms)", "ratio", "quartiles", "goal")
+DEATH_HEADS = ("case", "step (s)", "noticed (s)", "next commit (s)", "again, at most (s)")
 
 
-def train(case: str, *, elastic: bool, dies_in: int | None = None) -> dict[str, Any]:
+def train(case: Case, num_steps: int, *, dies_in: int | None = None, killed_at: str = "") -> dict[str, Any]:
     """Train, and return the seconds of each step, and when what happened."""
-    size, batch, steps, _ = CASES[case]
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(size.vocabulary, (batch * 4, size.sequence + 1), generator=generator)
-    torch.manual_seed(0)
-    model = GPT(size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    torch.set_num_threads(1)
+    model = make_model(case.model)
+    data = TensorDataset(*make_data(case.model, case.batch, num_steps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     seen: dict[str, Any] = {"seconds": [], "committed": [], "buried": None}
     bury = Board.bury
 
@@ -64,74 +74,72 @@ def train(case: str, *, elastic: bool, dies_in: int | None = None) -> dict[str, 
     Board.bury = noted  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         run = lightwork.distribute(
-            model,
-            optimizer,
-            global_batch=batch,
-            micro_batch=1,
-            run_dir=folder,
-            plan=lightwork.Plan(elastic=elastic, trace=False),
+            model, optimizer, global_batch=case.batch, micro_batch=case.micro_batch, run_dir=folder
         )
-        for step in run.steps(TensorDataset(tokens), max_steps=steps, shuffle=False):
-            start = time.monotonic()
-            for (ids,) in step:
-                loss = model(ids)
+        updater = run._engine._parts.updater
+        journals = updater.journal, Journal(updater._layout)
+        last = time.monotonic()
+        for step in run.steps(data, shuffle=False):
+            for batch in step:
+                loss = model(*batch)
                 if run.rank == 1 and step.index == dies_in:
-                    seen_at = Path(os.environ["LIGHTWORK_KILLED_AT"])
-                    seen_at.write_text(str(time.monotonic()))
+                    Path(killed_at).write_text(str(time.monotonic()))
                     os.kill(os.getpid(), signal.SIGKILL)
                 step.backward(loss)
             seen["committed"].append(time.monotonic())
-            seen["seconds"].append(time.monotonic() - start)
+            seen["seconds"].append(time.monotonic() - last)
+            last = time.monotonic()
+            if dies_in is None and step.index >= WARM_UP - 1:
+                updater.journal = journals[(step.index + 1 - WARM_UP) // case.block % 2]
         run.close()
     return seen
 
 
-def cost(case: str, rounds: int) -> tuple[str, ...]:
+def cost(name: str) -> tuple[str, ...]:
     """Return a row of the first table."""
-    medians: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(rounds):
-        for elastic in (True, False) if number % 2 else (False, True):
-            result = fork_team(2, partial(train, case, elastic=elastic), timeout=300)[0]
-            medians[elastic].append(statistics.median(result.value["seconds"][WARM_UP:]))
-    ratios = [on / off for on, off in zip(medians[True], medians[False], strict=True)]
+    case = CASES[name]
+    result = fork_team(2, partial(train, case, WARM_UP + case.block * case.blocks), timeout=600)[0]
+    seconds = result.value["seconds"][WARM_UP:]
+    blocks = [sum(seconds[at : at + case.block]) / case.block for at in range(0, len(seconds), case.block)]
+    # Each block beside the mean of its neighbours, which are of the other kind.
+    beside = [(before + after) / 2 for before, after in zip(blocks, blocks[2:], strict=False)]
+    pairs = enumerate(zip(blocks[1:], beside, strict=False), 1)
+    ratios = [other / one if number % 2 else one / other for number, (one, other) in pairs]
+    quartiles = statistics.quantiles(ratios, n=4)
     return (
-        case,
-        f"{statistics.median(medians[True]) * 1e3:.2f}",
-        f"{statistics.median(medians[False]) * 1e3:.2f}",
+        name,
+        f"{statistics.median(blocks[::2]) * 1e3:.2f}",
+        f"{statistics.median(blocks[1::2]) * 1e3:.2f}",
         f"{statistics.median(ratios):.3f}",
-        f"{min(ratios):.3f}-{max(ratios):.3f}",
-        f"{CASES[case][3]:.2f}",
+        f"{quartiles[0]:.3f}-{quartiles[2]:.3f}",
+        f"{case.goal:.2f}",
     )
 
 
-def death(case: str, rounds: int) -> tuple[str, ...]:
+def death(name: str, rounds: int) -> tuple[str, ...]:
     """Return a row of the second table."""
+    case, at = CASES[name], WARM_UP + 1
     steps, noticed, committed = [], [], []
     for _ in range(rounds):
         with tempfile.NamedTemporaryFile() as file:
-            os.environ["LIGHTWORK_KILLED_AT"] = file.name
-            at = WARM_UP + 1
-            seen = fork_team(2, partial(train, case, elastic=True, dies_in=at), timeout=300)[0].value
+            job = partial(train, case, at + 4, dies_in=at, killed_at=file.name)
+            seen = fork_team(2, job, timeout=300)[0].value
             killed = float(Path(file.name).read_text())
-        steps.append(statistics.median(seen["seconds"][WARM_UP - 1 : at]))
+        steps.append(statistics.median(seen["seconds"][WARM_UP - 2 : at]))
         noticed.append(seen["buried"] - killed)
         committed.append(seen["committed"][at] - killed)
-    step, num_again = statistics.median(steps), CASES[case][1] // 2
-    again = step / (CASES[case][1] / 2) * num_again
-    shown = [
-        f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})" for values in (noticed, committed)
-    ]
-    return case, f"{step:.3f}", *shown, f"at most {again:.3f}"
+    shown = [f"{statistics.median(of):.3f} ({min(of):.3f}-{max(of):.3f})" for of in (noticed, committed)]
+    return name, f"{statistics.median(steps):.3f}", *shown, f"{statistics.median(steps):.3f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=CASES)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5, help="deaths of each case")
     parser.add_argument("--out", type=Path, help="a folder for the tables")
     arguments = parser.parse_args()
     cases = arguments.case or list(CASES)
-    costs = [cost(case, arguments.rounds) for case in cases]
+    costs = [cost(case) for case in cases]
     deaths = [death(case, arguments.rounds) for case in cases]
     title = "Two workers that may be killed, on two cores"
     print_table(Console(width=140), title, COST_HEADS, costs)
