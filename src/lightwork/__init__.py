@@ -5,6 +5,7 @@ import typing as _typing
 
 from lightwork.errors import (
     CheckpointError,
+    DamagedCheckpoint,
     DataError,
     Disagreement,
     LightworkError,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "DamagedCheckpoint",
     "DataError",
     "Disagreement",
     "Evaluation",

@@ -5,7 +5,8 @@
     ├── UsageError         a call that the training loop does not allow (the message says what replaces it)
     ├── DataError          the data set is empty, shrank, or a sample could not be fetched
     ├── NonFiniteLoss      a loss is NaN or infinite
-    ├── CheckpointError    a checkpoint is missing, damaged, or of another model
+    ├── CheckpointError    a checkpoint is missing, or of another model
+    │   └── DamagedCheckpoint  it is not as it was written
     ├── MemoryFull         the host has no room for the shared memory
     └── TeamError          the team can not go on
         ├── RankLost       a worker is gone
@@ -50,6 +51,10 @@ class NonFiniteLoss(LightworkError, ArithmeticError):
 
 class CheckpointError(LightworkError):
     """A checkpoint is missing, damaged, or belongs to another model or optimizer."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not as it was written."""
 
 
 class MemoryFull(LightworkError, MemoryError):

@@ -31,6 +31,24 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * unit)
 
 
+_SECONDS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_interval(text: str | int) -> tuple[int | None, float | None]:
+    """Return the steps or the seconds that `text` names: 500 or "500 steps"; "10min", "90 s" or "2h".
+
+    Raises: SpecError when it is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if match is not None and float(match.group(1)) > 0:
+        number, unit = match.groups()
+        if unit.lower() in ("", "step", "steps") and number.isdecimal():
+            return int(number), None
+        if unit.lower() in _SECONDS:
+            return None, float(number) * _SECONDS[unit.lower()]
+    raise SpecError(f"{text!r} is neither a time nor a number of steps. Write it as 10min, 90s, 2h, or 500 steps.")
+
+
 def format_bytes(num_bytes: float) -> str:
     """Return `num_bytes` in the largest binary unit that leaves at least one, with three digits."""
     size = float(num_bytes)

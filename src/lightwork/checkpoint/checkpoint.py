@@ -32,7 +32,7 @@ from lightwork.checkpoint.folder import MANIFEST, TENSOR_FILES, file_of
 from lightwork.checkpoint.settings import Bookmark, Settings, Unfinished
 from lightwork.checkpoint.tensors import TensorFile, TensorWriter, in_file_order, sha256_of
 from lightwork.checkpoint.values import put_together, take_apart
-from lightwork.errors import CheckpointError
+from lightwork.errors import CheckpointError, DamagedCheckpoint
 from lightwork.notice import notice
 from lightwork.spec.spec import Spec, differences
 from lightwork.state.items import SEPARATOR, Item, Piece, Plain, windows
@@ -126,10 +126,12 @@ class Description(NamedTuple):
     extra: Mapping[str, Any]  #: what modules keep beside tensors
 
 
-def save(path: Path, state: TrainedState, description: Description | None, meet: Meet, *, is_leader: bool) -> str:
+def save(
+    path: Path, state: TrainedState, description: Description | None, meet: Meet, *, is_leader: bool, keep: int = 1
+) -> str:
     """Write a checkpoint to the folder `path`, in place of one that is there; return what went wrong, if anything did.
 
-    Every worker calls it and goes through the state; the one that has a `description` writes.
+    Every worker calls it and goes through the state; the one that has a `description` writes. The last `keep` stay.
     """
     problem = ""
     with state.reading("save", meet, is_leader=is_leader) as walk:
@@ -143,7 +145,7 @@ def save(path: Path, state: TrainedState, description: Description | None, meet:
         pieces = walk.through(item for items in files.values() for item in items)
         if description is not None:
             try:
-                with folders.replaced(path) as folder:
+                with folders.replaced(path, keep=keep) as folder:
                     hashes = {
                         file_of(name): _write_file(folder / file_of(name), items, pieces)
                         for name, items in files.items()
@@ -267,7 +269,7 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     checkpoint = load_whole(path)
     damage = checkpoint.damage()
     if damage:
-        raise CheckpointError(damage)
+        raise DamagedCheckpoint(damage)
     return checkpoint
 
 
@@ -281,6 +283,8 @@ def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
         folder = folders.find(folder / "checkpoint")
     for name in (MANIFEST, *map(file_of, TENSOR_FILES)):
         if not (folder / name).exists():
+            if name != MANIFEST:
+                raise DamagedCheckpoint(f"the checkpoint in {folder} is damaged: {name} is missing. {_OLDER}")
             if foreign.is_there(folder):
                 raise CheckpointError(
                     f"{folder} has no place in the data, which only run.save() without format= keeps. Begin with it "
@@ -326,7 +330,7 @@ def _named(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"the checkpoint in {folder} is damaged: {name} ({error}). {_OLDER}") from error
+        raise DamagedCheckpoint(f"the checkpoint in {folder} is damaged: {name} ({error}). {_OLDER}") from error
 
 
 def check_fits(checkpoint: Checkpoint, spec: Spec, state: TrainedState) -> None:

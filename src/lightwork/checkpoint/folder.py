@@ -3,6 +3,7 @@
 A new one is written beside its place, as `.NAME.writing`. When all of it is on the disk the two are exchanged, in one
 call where the system has one. Elsewhere the old one is put aside as `.NAME.old` before the new one takes its place, and
 is found there if nothing came after. What a killed process leaves is cleared away by the next one that saves.
+Some older ones may be kept beside it, as `NAME-STEP`.
 
 Not replaced: a folder that holds anything but a checkpoint's files.
 """
@@ -51,10 +52,11 @@ def exists(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def replaced(path: Path, mark: str | None = None) -> Iterator[Path]:
+def replaced(path: Path, mark: str | None = None, keep: int = 1) -> Iterator[Path]:
     """Give the body an empty folder to write a checkpoint into, which takes the place of `path` if it succeeds.
 
-    With `mark`, it is one in the form of others, and what it replaces has a file of this name.
+    With `mark`, it is one in the form of others, and what it replaces has a file of this name. Of those that were
+    replaced, the last `keep` - 1 stay.
 
     Raises: CheckpointError when `path` is something else, or another process is saving there; OSError.
     """
@@ -66,9 +68,50 @@ def replaced(path: Path, mark: str | None = None) -> Iterator[Path]:
         try:
             yield fresh
             sync(fresh)
-            _put(fresh, path)
+            replaced_one = _put(fresh, path)
+            if keep > 1:
+                _keep(replaced_one, path, keep)
+            shutil.rmtree(replaced_one, ignore_errors=True)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+def older(path: Path) -> list[Path]:
+    """Return the checkpoints that were kept when others took their place at `path`, the newest first."""
+    path = path.resolve()
+    found = [entry for entry in path.parent.glob(f"{path.name}-*") if entry.name[len(path.name) + 1 :].isdecimal()]
+    return sorted(found, key=lambda entry: int(entry.name[len(path.name) + 1 :]), reverse=True)
+
+
+def _keep(replaced_one: Path, path: Path, keep: int) -> None:
+    """Let a checkpoint that was replaced be found by its step, if it is of another one; remove what is too old."""
+    step, now = (_step_of(folder) for folder in (replaced_one, path))
+    if step is not None and step != now:
+        place = path.with_name(f"{path.name}-{step:06d}")
+        shutil.rmtree(place, ignore_errors=True)
+        replaced_one.rename(place)
+    for folder in older(path)[keep - 1 :]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int | None:
+    """Return the step of a checkpoint; None where there is none, or it can not be read."""
+    try:
+        return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["position"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def put_aside(path: Path) -> Path:
+    """Rename a checkpoint that is damaged, so that the next one does not have to replace it; return where it is.
+
+    Raises: OSError.
+    """
+    place = path.resolve()
+    place = place.with_name(f"{place.name}.damaged")
+    shutil.rmtree(place, ignore_errors=True)
+    find(path).rename(place)
+    return place
 
 
 def sync(folder: Path) -> None:
@@ -145,12 +188,14 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _put(fresh: Path, path: Path) -> None:
-    """Let the folder `fresh` take the place of `path`."""
+def _put(fresh: Path, path: Path) -> Path:
+    """Let the folder `fresh` take the place of `path`; return where what was there is now, if anything was."""
     old = _aside(path)
     if not path.exists():  # the first one, or one put aside when its successor did not come
         fresh.rename(path)
-    elif not swap(fresh, path):
+    elif swap(fresh, path):
+        old = fresh
+    else:
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
         fresh.rename(path)
@@ -161,7 +206,7 @@ def _put(fresh: Path, path: Path) -> None:
             f"the checkpoint in {path} is whole, but the folder around it could not be synchronised with the disk "
             f"({error}): after a power failure the one before it may be found. Save again."
         ) from error
-    shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
 def swap(one: Path, other: Path) -> bool:

@@ -204,11 +204,11 @@ class RecordedStep(Step):
         given = -1.0 if weight is None else float(weight)
         self._said = float(loss.detach()), given, caller()
 
-    def check_finished(self) -> bool:
+    def check_finished(self) -> int:
         """End the process, if this was the last step."""
-        stops = super().check_finished()
+        wishes = super().check_finished()
         self.recorder.body_done(self.recorder.name_of(self._engine.model), self.index, self._team)
-        return stops
+        return wishes
 
 
 class MeasuredPlain(PlainRun):

@@ -54,7 +54,7 @@ class StepResult:
     skipped: bool  #: the gradient was not finite, and the weights are as they were (loss scaling)
     metrics: Sequence[Mapping[str, Sequence[float]]]  #: what each micro-batch collected by name, as numbers
     goes_on: bool | None  #: by the votes of the micro-batches, whether more steps follow; None where none votes
-    stops: bool  #: a worker was interrupted
+    wishes: int  #: of the workers, for its end
 
 
 @final
@@ -313,7 +313,7 @@ class Engine:
             skipped=not self._norms.may_be_used(),
             metrics=metrics,
             goes_on=self._board.ledger.goes_on(step, self._num_micro_batches),
-            stops=self._board.ledger.stops(step, self._num_micro_batches),
+            wishes=self._board.ledger.wishes(step, self._num_micro_batches),
         )
 
     def _settings_hash(self) -> int:

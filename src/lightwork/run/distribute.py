@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightwork.checkpoint import checkpoint as checkpoints
+from lightwork.checkpoint import folder as folders
 from lightwork.checkpoint.checkpoint import Checkpoint
 from lightwork.device.cuda import open_device
 from lightwork.engine.assembly import attach, make_engine, make_parts
 from lightwork.engine.engine import Engine
 from lightwork.engine.parts import Workplace, take_from_first_host
-from lightwork.errors import LightworkError
+from lightwork.errors import DamagedCheckpoint, LightworkError
 from lightwork.notice import notice
 from lightwork.planner.fit import fit, offloaded
 from lightwork.random import derive
@@ -72,6 +72,8 @@ def distribute(
     offload: Mapping[str, Place] | None = None,
     memory: str | None = None,
     activations: Activation | Mapping[str, Activation] | None = None,
+    save_every: str | int | None = None,
+    keep_checkpoints: int | None = None,
     weights: str | os.PathLike[str] | None = None,
     plan: Plan | None = None,
     run_dir: str | os.PathLike[str] | None = None,
@@ -121,6 +123,11 @@ def distribute(
         activations: what forward leaves for backward, of all layers or by the name of a module: "keep" it,
             "recompute" it (the same bits, for about a third more compute), keep it in "int8" (other bits), or
             "offload" it from a device to host memory. Left out: as the plan says, which is "keep" by default.
+        save_every: a checkpoint by itself, each "10min" (or "90s", "2h") or each so many steps, where the loop's body
+            has ended. One that can not be written is told of, and training goes on. Left out: as the plan says, which
+            is none by default.
+        keep_checkpoints: how many stay in the run directory: the last one, `checkpoint`, and those before it, by their
+            steps. A run goes on from the newest that is sound. Left out: as the plan says, 2 by default.
         weights: a safetensors file with the values that the model begins with, by the names of its state dict. A model
             built on torch.device("meta") needs it, or modules that all have `reset_parameters()`; it is given values
             one module after the other, where its weights lie.
@@ -158,6 +165,8 @@ def distribute(
         "offload": offload,
         "memory": memory,
         "activations": activations,
+        "save_every": save_every,
+        "keep_checkpoints": keep_checkpoints,
     }
     spec, plan = settle(model, optimizers, arguments, plan or Plan(), environment)
     torch.set_num_threads(spec.threads)
@@ -167,7 +176,7 @@ def distribute(
     description, holdings, plan, joined = _join_team(model, optimizers, spec, plan, values, environment)
     team = joined.team
     wanted = Wanted(run_dir=run_dir, launched=environment.run_dir, resume=resume, name=name)
-    folder, checkpoint = agree_on_folder(team, wanted, EXITS.folders())
+    folder, candidates = agree_on_folder(team, wanted, EXITS.folders())
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None, notice)
     engine = _assemble(description, holdings, plan, joined, trace)
     run = Run(
@@ -184,11 +193,7 @@ def distribute(
     EXITS.add(run, team, engine.beside)
     _say_hello(team, environment, spec, model)
     team.report(Progress.JOINED)
-    saved: Checkpoint | None = None
-    if checkpoint is not None:
-        saved = checkpoints.load_whole(checkpoint)
-        run.load(saved)
-        team.say(f"resumed after {run.step_index} steps, from {checkpoint}.")
+    saved = _resume(run, team, candidates)
     FOLDERS.begin(folder, run.step_index, saved.beside if saved is not None else {}, EXITS.folders())
     heap.keep_pages()
     team.begin(elastic=holdings.dials.elastic, lease=plan.lease)
@@ -264,6 +269,23 @@ def _assemble(description: Description, holdings: Holdings, plan: Plan, joined: 
     if team.is_leader:
         engine.trained.release()
     return engine
+
+
+def _resume(run: Run, team: Team, candidates: Sequence[Path]) -> Checkpoint | None:
+    """Go on from the first of these checkpoints that is sound, and return it; nothing happens without any."""
+    for path in candidates:
+        try:
+            saved = run.load(path)
+        except DamagedCheckpoint as error:
+            if path == candidates[-1]:
+                raise
+            if team.is_main and path == candidates[0]:  # the next save takes its place
+                folders.put_aside(path)
+            team.say(f"{error} The one before it is tried.")
+            continue
+        team.say(f"resumed after {run.step_index} steps, from {path}.")
+        return saved
+    return None
 
 
 def _write_roster(team: Team, folder: Path, spec: Spec, plan: Plan) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightwork.checkpoint import folder as checkpoints
+from lightwork.checkpoint import folder as folders
 from lightwork.errors import CheckpointError, UsageError
 from lightwork.notice import notice
 
@@ -141,8 +141,8 @@ class Wanted:
     name: str | None
 
 
-def agree_on_folder(team: Team, wanted: Wanted, living: Collection[Path]) -> tuple[Path, Path | None]:
-    """Return the run directory and the checkpoint to go on from, if there is one, as the main worker finds them.
+def agree_on_folder(team: Team, wanted: Wanted, living: Collection[Path]) -> tuple[Path, list[Path]]:
+    """Return the run directory and the checkpoints to go on from, the newest first, as the main worker finds them.
 
     Machines need not have a file system in common: each worker makes the folder for its own trace.
 
@@ -160,30 +160,31 @@ def agree_on_folder(team: Team, wanted: Wanted, living: Collection[Path]) -> tup
         prepare_run_dir(folder)
         if launched is not None and asked_for is not None:
             _lead_to(folder, launched)
-        checkpoint = Path(resume) if resume is not None else folder / "checkpoint"
-        is_there = checkpoints.exists(checkpoint)
-        goes_on = resume is not None or (is_found_again and is_there)
+        candidates = [Path(resume)] if resume is not None else []
+        if resume is None and is_found_again:
+            newest = folder / "checkpoint"
+            candidates = [path for path in (newest, *folders.older(newest)) if folders.exists(path)]
         found = {
             "folder": str(folder.absolute()),
-            "checkpoint": str(checkpoint.absolute()) if goes_on else "",
-            "is there": is_there,
+            "checkpoints": [str(path.absolute()) for path in candidates],
+            "are there": [folders.exists(path) for path in candidates],
         }
     found = json.loads(team.meet_main("distribute (run directory)", json.dumps(found).encode()))
-    folder, checkpoint = Path(found["folder"]), Path(found["checkpoint"])
+    folder, candidates = Path(found["folder"]), [Path(path) for path in found["checkpoints"]]
     if folder in living:
         raise UsageError(
             f"two runs at once have the directory {folder}, in which each would replace the other's checkpoint and "
             "trace. Give each a name: lightwork.distribute(..., name='generator')."
         )
     prepare_run_dir(folder)
-    if not found["checkpoint"]:
-        return folder, None
-    if found["is there"] and not checkpoints.exists(checkpoint):
-        raise CheckpointError(
-            f"rank {team.rank} on {socket.gethostname()} does not see the checkpoint {checkpoint} from which rank "
-            f"{team.roster.main} goes on. Every worker reads it: copy it there, or save it where all machines see it."
-        )
-    return folder, checkpoint
+    for path, is_there in zip(candidates, found["are there"], strict=True):
+        if is_there and not folders.exists(path):
+            raise CheckpointError(
+                f"rank {team.rank} on {socket.gethostname()} does not see the checkpoint {path} from which rank "
+                f"{team.roster.main} goes on. Every worker reads it: copy it there, or save it where all machines see "
+                "it."
+            )
+    return folder, candidates
 
 
 def _lead_to(folder: Path, launched: Path) -> None:

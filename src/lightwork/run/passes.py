@@ -13,12 +13,14 @@ from lightwork.data.feed import Batches, Feed, Schedule, total_steps, upcoming, 
 from lightwork.engine.engine import Engine
 from lightwork.engine.looks import BETWEEN_STEPS
 from lightwork.errors import UsageError
+from lightwork.run.automatic import Automatic
 from lightwork.run.course import Course, Following
-from lightwork.run.exit import EXITS
+from lightwork.run.exit import EXITS, Closable
 from lightwork.run.guard import Guard
 from lightwork.run.interrupt import INTERRUPTS
 from lightwork.run.saves import Saves
 from lightwork.run.step import Step, StepPlace
+from lightwork.team.ledger import STOP
 from lightwork.team.presence import Activity
 from lightwork.team.rendezvous import Progress
 from lightwork.team.team import Team
@@ -31,18 +33,28 @@ class Passes:
 
     step_class: type[Step] = Step  #: that of `lightwork check` takes notes
 
-    def __init__(self, team: Team, engine: Engine, course: Course, saves: Saves, guard: Guard, trace: Trace) -> None:
+    def __init__(
+        self,
+        team: Team,
+        engine: Engine,
+        course: Course,
+        saves: Saves,
+        automatic: Automatic,
+        guard: Guard,
+        trace: Trace,
+    ) -> None:
         self._team = team
         self._engine = engine
         self._course = course
         self._saves = saves
+        self._automatic = automatic
         self._guard = guard
         self._trace = trace
         self._loop: weakref.ref[Loop] | None = None  # while in it
         self._step: Step | None = None
         self._is_stopped = False  # by an interruption
         self.is_closed = False  #: the run is
-        self.owner: object = None  #: the run
+        self.owner: Closable | None = None  #: the run
 
     @property
     def is_within(self) -> bool:
@@ -90,9 +102,11 @@ class Passes:
                 step = self._make_step(order, loader, epoch, step_in_epoch)
                 self._step = step
                 yield step
-                stops = step.check_finished()
+                wishes = step.check_finished()
                 self._saves.body_ended()
-                if stops:
+                if self._automatic.is_due(course.at.step, wishes):
+                    self._save_all(step.index)
+                if wishes & STOP:
                     self._is_stopped = True
                     raise KeyboardInterrupt(f"after step {step.index}")
             self._guard.check()
@@ -103,6 +117,12 @@ class Passes:
             self._end_loop(broken=broken)
             if loader is not None:
                 loader.close()
+
+    def _save_all(self, step: int) -> None:
+        """Save, unless a worker has left the loop after this step: it does not come here."""
+        if self._team.wait_for_arrivals(step) and self.owner is not None:
+            farthest = self.meet_where("save")
+            self._automatic.save(EXITS.steps_beside(self.owner), farthest)
 
     def _begin_loop(self, feed: Feed) -> bool:
         """Meet the others before a loop; return False for one that a resumed run had finished."""
@@ -169,6 +189,7 @@ class Passes:
             step_in_epoch=step_in_epoch,
             num_micro_batches=order.micro_batches(epoch, step_in_epoch),
             is_last=order.is_last(epoch, step_in_epoch),
+            wish=self._automatic.wish,
         )
         updated = partial(self._advance, order, epoch, step_in_epoch)
         others = EXITS.beside(self._engine.beside)

@@ -17,13 +17,13 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint.checkpoint import Checkpoint
 from lightwork.checkpoint.foreign import DEFAULT_NAMES, Format, check_format
 from lightwork.data.feed import feed_for_evaluation, feed_of
 from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
 from lightwork.errors import TeamError, UsageError
+from lightwork.run.automatic import Automatic
 from lightwork.run.course import Course, check_count
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.exit import EXITS
@@ -72,11 +72,12 @@ class Run:
         self._course = Course()
         self._kept = Kept()
         self._saves = Saves(spec, engine.trained, self._course, self._kept)
-        self._state = StateCalls(spec, team, engine.trained, self._saves, trace)
+        self._state = StateCalls(spec, team, engine.trained, self._saves, trace, keep=plan.keep_checkpoints)
         self._guard = Guard(
             engine.optimizers, engine.trained.optimizer_state, partial(self._state.load_optimizer, engine)
         )
-        self._passes = Passes(team, engine, self._course, self._saves, self._guard, trace)
+        self._automatic = Automatic(plan, team, self._state, model, run_dir / DEFAULT_NAMES["lightwork"])
+        self._passes = Passes(team, engine, self._course, self._saves, self._automatic, self._guard, trace)
         # A script's function that ends lets go of its run: in a cycle it lives on for the end of the script to find.
         self._passes.owner = self
         self._evaluations = 0
@@ -231,18 +232,21 @@ class Run:
         farthest = self._passes.meet_where("save")
         beside = EXITS.steps_beside(self)
         self._state.save(folder, format, self.model, beside, within_loop=self._passes.is_within, of=farthest)
+        self._automatic.saved()
         return folder
 
-    def load(self, path: str | os.PathLike[str] | Checkpoint) -> None:
-        """Go on where a checkpoint was saved: weights, optimizer, buffers, kept objects and the place in the data.
+    def load(self, path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+        """Go on where a checkpoint was saved, and return it: weights, optimizer, buffers, kept objects, and the place.
 
-        Raises: CheckpointError when it is of another model, optimizer or spec.
+        Raises: CheckpointError when it is of another model, optimizer or spec; DamagedCheckpoint.
         """
         self._passes.refuse_within("run.load")
         if self._passes.is_within:
             raise UsageError("run.load was called inside the loop over run.steps. Call it before the loop.")
-        if self._state.load(path if isinstance(path, Checkpoint) else checkpoints.load_whole(path)):
+        checkpoint = self._state.load(path)
+        if checkpoint.step:
             self._passes.updated()
+        return checkpoint
 
     def stay_while_needed(self) -> None:
         """At the end of the script: wait for the others, if they may still read weights that are here."""

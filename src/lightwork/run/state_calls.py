@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightwork.checkpoint import foreign
 from lightwork.checkpoint.checkpoint import Checkpoint, Description
 from lightwork.checkpoint.foreign import Format
 from lightwork.engine.engine import Engine
-from lightwork.errors import CheckpointError, RankLost, UsageError
+from lightwork.errors import CheckpointError, DamagedCheckpoint, RankLost, UsageError
 from lightwork.run.saves import Saves
 from lightwork.spec.spec import Spec
 from lightwork.state.optimizer_state import take_settings
@@ -28,11 +29,15 @@ from lightwork.trace import Trace
 class StateCalls:
     """The calls of one run."""
 
-    def __init__(self, spec: Spec, team: Team, trained: TrainedState, saves: Saves, trace: Trace) -> None:
+    def __init__(
+        self, spec: Spec, team: Team, trained: TrainedState, saves: Saves, trace: Trace, *, keep: int = 1
+    ) -> None:
+        """Of checkpoints in one place the last `keep` stay."""
         self._spec = spec
         self._team = team
         self._trained = trained
         self._saves = saves
+        self._keep = keep
         self._trace = trace
 
     @contextlib.contextmanager
@@ -84,7 +89,9 @@ class StateCalls:
             writer = team.roster.main
             description = said if team.rank == writer else None
             if form == "lightwork":
-                problem = checkpoints.save(path, self._trained, description, team.meet, is_leader=team.is_leader)
+                problem = checkpoints.save(
+                    path, self._trained, description, team.meet, is_leader=team.is_leader, keep=self._keep
+                )
             else:
                 settings = None if description is None else description.settings
                 problem = foreign.save(path, form, model, self._trained, settings, team.meet, is_leader=team.is_leader)
@@ -111,18 +118,22 @@ class StateCalls:
         found: Description = pickle.loads(received[team.roster.living.index(rank)])
         return found
 
-    def load(self, checkpoint: Checkpoint) -> bool:
-        """Take everything from a checkpoint, and return whether steps were done before it.
+    def load(self, saved: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+        """Take everything from a checkpoint, and return it.
 
-        Raises: CheckpointError when it is of another model, optimizer or spec.
+        Raises: CheckpointError when it is of another model, optimizer or spec; DamagedCheckpoint on every worker.
         """
         trained, team = self._trained, self._team
         roster = team.roster
         own = roster.ranks(roster.host_of(team.rank))
-        problem = checkpoint.damage(own.index(team.rank), len(own))  # on each host: it may have a disk of its own
+        try:
+            checkpoint = saved if isinstance(saved, Checkpoint) else checkpoints.load_whole(saved)
+            problem = checkpoint.damage(own.index(team.rank), len(own))  # on each host: it may have a disk of its own
+        except DamagedCheckpoint as error:
+            problem = str(error)
         for found in team.meet("load", problem.encode()):
             if found:
-                raise CheckpointError(found.decode())
+                raise DamagedCheckpoint(found.decode())
         checkpoints.check_fits(checkpoint, self._spec, trained)
         checkpoints.restore(checkpoint, trained, is_leader=False)
 
@@ -135,7 +146,7 @@ class StateCalls:
         self._saves.resume(checkpoint)
         trained.accept()
         self._trace.event("load", step=checkpoint.step)
-        return checkpoint.step > 0
+        return checkpoint
 
     def load_optimizer(self, engine: Engine, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
         """Take an optimizer's state and settings from its state dict, which is the same on every worker.

@@ -25,7 +25,7 @@ from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, RankLost, UsageError
 from lightwork.run.collected import Collected, Part, combined
 from lightwork.run.interrupt import INTERRUPTS
-from lightwork.team.ledger import Outcome
+from lightwork.team.ledger import STOP, Outcome
 from lightwork.team.team import Team
 from lightwork.team.words import Kind
 from lightwork.trace import Trace
@@ -41,6 +41,7 @@ class StepPlace:
     step_in_epoch: int
     num_micro_batches: int
     is_last: bool | None  #: of its epoch; None where only reading shows it
+    wish: int = 0  #: of this worker
 
 
 @dataclass
@@ -86,6 +87,7 @@ class Step:
         self.step_in_epoch = place.step_in_epoch
         self._num_micro_batches = place.num_micro_batches
         self._is_last = place.is_last
+        self._wish = place.wish
         self._team = team
         self._engine = engine
         self._loader = loader
@@ -211,8 +213,8 @@ class Step:
         """Whether the update is done."""
         return self._result is not None
 
-    def check_finished(self) -> bool:
-        """Return whether all stop after this step, as a worker was interrupted.
+    def check_finished(self) -> int:
+        """Return what workers wish for the end of the step.
 
         Raises: UsageError when the update is not done, though the script goes on to the next step.
         """
@@ -222,7 +224,7 @@ class Step:
                 f"the inner loop of step {self.index} {what}. Go through all of `for ... in step:`; to stop training, "
                 "break out of the outer loop after it."
             )
-        return self._result is not None and self._result.stops
+        return self._result.wishes if self._result is not None else 0
 
     def refuse_within(self, call: str, *, is_left: bool) -> None:
         """Raise UsageError for a call in the middle of the step; `is_left` says whether its loop was left."""
@@ -282,7 +284,7 @@ class Step:
                     weight=micro.weight,
                     metrics=json.dumps(micro.collected.numbers).encode() if micro.collected.numbers else b"",
                     goes_on=self._loader.goes_on(self.epoch, self.step_in_epoch, micro.index),
-                    stops=INTERRUPTS.is_pending,
+                    wishes=self._wish | STOP * INTERRUPTS.is_pending,
                 )
                 self._parts[micro.index] = micro.collected.parts
                 action = engine.finish_micro_batch(self.index, micro.index, outcome)

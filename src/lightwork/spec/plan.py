@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from lightwork.errors import SpecError
 from lightwork.spec.spec import Activation, Spec, check_choice
 from lightwork.spec.written import fields_in, written
-from lightwork.units import parse_bytes
+from lightwork.units import parse_bytes, parse_interval
 
 Carriage = Literal["host", "group"]
 Placement = Literal["replicate", "zero1", "zero2", "zero3"]
@@ -33,6 +33,8 @@ class Plan:
     steal: bool = True  #: a worker that is done takes micro-batches that a late one has not started
     elastic: bool = True  #: lightwork run's workers of a machine go on without one that is killed; costs a little
     lease: float = 2.0  #: seconds after which an elastic team ends a worker that is stopped (SIGSTOP); 0 for never
+    save_every: str | int | None = None  #: a checkpoint each "10min", "90s", "2h", or so many steps; none by itself
+    keep_checkpoints: int = 2  #: in the run directory: the last one, and those before it
     trace: bool = True  #: spans and counters of each worker in the run directory
 
     def __post_init__(self) -> None:
@@ -43,6 +45,10 @@ class Plan:
                 raise SpecError(f"{name}={switch!r} is neither true nor false.")
         if not isinstance(self.lease, int | float) or not 0 <= self.lease < float("inf"):
             raise SpecError(f"lease={self.lease!r} is not a number of seconds from 0 upwards.")
+        if not isinstance(self.keep_checkpoints, int) or self.keep_checkpoints < 1:
+            raise SpecError(f"keep_checkpoints={self.keep_checkpoints!r} is not a whole number from 1 upwards.")
+        if self.save_every is not None:
+            parse_interval(self.save_every)
         check_choice("transport", self.transport, get_args(Carriage))
         check_choice("placement", self.placement, get_args(Placement))
         if not isinstance(self.offload, Mapping):

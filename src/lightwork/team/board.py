@@ -23,6 +23,7 @@ from lightwork.team.ledger import Ledger, Outcome
 from lightwork.team.presence import Activity, Presence, Signal
 from lightwork.team.rules import Action, Phase, Seat, freed_by_death, next_action, partial_sums, phases_of
 from lightwork.team.words import (
+    ARRIVED,
     BURIALS,
     COMMITTED,
     DEAD,
@@ -234,6 +235,7 @@ class Board:
             array[:] = memoryview(bytes(array.nbytes)).cast("q")
         for local in self._seat.locals:
             words.presence[local * PRESENCE_WORDS + ENTERED] = 0
+            words.presence[local * PRESENCE_WORDS + ARRIVED] = 0
         words.header[COMMITTED] = step
 
     def partial_sums(self, step: int) -> dict[Node, tuple[int, int]]:

@@ -12,7 +12,9 @@ bucket the norm of its gradient; and how hosts tell each other.
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -21,9 +23,12 @@ from lightwork.errors import UsageError
 from lightwork.team.rules import Seat, other_settings
 from lightwork.team.words import METRICS_BYTES, Words
 
-#: Whether more steps follow, and whether the worker was interrupted.
-_VOTES: tuple[tuple[bool | None, bool], ...] = tuple(
-    (goes_on, stops) for stops in (False, True) for goes_on in (None, False, True)
+#: What a worker may wish of all for the end of a step: to stop, as it was interrupted; to save, as it is time. Flags.
+STOP, SAVE = 1, 2
+
+#: Whether more steps follow, and what the worker wishes.
+_VOTES: tuple[tuple[bool | None, int], ...] = tuple(
+    (goes_on, wishes) for wishes in range(4) for goes_on in (None, False, True)
 )
 _VOTE_OF = {vote: number for number, vote in enumerate(_VOTES)}
 
@@ -36,7 +41,7 @@ class Outcome:
     weight: float
     metrics: bytes = b""  #: a JSON object: by name, some numbers
     goes_on: bool | None = None  #: its vote, whether more steps follow; None for none
-    stops: bool = False  #: its worker was interrupted: all stop after the step
+    wishes: int = 0  #: of its worker, for the end of the step
 
 
 @final
@@ -60,7 +65,7 @@ class Ledger:
             )
         words, at = self._words, self._row(step) + index
         words.outcomes[2 * at], words.outcomes[2 * at + 1] = outcome.loss, outcome.weight
-        words.votes[at] = _VOTE_OF[outcome.goes_on, outcome.stops]
+        words.votes[at] = _VOTE_OF[outcome.goes_on, outcome.wishes]
         text = len(outcome.metrics).to_bytes(8, "little") + outcome.metrics
         words.metrics[at * METRICS_BYTES : at * METRICS_BYTES + len(text)] = text
 
@@ -80,9 +85,9 @@ class Ledger:
         votes = {vote for vote, _ in self._votes(step, range(num_micro_batches))} - {None}
         return False not in votes if votes else None
 
-    def stops(self, step: int, num_micro_batches: int) -> bool:
-        """Return whether a worker was interrupted, so that all stop after the step."""
-        return any(stops for _, stops in self._votes(step, range(num_micro_batches)))
+    def wishes(self, step: int, num_micro_batches: int) -> int:
+        """Return what workers wish for the end of the step."""
+        return functools.reduce(operator.or_, (wishes for _, wishes in self._votes(step, range(num_micro_batches))))
 
     def touched(self, index: int) -> memoryview:
         """Return a byte for each parameter, its claimant's to write: whether micro-batch `index` gave it a gradient."""
@@ -125,8 +130,8 @@ class Ledger:
         count = self._size.num_parameters
         for position, index in enumerate(roster.micro_batches(host, num_micro_batches)):
             loss, weight = values["records"][position]
-            metrics, (goes_on, stops) = values["metrics"][position].encode(), values["votes"][position]
-            outcome = Outcome(loss=loss, weight=weight, metrics=metrics, goes_on=goes_on, stops=stops)
+            metrics, (goes_on, wishes) = values["metrics"][position].encode(), values["votes"][position]
+            outcome = Outcome(loss=loss, weight=weight, metrics=metrics, goes_on=goes_on, wishes=wishes)
             self.write_outcome(step, index, outcome)
             self.touched(index)[:] = touched[position * count : (position + 1) * count]
 
@@ -139,7 +144,7 @@ class Ledger:
         """Return the first record of a step's set: [Note: what a late worker may read]."""
         return step % 2 * self._size.num_micro_batches
 
-    def _votes(self, step: int, indices: range) -> list[tuple[bool | None, bool]]:
+    def _votes(self, step: int, indices: range) -> list[tuple[bool | None, int]]:
         at = self._row(step)
         return [_VOTES[vote] for vote in self._words.votes[at + indices.start : at + indices.stop]]
 

@@ -8,7 +8,7 @@ from typing import Protocol, final
 
 from lightwork.errors import RankFailed
 from lightwork.spec.roster import Roster
-from lightwork.team.words import ACTIVITY, COMMITTED, FAILED, LEFT, PID, PRESENCE_WORDS, Words
+from lightwork.team.words import ACTIVITY, ARRIVED, COMMITTED, FAILED, LEFT, PID, PRESENCE_WORDS, Words
 
 
 class Signal(Protocol):
@@ -72,6 +72,10 @@ class Presence:
             self._words.presence[self._at + LEFT] = int(left)
             self._signal.notify()
 
+    def arrive(self, step: int) -> None:
+        """Say that this worker has come to the end of the loop's body after `step`, and does not leave it there."""
+        self._words.presence[self._at + ARRIVED] = step + 1
+
     def fail(self) -> None:
         """Say that this worker can not go on; every other one learns it at its next visit."""
         with self._lock:
@@ -97,6 +101,10 @@ class Presence:
     def entered(self, local_rank: int) -> int:
         """Return the last step that a worker has entered, -1 for none."""
         return self._words.entered(local_rank)
+
+    def has_arrived(self, local_rank: int, step: int) -> bool:
+        """Return whether a worker has come to the end of the loop's body after `step`."""
+        return bool(self._words.presence[local_rank * PRESENCE_WORDS + ARRIVED] > step)
 
     def has_left(self, local_rank: int) -> bool:
         """Return whether a worker has left its loop."""

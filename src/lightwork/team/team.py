@@ -29,6 +29,9 @@ from lightwork.transport.base import Carrier, Transport, Watch
 from lightwork.transport.late import Lateness
 from lightwork.transport.mailboxes import HostTransport
 
+#: Seconds between two looks whether others have arrived, and whether they live. It is rare, and need not be quick.
+ARRIVAL_POLL, ARRIVAL_LOOK = 0.001, 0.05
+
 _SAME_CALLS = "Every worker must make the same calls: take them out of conditions such as `if run.is_main`."
 
 
@@ -167,6 +170,26 @@ class Team:
         received = [json.loads(payload) for payload in self.meet(what, json.dumps(values).encode())]
         for rank, theirs in zip(self.roster.living, received, strict=True):
             compare(what, received[0], theirs, rank, self.roster.main)
+
+    def wait_for_arrivals(self, step: int) -> bool:
+        """Wait until every other worker of this host has come here after `step`, or has left its loop instead.
+
+        Returns: whether all have come; the same on every one that has.
+        Raises: RankLost, RankFailed where one can do neither.
+        """
+        self.presence.arrive(step)
+        watch = self.watch_step(step)
+        next_look = time.monotonic() + ARRIVAL_LOOK
+        while True:
+            others = self._others()
+            if all(self.presence.has_arrived(local, step) or self.presence.has_left(local) for local in others):
+                return not any(self.presence.has_left(local) for local in others)
+            time.sleep(ARRIVAL_POLL)
+            if time.monotonic() > next_look:
+                next_look = time.monotonic() + ARRIVAL_LOOK
+                reason = watch()
+                if reason is not None:
+                    raise reason
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
