@@ -1,13 +1,14 @@
 # make demo    set up, train a small GPT on Python's own source with all cores, check its bits against one worker
 # make check   set up, run linters and the tests that stay in one process, in a few minutes
 # make test    set up, run linters and all tests
+# make soak    kill workers at random for SECONDS=600, and compare bits
 # make bench   set up the peers, run the benchmarks (about 45 minutes on 2 cores)
 # make clean   remove what these made
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo check check-quick check-memory check-bits lint test bench clean
+.PHONY: demo check check-quick check-memory check-bits lint test soak bench clean
 
 demo: .venv/ready
 	$(BIN)/lightwork run -n auto --set device=cpu examples/gpt_stdlib.py --digests build/demo/digests.json
@@ -35,6 +36,11 @@ lint: .venv/ready
 
 test: check
 	$(BIN)/python -m pytest -q $(addprefix --ignore=tests/,architecture pure contract data engine)
+
+SECONDS ?= 600
+
+soak: .venv/ready
+	$(BIN)/python benchmarks/soak.py --seconds $(SECONDS)
 
 bench: .venv/bench-ready
 	$(BIN)/python benchmarks/bench.py

@@ -24,6 +24,9 @@ from lightwork.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
+#: The newest one's folder in a run directory.
+DEFAULT = "checkpoint"
+
 #: What the files of tensors are called, without their suffix.
 TENSOR_FILES = ("model", "buffers", "optimizer", "kept")
 
@@ -85,7 +88,7 @@ def older(path: Path) -> list[Path]:
 
 def _keep(replaced_one: Path, path: Path, keep: int) -> None:
     """Let a checkpoint that was replaced be found by its step, if it is of another one; remove what is too old."""
-    step, now = (_step_of(folder) for folder in (replaced_one, path))
+    step, now = (step_of(folder) for folder in (replaced_one, path))
     if step is not None and step != now:
         place = path.with_name(f"{path.name}-{step:06d}")
         shutil.rmtree(place, ignore_errors=True)
@@ -94,7 +97,7 @@ def _keep(replaced_one: Path, path: Path, keep: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _step_of(folder: Path) -> int | None:
+def step_of(folder: Path) -> int | None:
     """Return the step of a checkpoint; None where there is none, or it can not be read."""
     try:
         return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["position"]["step"])

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         _open_what_is_closed()
         start_again()
-    from lightwork.cli import check, run  # what is slow to import comes after that
+    from lightwork.cli import check, run, verify  # what is slow to import comes after that
 
     parser = argparse.ArgumentParser(
         prog="lightwork",
@@ -30,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     run.add_parser(verbs)
     check.add_parser(verbs)
+    verify.add_parser(verbs)
     options = parser.parse_args(arguments)
-    verb = {"run": run.carry_out, "check": check.carry_out}[options.verb]
+    verb = {"run": run.carry_out, "check": check.carry_out, "verify": verify.carry_out}[options.verb]
     try:
         return verb(options)
     except LightworkError as error:

@@ -19,7 +19,7 @@ from lightwork.launcher.local import launch, log_of, preload
 from lightwork.launcher.script import Script
 from lightwork.launcher.supervisor import Ended, Outcome
 from lightwork.observer.progress import RunProgress
-from lightwork.run.folder import create_run_dir, prepare_run_dir
+from lightwork.run.folder import create_run_dir, prepare_run_dir, write_records
 from lightwork.spec.plan import SETTABLE, Carriage
 from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.rendezvous import Progress
@@ -109,6 +109,9 @@ def carry_out(options: argparse.Namespace) -> int:
         return 128 + signal.SIGINT
     run_dir = (Path(options.run_dir) if options.run_dir else create_run_dir(Path("runs"))).absolute()
     prepare_run_dir(run_dir)
+    command = {"script": options.script, "is_module": options.is_module, "arguments": options.arguments}
+    command |= {"folder": os.getcwd(), "settings": settings}
+    write_records(run_dir, {"command": json.dumps(command, indent=2)})
     logged = {rank: _size(log_of(run_dir, rank)) for rank in range(num_workers)}
     display = RunProgress(run_dir, num_workers, quiet=options.quiet, live=_is_drawable(), skip_existing=True)
     finished = False

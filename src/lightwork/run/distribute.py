@@ -175,6 +175,8 @@ def distribute(
     values = Path(weights) if weights is not None else None
     description, holdings, plan, joined = _join_team(model, optimizers, spec, plan, values, environment)
     team = joined.team
+    if environment.replays:
+        run_dir = resume = None
     wanted = Wanted(run_dir=run_dir, launched=environment.run_dir, resume=resume, name=name)
     folder, candidates = agree_on_folder(team, wanted, EXITS.folders())
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None, notice)

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from lightwork.errors import SpecError
 
+#: Set for the workers of a team that replays: see `Environment.replays`.
+REPLAY = "LIGHTWORK_REPLAY"
+
 
 class Launcher(Enum):
     """Who started this process."""
@@ -47,6 +50,7 @@ class Environment:
     job: str = ""  #: what the launcher calls the job, so that two on one machine do not meet
     attempt: str = "0"  #: of torchrun, which starts all workers anew after a failure
     run_dir: str | None = None
+    replays: bool = False  #: it trains what was trained before, in `run_dir`, whatever the script says
     settings: Mapping[str, object] = field(default_factory=dict, hash=False)  #: `--set NAME=VALUE`, parsed
 
     def __post_init__(self) -> None:
@@ -97,6 +101,7 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
         interface=env.get("GLOO_SOCKET_IFNAME"),
         machine=_machine(env),
         run_dir=env.get("LIGHTWORK_RUN_DIR"),
+        replays=REPLAY in env,
         settings=json.loads(env.get("LIGHTWORK_SETTINGS", "{}")),
         address=env.get("MASTER_ADDR"),
         port=_number(env, "MASTER_PORT"),
