@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,8 @@ import torch
 from lightwork.checkpoint import folder as folders
 from lightwork.checkpoint.checkpoint import Checkpoint, load_whole
 from lightwork.errors import CheckpointError, UsageError
-from lightwork.team.environment import REPLAY
+from lightwork.team.environment import environment_of_replay
+from lightwork.units import format_seconds
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -151,7 +151,7 @@ def _ended_afterwards(arguments: list[str], folder: str, output: Any) -> Iterato
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env={name: value for name, value in os.environ.items() if not name.startswith("LIGHTWORK_")} | {REPLAY: "1"},
+        env=environment_of_replay(),
     )
     try:
         yield process

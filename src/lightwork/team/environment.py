@@ -20,7 +20,7 @@ from pathlib import Path
 from lightwork.errors import SpecError
 
 #: Set for the workers of a team that replays: see `Environment.replays`.
-REPLAY = "LIGHTWORK_REPLAY"
+_REPLAY = "LIGHTWORK_REPLAY"
 
 
 class Launcher(Enum):
@@ -76,6 +76,12 @@ class Environment:
         return variables
 
 
+def environment_of_replay() -> dict[str, str]:
+    """Return the variables with which `lightwork run` is started for a team that replays, and belongs to no other."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTWORK_")}
+    return {**own, _REPLAY: "1"}
+
+
 def make_cublas_deterministic() -> None:
     """Set what cuBLAS reads when it is first used; without it, products may differ from one call to the next."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -101,7 +107,7 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
         interface=env.get("GLOO_SOCKET_IFNAME"),
         machine=_machine(env),
         run_dir=env.get("LIGHTWORK_RUN_DIR"),
-        replays=REPLAY in env,
+        replays=_REPLAY in env,
         settings=json.loads(env.get("LIGHTWORK_SETTINGS", "{}")),
         address=env.get("MASTER_ADDR"),
         port=_number(env, "MASTER_PORT"),
