@@ -105,6 +105,19 @@ def test_rates_are_right_while_one_worker_is_read_less_far_than_another() -> Non
     assert len(summary._amounts) <= 2 * WINDOW + 1
 
 
+def test_a_summary_goes_on_when_the_worker_that_told_it_first_is_gone() -> None:
+    summary = Summary()
+    for index in range(5):
+        for rank in (0, 1):
+            summary.feed(rank, step(index, 1e9 + index))
+    for index in range(5, 9):
+        summary.feed(1, step(index, 1e9 + index))
+    assert summary.step == 8
+    assert summary.seconds_per_step == 1.0
+    summary.feed(0, step(6, 1e9 + 6))  # one that is read late
+    assert summary.step == 8
+
+
 def test_much_output_is_drawn_together_in_order_and_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:

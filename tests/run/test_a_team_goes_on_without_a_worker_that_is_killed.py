@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lightwork
 from lightwork.checkpoint import checkpoint as checkpoints
@@ -299,3 +299,140 @@ def test_without_the_record_of_an_update_a_death_in_its_middle_is_seen() -> None
 
     survivor = fork_team(2, job)[0]
     assert survivor.error is not None or survivor.value != undisturbed()
+
+
+# --- all kinds of data, and two runs in one script -------------------------------------------------------------------
+
+
+class Lanes(IterableDataset[Any]):
+    """A stream in shards."""
+
+    num_shards = 8
+
+    def shard(self, *, num_shards: int, index: int) -> Iterator[torch.Tensor]:
+        for position in range(7):
+            yield torch.full((6,), index + position / 10) + torch.rand(6)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for index in range(self.num_shards):
+            yield from self.shard(num_shards=self.num_shards, index=index)
+
+
+class InOrder(IterableDataset[Any]):
+    """A stream that has only one order."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for index in range(60):
+            yield torch.full((6,), index / 10) + torch.rand(6)
+
+
+class Augmented(Dataset[Any]):
+    """Samples that draw."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((6,), index / 10) + torch.rand(6)
+
+
+DATA: dict[str, Callable[[], Any]] = {
+    "samples, fetched ahead": lambda: DataLoader(Augmented(), num_workers=2),
+    "a stream in shards": Lanes,
+    "a stream in shards, fetched ahead": lambda: DataLoader(Lanes(), num_workers=1, batch_size=1),
+    "a stream": InOrder,
+}
+
+
+def train_on(data: Callable[[], Any], deaths: dict[int, int]) -> list[tuple[float, str]]:
+    """Train for two epochs; a worker is killed before a call of its forward."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run = lightwork.distribute(model, optimizer, global_batch=12, micro_batch=2, run_dir=new_folder())
+    seen, calls = [], 0
+    for step in run.steps(data(), epochs=2):
+        for x in step:
+            calls += 1
+            if deaths.get(run.rank) == calls:
+                die()
+            step.backward(model(x).square().mean())
+        seen.append((step.loss, run.digest()))
+    return seen
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_what_a_killed_worker_was_to_read_is_read_by_others(data: Callable[[], Any], victim: int) -> None:
+    (alone,) = fork_team(1, partial(train_on, data, {}))
+    assert alone.error is None, alone.error
+    results = fork_team(3, partial(train_on, data, {victim: 3}))
+    living = [result for result in results if result.rank != victim]
+    assert [result.error for result in living] == [None, None]
+    assert [result.value for result in living] == [alone.value] * 2
+    assert results[victim].status == -signal.SIGKILL
+
+
+def train_two(dies_at: int | None) -> list[str]:
+    """Train two models, of which the loss of one goes through the other."""
+    torch.manual_seed(3)
+    models = nn.Linear(6, 6), nn.Linear(6, 1)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
+    folder = new_folder()
+    first, second = (
+        lightwork.distribute(model, optimizer, global_batch=8, micro_batch=2, run_dir=folder, name=name)
+        for model, optimizer, name in zip(models, optimizers, ("generator", "critic"), strict=True)
+    )
+    data = torch.randn(48, 6, generator=torch.Generator().manual_seed(1))
+    seen, calls = [], 0
+    both = zip(first.steps(list(data), epochs=1), second.steps(list(data), epochs=1), strict=True)
+    for one, other in both:
+        for x in one:
+            one.backward(models[1](models[0](x)).mean())
+        for x in other:
+            calls += 1
+            if calls == dies_at and first.rank == 1:
+                die()
+            other.backward(models[1](x).square().mean())
+        seen.append(first.digest() + second.digest())
+    return seen
+
+
+def test_both_runs_of_a_script_go_on() -> None:
+    (alone,) = fork_team(1, partial(train_two, None))
+    assert alone.error is None, alone.error
+    results = fork_team(2, partial(train_two, 4))
+    assert results[1].status == -signal.SIGKILL
+    assert results[0].error is None, results[0].error
+    assert results[0].value == alone.value
+
+
+def evaluate_on(data: Callable[[], Any], deaths: dict[int, int]) -> tuple[float, list[float]]:
+    """Evaluate; a worker is killed with a batch in hand."""
+    torch.manual_seed(3)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run = lightwork.distribute(model, optimizer, global_batch=12, micro_batch=2, run_dir=new_folder())
+    calls = 0
+    with run.evaluate(data()) as ev:
+        for x in ev:
+            calls += 1
+            if deaths.get(run.rank) == calls:
+                die()
+            ev.add("loss", model(x).square().mean())
+            ev.gather("out", model(x)[:, 0])
+    return ev["loss"], ev["out"].tolist()
+
+
+@pytest.mark.parametrize("data", ["samples, fetched ahead", "a stream"])
+def test_the_batches_that_a_killed_worker_had_are_evaluated_by_others_or_named(data: str) -> None:
+    (alone,) = fork_team(1, partial(evaluate_on, DATA[data], {}))
+    assert alone.error is None, alone.error
+    results = fork_team(3, partial(evaluate_on, DATA[data], {1: 2}))
+    assert results[1].status == -signal.SIGKILL
+    for result in (results[0], results[2]):
+        if data == "a stream":
+            assert "a stream is not read twice" in str(result.error)
+        else:
+            assert result.error is None, result.error
+            assert result.value == alone.value

@@ -18,7 +18,6 @@ from rich.text import Text
 
 from lightwork.observer.summary import Summary
 from lightwork.observer.tail import Tail
-from lightwork.spec.roster import FIRST_RANK
 from lightwork.units import format_count, format_seconds
 
 #: Seconds between two refreshes of the live display; each costs a few milliseconds of a core that a worker may need.
@@ -46,7 +45,7 @@ class _Watched:
             Tail(
                 folder / "trace" / f"rank{rank}.jsonl",
                 max_read=max(_READ_BYTES // num_workers, 16 * 1024),
-                keep='"name": "steps"' if rank == FIRST_RANK else None,
+                keep='"name": "steps"',
                 skip_existing=skip_existing,
             )
             for rank in range(num_workers)

@@ -1,12 +1,13 @@
-"""Where a run stands, from the records of its workers' traces. Pure: records in, numbers out."""
+"""Where a run stands, from the records of its workers' traces. Pure: records in, numbers out.
+
+All workers tell the same of a step and of a loop. Who tells it first is believed, so that it does not matter who dies.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
-
-from lightwork.spec.roster import FIRST_RANK
 
 #: Steps over which rates and shares are taken.
 WINDOW = 100
@@ -52,6 +53,7 @@ class Summary:
         default_factory=dict, init=False
     )  # step -> samples, tokens, workers
     _newest: int = field(default=-1, init=False)
+    _loop: int = field(default=-1, init=False)  # the step at which the present loop began
     first_time: float | None = None
     last_time: float | None = None
 
@@ -63,14 +65,15 @@ class Summary:
             activity = ACTIVITY_OF.get(record["name"])
             if activity is not None:
                 worker.add_seconds(activity, record["seconds"])
-        elif kind == "event" and name == "steps" and rank == FIRST_RANK:
+        elif kind == "event" and name == "steps":
             if self.first_time is None:
                 self.first, self.first_time = record["first"], record["at"]
-            self.total = record["total"]
+            if record["first"] >= self._loop or record["first"] < self._loop - WINDOW:  # else one of a loop before
+                self._loop, self.total = record["first"], record["total"]
         elif kind == "event" and name == "step":
-            self._feed_step(rank, worker, record)
+            self._feed_step(worker, record)
 
-    def _feed_step(self, rank: int, worker: WorkerSummary, record: dict[str, Any]) -> None:
+    def _feed_step(self, worker: WorkerSummary, record: dict[str, Any]) -> None:
         step = record["step"]
         worker.micro_batches.append(len(record["micro_batches"]))
         if step > self._newest:
@@ -80,7 +83,7 @@ class Summary:
         if step >= self._newest - WINDOW:
             samples, tokens, reports = self._amounts.get(step, (0, 0, 0))
             self._amounts[step] = (samples + record["samples"], tokens + record["tokens"], reports + 1)
-        if rank == FIRST_RANK:
+        if step > self.step or step < self.step - WINDOW:  # back to an earlier checkpoint
             self.step, self.loss, self.grad_norm = step, record["loss"], record["grad_norm"]
             self._times.append((step, record["at"]))
             if self.first_time is None:

@@ -88,8 +88,7 @@ class Passes:
                     "has none left: what the loop sets for the code after it (`step`, say) is not set. run.keep(...) "
                     "holds values, and run.save() after that code leaves nothing of it to be done."
                 )
-            share = partial(self._team.roster.share, self._team.rank)
-            loader = feed.load(upcoming(order, start.epoch, start.step_in_epoch, left, share))
+            loader = feed.load(upcoming(order, start.epoch, start.step_in_epoch, left, self._share))
             while total is None or course.at.steps_in_call < total:
                 epoch, step_in_epoch = next(walk(order, course.at.epoch, course.at.step_in_epoch))
                 if epochs is not None and epoch >= start.first_epoch + epochs:
@@ -117,6 +116,10 @@ class Passes:
             self._end_loop(broken=broken)
             if loader is not None:
                 loader.close()
+
+    def _share(self, num_micro_batches: int) -> range:
+        """Return the micro-batches of a step that fall to this worker, for all that is known of who is there."""
+        return self._team.board.roster.share(self._team.rank, num_micro_batches)
 
     def _save_all(self, step: int) -> None:
         """Save, unless a worker has left the loop after this step: it does not come here."""
