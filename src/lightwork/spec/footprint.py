@@ -176,14 +176,15 @@ def _slots_of(holdings: Holdings, micro_batches: range, *, keeps_sent: bool) -> 
 def working_set_bytes(holdings: Holdings) -> int:
     """Return what a worker needs beside the parts, at most.
 
-    Scratch of an update; the largest parameter in backward (its weight, its gradient as autograd makes it, and its
-    partial sum); with several hosts, the gradients that are on their way, and with zero3 the weights. On a device
-    also the buckets of what is offloaded that come, are updated and leave. (What is read ahead from disk is not
-    mapped.)
+    Scratch of an update and, in an elastic team, a record of what it changes; the largest parameter in backward (its
+    weight, its gradient as autograd makes it, and its partial sum); with several hosts, the gradients that are on their
+    way, and with zero3 the weights. On a device also the buckets of what is offloaded that come, are updated and leave.
+    (What is read ahead from disk is not mapped.)
     """
     depths, wire = holdings.depths, ITEMSIZE[holdings.spec.wire]
-    sizes = [sum(s.numel for s in spans_of(holdings.layout, bucket)) for bucket in holdings.layout.buckets]
-    of_bucket = max(sizes, default=0)
+    spans = [[s.numel for s in spans_of(holdings.layout, bucket)] for bucket in holdings.layout.buckets]
+    of_bucket = max(map(sum, spans), default=0)
+    record = max(map(max, spans), default=0) * (4 + sum(holdings.state.itemsizes.values())) * holdings.dials.elastic
     largest = max((p.numel * (2 * ITEMSIZE[p.dtype] + 4) for p in holdings.layout.parameters), default=0)
     totals = holdings.num_places - holdings.num_slots
     between_hosts = totals * of_bucket * wire * (depths.backlog + 2 * depths.turns * holdings.roster.num_hosts)
@@ -194,7 +195,7 @@ def working_set_bytes(holdings: Holdings) -> int:
     weights = of_bucket * holdings.widths.weight * coming
     if not holdings.memories.has_device:
         entries = len(holdings.state.itemsizes) + 2  # beside the state: master and gradient
-        return of_bucket * 4 * (entries + 2) + largest + between_hosts + weights
+        return of_bucket * 4 * (entries + 2) + record + largest + between_hosts + weights
     staged = 0
     if any(home is not Home.HERE for home in holdings.homes_of("optimizer")):
         staged = sum(holdings.state.itemsizes.values()) + holdings.widths.master_apart
