@@ -116,6 +116,10 @@ def test_a_summary_goes_on_when_the_worker_that_told_it_first_is_gone() -> None:
     assert summary.seconds_per_step == 1.0
     summary.feed(0, step(6, 1e9 + 6))  # one that is read late
     assert summary.step == 8
+    assert set(summary.shares()) == {0, 1}
+    for index in range(9, 9 + WINDOW):
+        summary.feed(1, step(index, 1e9 + index))
+    assert set(summary.shares()) == {1}
 
 
 def test_much_output_is_drawn_together_in_order_and_whole(

@@ -30,6 +30,7 @@ class WorkerSummary:
 
     micro_batches: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))  #: of each step
     seconds: dict[str, float] = field(default_factory=dict)  #: by activity
+    step: int = -1  #: the last one that it told of
 
     def add_seconds(self, activity: str, seconds: float) -> None:
         """Count time; what is older counts less."""
@@ -74,7 +75,7 @@ class Summary:
             self._feed_step(worker, record)
 
     def _feed_step(self, worker: WorkerSummary, record: dict[str, Any]) -> None:
-        step = record["step"]
+        step = worker.step = record["step"]
         worker.micro_batches.append(len(record["micro_batches"]))
         if step > self._newest:
             self._newest = step
@@ -135,7 +136,8 @@ class Summary:
         return max(0, self.total - 1 - self.step) * seconds
 
     def shares(self) -> dict[int, float]:
-        """Return each worker's part of the last micro-batches."""
-        counts = {rank: sum(worker.micro_batches) for rank, worker in self.workers.items()}
+        """Return each worker's part of the last micro-batches; none of one that is not heard of any more."""
+        heard = {rank: worker for rank, worker in self.workers.items() if worker.step >= self.step - WINDOW}
+        counts = {rank: sum(worker.micro_batches) for rank, worker in heard.items()}
         total = sum(counts.values())
         return {rank: count / total if total else 0.0 for rank, count in sorted(counts.items())}
