@@ -144,7 +144,7 @@ class Supervisor:
         self._ended: list[Ended] = []
         self._culprit: Ended | None = None
         self._interrupted: int | None = None
-        self._shown = FIRST_RANK
+        self._shown = {FIRST_RANK}  # whose output is shown; of one that died the rest may still come
         self._lost: set[int] = set()  # ranks that were killed, and that the others went on without
         self._kill_at: float | None = None
         self._judge_at: float | None = None
@@ -158,13 +158,13 @@ class Supervisor:
     def forward(self, rank: int, log: Path, show: Callable[[bytes], None]) -> int:
         """Return a descriptor, the caller's, for a worker: all that is written there goes to the file `log`.
 
-        Also to `show`, while it is this worker whose output is shown: the first one that is there.
+        Also to `show`, if it is this worker whose output is shown: the first one that is there.
         """
         sink = self._logs.setdefault(log, _Log(log))
 
         def pass_on(data: bytes) -> None:
             sink.write(data)
-            if rank == self._shown:
+            if rank in self._shown:
                 show(data)
             if sink.problem and log not in self._told:
                 self._told.add(log)
@@ -275,8 +275,8 @@ class Supervisor:
                     ended.rank == FIRST_RANK
                 )
                 self._tell(f"{ended.describe_end()} The others go on.{main}")
-        if self._shown in self._lost and self._running:
-            self._shown = min(self._running)
+        if self._shown <= self._lost and self._running:
+            self._shown.add(min(self._running))
 
     def _is_survived(self, ended: Ended) -> bool:
         """Return whether a worker was killed that the others can do without, and any of them does."""
