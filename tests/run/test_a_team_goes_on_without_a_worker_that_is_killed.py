@@ -28,6 +28,7 @@ from lightwork.engine.backward.gradients import Gradients
 from lightwork.engine.engine import Engine
 from lightwork.engine.update import Updater
 from lightwork.launcher.team import WorkerResult, fork_team
+from lightwork.run.automatic import Automatic
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.step import Step
 from lightwork.spec.layout import span_of
@@ -40,6 +41,7 @@ from lightwork.state.weights import Weights
 from lightwork.team import board as boards
 from lightwork.team.board import Board
 from lightwork.team.ledger import Ledger
+from lightwork.team.presence import Presence
 from lightwork.team.team import Team
 from lightwork.transport.mailboxes import HostTransport
 from tests.training import in_small_pieces, new_folder
@@ -162,6 +164,9 @@ POINTS = {
     "writing the manifest": Point(checkpoints, "_write_rest", 1, "after"),
     "putting a checkpoint in its place": Point(folders, "_put", 1, "after"),
     "having saved": Point(checkpoints, "save", 1, "after"),
+    "before arriving where all save": Point(Team, "wait_for_arrivals", 1),
+    "having arrived where all save": Point(Presence, "arrive", 2, "after"),
+    "saving by itself": Point(Automatic, "save", 2),
     "in the last step": Point(Step, "backward", 7),
 }
 
@@ -175,7 +180,9 @@ def train(deaths: dict[int, Point], folder: Path, **settings: Any) -> Seen:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
     x, y = torch.randn(96, 6), torch.randint(3, (96,))
     run = lightwork.distribute(
-        model, optimizer, **{"global_batch": 24, "micro_batch": 3, "clip_grad_norm": 1.0, "run_dir": folder, **settings}
+        model,
+        optimizer,
+        **{"global_batch": 24, "micro_batch": 3, "clip_grad_norm": 1.0, "run_dir": folder, "save_every": 2, **settings},
     )
     if run.rank in deaths:
         deaths[run.rank].arm()

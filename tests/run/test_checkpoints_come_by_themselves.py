@@ -137,3 +137,26 @@ def test_one_that_can_not_be_written_is_told_of_and_training_goes_on(capfd: pyte
 def test_a_time_that_is_none_is_refused(save_every: Any) -> None:
     with pytest.raises(lightwork.SpecError, match=r"neither a time nor a number of steps"):
         lightwork.Plan(save_every=save_every)
+
+
+def test_after_the_death_of_the_main_worker_the_next_one_says_when_to_save() -> None:
+    """In a loop in which nobody meets."""
+    folder = new_folder()
+
+    def job() -> int:
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        run = lightwork.distribute(model, optimizer, global_batch=8, micro_batch=2, run_dir=folder, save_every="0.05s")
+        for step in run.steps(TensorDataset(torch.randn(800, 5)), epochs=1):
+            for (x,) in step:
+                if run.rank == 0 and step.index == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.002)
+                step.backward(model(x).square().mean())
+        return int(run.step_index)
+
+    dead, survivor = fork_team(2, job)
+    assert dead.status == -signal.SIGKILL
+    assert survivor.value == 100, survivor.error
+    assert steps_in(folder)[1] > 10

@@ -80,8 +80,8 @@ class Team:
 
     @property
     def is_main(self) -> bool:
-        """Whether this worker decides for the team, and its output is shown."""
-        return self.rank == self.roster.main
+        """Whether this worker speaks for the team, and its output is shown, for all that it knows of who is there."""
+        return self.rank == self.board.roster.main
 
     @property
     def is_leader(self) -> bool:
@@ -302,7 +302,8 @@ class Team:
 
     def _others(self) -> list[int]:
         """Return the places of the other workers of this host that are not known to be dead."""
-        return [local for local in self.board.roster.local_ranks(self._host) if local != self.local_rank]
+        board, own = self.board, self.local_rank
+        return [local for local in board.roster.local_ranks(self._host) if local != own and not board.is_dead(local)]
 
     def _name(self, local_rank: int) -> int:
         """Return the rank of a worker of this host."""
