@@ -124,16 +124,19 @@ class StateCalls:
         Raises: CheckpointError when it is of another model, optimizer or spec; DamagedCheckpoint on every worker.
         """
         trained, team = self._trained, self._team
-        roster = team.roster
-        own = roster.ranks(roster.host_of(team.rank))
-        try:
-            checkpoint = saved if isinstance(saved, Checkpoint) else checkpoints.load_whole(saved)
-            problem = checkpoint.damage(own.index(team.rank), len(own))  # on each host: it may have a disk of its own
-        except DamagedCheckpoint as error:
-            problem = str(error)
-        for found in team.meet("load", problem.encode()):
-            if found:
-                raise DamagedCheckpoint(found.decode())
+        while True:
+            there = team.roster
+            own = there.ranks(there.host_of(team.rank))
+            try:
+                checkpoint = saved if isinstance(saved, Checkpoint) else checkpoints.load_whole(saved)
+                problem = checkpoint.damage(own.index(team.rank), len(own))  # each host may have a disk of its own
+            except DamagedCheckpoint as error:
+                problem = str(error)
+            for found in team.meet("load", problem.encode()):
+                if found:
+                    raise DamagedCheckpoint(found.decode())
+            if team.roster == there:  # else someone has died over it, and with it what it should have looked at
+                break
         checkpoints.check_fits(checkpoint, self._spec, trained)
         checkpoints.restore(checkpoint, trained, is_leader=False)
 
