@@ -43,7 +43,8 @@ def test_a_run_shows_the_main_workers_output_keeps_the_others_and_leaves_its_dir
         assert f"to standard error {rank}" in result.log(rank)
 
     run_dir = result.run_dir
-    assert {p.name for p in run_dir.iterdir()} == {"spec.json", "plan.json", "roster.json", "trace", "log"}
+    records = {"command.json", "spec.json", "plan.json", "roster.json"}
+    assert {p.name for p in run_dir.iterdir()} == {*records, "trace", "log"}
     spec, plan, roster = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("spec", "plan", "roster"))
     assert (spec["global_batch"], spec["micro_batch"], spec["seed"]) == (16, 2, 5)
     assert (plan["world_size"], plan["steal"]) == (3, False)
