@@ -48,6 +48,6 @@ def test_memory_stays_as_it_was_after_the_third_step(settings: dict[str, Any]) -
     parameters = (256 * 512 * 2 + 768) * 4
     # Stolen micro-batches go to slots of their own, whose pages come when they are first needed.
     for seen in run_team(2, taken_by_step, settings={**settings, "steal": False}):
-        # Scratch comes with the first update that falls to a worker, whenever that is. One set of gradients lost in
-        # each step would be 37 of them.
-        assert max(seen[3:]) - max(seen[:3]) < 5 * parameters, [size - seen[0] for size in seen]
+        # Scratch, and in the journal a record of a block (6 bytes a parameter here), come with the first update that
+        # falls to a worker, whenever that is. One set of gradients lost in each step would be 37 of them.
+        assert max(seen[3:]) - max(seen[:3]) < 8 * parameters, [size - seen[0] for size in seen]
