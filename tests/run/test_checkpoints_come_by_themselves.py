@@ -18,7 +18,7 @@ import lightwork
 from lightwork.checkpoint import folder as folders
 from lightwork.launcher.team import fork_team
 from lightwork.run.automatic import Automatic
-from tests.training import new_folder, run_team
+from tests.training import new_folder, run_team, tiny_run
 
 
 def train(folder: Path, *, stops_after: int | None = None, leaves: int | None = None, **settings: Any) -> list[Any]:
@@ -160,3 +160,22 @@ def test_after_the_death_of_the_main_worker_the_next_one_says_when_to_save() -> 
     assert dead.status == -signal.SIGKILL
     assert survivor.value == 100, survivor.error
     assert steps_in(folder)[1] > 10
+
+
+def test_those_that_a_script_puts_elsewhere_are_its_own_affair() -> None:
+    folder = new_folder()
+
+    def job() -> None:
+        run = tiny_run(run_dir=folder)
+        for step in run.steps(TensorDataset(torch.randn(48, 3)), epochs=1):
+            for (x,) in step:
+                step.backward(run.model(x).square().mean())
+            run.save(folder / "mine")
+            run.save()
+
+    run_team(2, job)
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(("mine", "checkpoint"))) == [
+        "checkpoint",
+        "checkpoint-000005",
+        "mine",
+    ]

@@ -72,11 +72,12 @@ class Run:
         self._course = Course()
         self._kept = Kept()
         self._saves = Saves(spec, engine.trained, self._course, self._kept)
-        self._state = StateCalls(spec, team, engine.trained, self._saves, trace, keep=plan.keep_checkpoints)
+        newest = run_dir / DEFAULT_NAMES["lightwork"]
+        self._state = StateCalls(spec, team, engine.trained, self._saves, trace, keep=plan.keep_checkpoints, at=newest)
         self._guard = Guard(
             engine.optimizers, engine.trained.optimizer_state, partial(self._state.load_optimizer, engine)
         )
-        self._automatic = Automatic(plan, team, self._state, model, run_dir / DEFAULT_NAMES["lightwork"])
+        self._automatic = Automatic(plan, team, self._state, model, newest)
         self._passes = Passes(team, engine, self._course, self._saves, self._automatic, self._guard, trace)
         # A script's function that ends lets go of its run: in a cycle it lives on for the end of the script to find.
         self._passes.owner = self

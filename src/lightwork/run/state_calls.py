@@ -30,14 +30,14 @@ class StateCalls:
     """The calls of one run."""
 
     def __init__(
-        self, spec: Spec, team: Team, trained: TrainedState, saves: Saves, trace: Trace, *, keep: int = 1
+        self, spec: Spec, team: Team, trained: TrainedState, saves: Saves, trace: Trace, *, keep: int, at: Path
     ) -> None:
-        """Of checkpoints in one place the last `keep` stay."""
+        """Of checkpoints that are saved `at` a path the last `keep` stay; elsewhere the last one."""
         self._spec = spec
         self._team = team
         self._trained = trained
         self._saves = saves
-        self._keep = keep
+        self._keep, self._keep_at = keep, at
         self._trace = trace
 
     @contextlib.contextmanager
@@ -89,8 +89,9 @@ class StateCalls:
             writer = team.roster.main
             description = said if team.rank == writer else None
             if form == "lightwork":
+                keep = self._keep if path == self._keep_at else 1
                 problem = checkpoints.save(
-                    path, self._trained, description, team.meet, is_leader=team.is_leader, keep=self._keep
+                    path, self._trained, description, team.meet, is_leader=team.is_leader, keep=keep
                 )
             else:
                 settings = None if description is None else description.settings
