@@ -271,10 +271,10 @@ class Supervisor:
         for ended in self._ended:
             if ended.status < 0 and ended.rank not in self._lost and ended not in failures and self._kill_at is None:
                 self._lost.add(ended.rank)
-                main = " It was the main one: what a script does if run.is_main is not done any more." * (
-                    ended.rank == FIRST_RANK
-                )
-                self._tell(f"{ended.describe_end()} The others go on.{main}")
+                text = f"{ended.describe_end()} The others go on."
+                if ended.rank == FIRST_RANK:
+                    text += " It was the main one: what a script does if run.is_main is not done any more."
+                self._tell(text)
         if self._shown <= self._lost and self._running:
             self._shown.add(min(self._running))
 

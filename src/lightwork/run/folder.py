@@ -115,7 +115,7 @@ class RunFolders:
 #: Those of this process.
 FOLDERS = RunFolders()
 
-_TAKEN_NAMES = ("trace", "log", "checkpoint")
+_TAKEN_NAMES = ("trace", "log", folders.DEFAULT)
 
 
 def check_name(name: str | None) -> None:
@@ -162,7 +162,7 @@ def agree_on_folder(team: Team, wanted: Wanted, living: Collection[Path]) -> tup
             _lead_to(folder, launched)
         candidates = [Path(resume)] if resume is not None else []
         if resume is None and is_found_again:
-            newest = folder / "checkpoint"
+            newest = folder / folders.DEFAULT
             candidates = [path for path in (newest, *folders.older(newest)) if folders.exists(path)]
         found = {
             "folder": str(folder.absolute()),

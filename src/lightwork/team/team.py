@@ -218,9 +218,7 @@ class Team:
         there = (Activity.WAITING, Activity.MEETING)
         busy = [local for local in self._others() if self.presence.activity(local) not in there]
         if busy and self._lateness.is_due(self.rank, since, time.monotonic()):
-            doing = "; ".join(
-                self.presence.describe_worker(local) + " (stopped)" * self._peers.stopped(local) for local in busy
-            )
+            doing = "; ".join(map(self._describe, busy))
             notice(f"rank {self.rank} waits {where} for: {doing}.")
 
     def _bury_the_dead(self) -> None:
@@ -257,9 +255,8 @@ class Team:
         if local is not None and self._peers.stopped(local):
             self._end_the_stopped("for the lock of the team's memory, which it holds")
         if self._lateness.is_due(self.rank, time.monotonic() - seconds, time.monotonic()):
-            who = f"pid {pid}" if local is None else self.presence.describe_worker(local)
-            stopped = ", and is stopped" if local is not None and self._peers.stopped(local) else ""
-            notice(f"rank {self.rank} has waited {seconds:.0f} s for the lock that {who} holds{stopped}.")
+            who = f"pid {pid}" if local is None else self._describe(local)
+            notice(f"rank {self.rank} has waited {seconds:.0f} s for the lock of the team's memory, held by: {who}.")
 
     def _missing_from_step(self, step: int) -> TeamError | None:
         presence = self.presence
@@ -299,6 +296,11 @@ class Team:
                     f"{presence.describe_worker(local)}. {_SAME_CALLS}"
                 )
         return None
+
+    def _describe(self, local_rank: int) -> str:
+        """Return who a worker is, what it is doing, and whether it is stopped."""
+        described = self.presence.describe_worker(local_rank)
+        return f"{described} (stopped)" if self._peers.stopped(local_rank) else described
 
     def _others(self) -> list[int]:
         """Return the places of the other workers of this host that are not known to be dead."""
