@@ -67,6 +67,17 @@ class Point:
     when: str = "before"
     spoil: Callable[..., None] | None = None  #: what the middle of it leaves, from its arguments
     end: Callable[[], None] = die
+    only: Path | None = None  #: a flag that the first worker to come there writes; the others go on
+
+    def _is_it(self) -> bool:
+        """Return whether this process is to end here."""
+        if self.only is None:
+            return True
+        try:
+            self.only.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def arm(self) -> None:
         """Let this process die there."""
@@ -76,13 +87,14 @@ class Point:
         def counted(*arguments: Any, **named: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls == self.turn and self.when == "before":
+            here = calls == self.turn and self._is_it()
+            if here and self.when == "before":
                 self.end()
-            if calls == self.turn and self.spoil is not None:
+            if here and self.spoil is not None:
                 self.spoil(*arguments, **named)
                 self.end()
             result = call(*arguments, **named)
-            if calls == self.turn:
+            if here:
                 self.end()
             return result
 
@@ -292,7 +304,8 @@ def test_every_place_and_type_of_state_is_put_back(settings: dict[str, Any], nam
 def test_a_worker_that_is_stopped_for_longer_than_its_lease_is_ended(
     name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    results = fork_team(3, partial(train, {1: replace(POINTS[name], end=stop)}, new_folder(), plan=Plan(lease=0.5)))
+    point = replace(POINTS[name], end=stop, only=new_folder() / "stopped")  # a given one may never come there
+    results = fork_team(3, partial(train, dict.fromkeys(range(3), point), new_folder(), plan=Plan(lease=0.5)))
     check(results, undisturbed(), 1)
     assert "is ended: it was stopped for" in capfd.readouterr().err
 
@@ -302,9 +315,10 @@ def test_without_the_record_of_an_update_a_death_in_its_middle_is_seen() -> None
 
     def job() -> Seen:
         UndoJournal.begin = lambda self, granule: self._done[granule.number] != self._step + 1  # type: ignore[method-assign]
-        return train({1: POINTS["in an update"]}, new_folder())
+        return train(dict.fromkeys(range(2), replace(POINTS["in an update"], only=flag)), new_folder())
 
-    survivor = fork_team(2, job)[0]
+    flag = new_folder() / "dead"
+    (survivor,) = (result for result in fork_team(2, job) if result.status != -signal.SIGKILL)
     assert survivor.error is not None or survivor.value != undisturbed()
 
 
