@@ -4,6 +4,7 @@ import importlib as _importlib
 import typing as _typing
 
 from lightwork.errors import (
+    CanNotJoin,
     CheckpointError,
     DamagedCheckpoint,
     DataError,
@@ -31,6 +32,7 @@ if _typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CanNotJoin",
     "Checkpoint",
     "CheckpointError",
     "DamagedCheckpoint",

@@ -11,6 +11,7 @@
     └── TeamError          the team can not go on
         ├── RankLost       a worker is gone
         ├── RankFailed     a worker's own code raised
+        ├── CanNotJoin     a newcomer's script does not come to where the others are
         └── Disagreement   the workers' scripts differ
 
 A message has three parts: what happened, the values, what to do. Worker, step and phase are named where they
@@ -75,6 +76,10 @@ class RankLost(TeamError):
 
 class RankFailed(TeamError):
     """Another worker's code raised; its traceback is shown where it happened."""
+
+
+class CanNotJoin(TeamError):
+    """A process can not take the place of a worker that has died: its script does not come to where the others are."""
 
 
 class Disagreement(TeamError):

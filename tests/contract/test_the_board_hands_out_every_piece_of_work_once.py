@@ -22,7 +22,7 @@ from lightwork.errors import Disagreement, RankFailed, UsageError
 from lightwork.spec.roster import Roster
 from lightwork.spec.tree import Node, fold, spare_partial_sums, sum_of
 from lightwork.store.private import PrivateStore
-from lightwork.team import board as boards
+from lightwork.team import membership as memberships
 from lightwork.team.board import Board
 from lightwork.team.ledger import Ledger, Outcome
 from lightwork.team.presence import Activity
@@ -320,7 +320,7 @@ def test_a_worker_may_die_after_any_word_that_it_writes(setting: Setting) -> Non
         if dead:
             team.die(1)
             run_until_stuck(running, order)
-            team.boards[min(team.living)].bury(1)
+            team.boards[min(team.living)].membership.bury(1, 101)
             run_until_stuck(running, order)
             assert not running, "nobody can go on"
         team.check()
@@ -553,7 +553,7 @@ def schedule(seed: int) -> int:
                 del running[rank]
             elif kind is Kind.WAIT and chance.random() < 0.3:
                 for dead in sorted(unburied[rank]):
-                    team.boards[rank].bury(dead)
+                    team.boards[rank].membership.bury(dead, 100 + dead)
                     unburied[rank].discard(dead)
         except Killed:
             del running[rank]
@@ -619,7 +619,7 @@ def finish_without_an_outcome(self: Ledger, step: int, index: int, outcome: Outc
 follow, write_outcome = Board._follow, Ledger.write_outcome
 
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
-    "what the dead had in hand stays theirs": (boards, "freed_by_death", frees_nothing),
+    "what the dead had in hand stays theirs": (memberships, "freed_by_death", frees_nothing),
     "nobody looks back for what is free again": (Board, "_follow", follow_without_looking_back),
     "a micro-batch is done before its sum is": (Board, "finished_micro_batch", finish_done_first),
     "sums are free before the new one counts": (Board, "finished_micro_batch", finish_freed_first),

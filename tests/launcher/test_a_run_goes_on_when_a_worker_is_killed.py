@@ -34,7 +34,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_others_go_on_to_the_same_bits(
     tmp_path: Path, undisturbed: str, deaths: tuple[tuple[int, int], ...]
 ) -> None:
-    result = lightwork_run(tmp_path, killed_at(*deaths), workers="3")
+    result = lightwork_run(tmp_path, killed_at(*deaths), "--restarts", "0", workers="3")
     assert result.status == 0, result.text
     assert digests(result.out) == {"0": undisturbed}
     for rank, _ in deaths:
@@ -44,7 +44,7 @@ def test_the_others_go_on_to_the_same_bits(
 
 
 def test_without_the_main_worker_the_output_of_the_next_one_is_shown(tmp_path: Path, undisturbed: str) -> None:
-    result = lightwork_run(tmp_path, killed_at((0, 2)), workers="2")
+    result = lightwork_run(tmp_path, killed_at((0, 2)), "--restarts", "0", workers="2")
     assert result.status == 0, result.text
     assert digests(result.out) == {"1": undisturbed}
 

@@ -22,16 +22,16 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lightwork.checkpoint import folder as folders
 from lightwork.checkpoint import foreign
+from lightwork.checkpoint.description import Description, from_values, to_values
 from lightwork.checkpoint.folder import MANIFEST, TENSOR_FILES, file_of
-from lightwork.checkpoint.settings import Bookmark, Settings, Unfinished
+from lightwork.checkpoint.settings import Settings
 from lightwork.checkpoint.tensors import TensorFile, TensorWriter, in_file_order, sha256_of
-from lightwork.checkpoint.values import put_together, take_apart
 from lightwork.errors import CheckpointError, DamagedCheckpoint
 from lightwork.notice import notice
 from lightwork.spec.spec import Spec, differences
@@ -56,13 +56,8 @@ class Checkpoint(Mapping[str, Any]):
     model: TensorFile
     buffers: TensorFile  #: those that are not in the model's state dict
     optimizer_file: TensorFile
-    spec: Spec
-    settings: Settings
+    description: Description
     loss_scale: tuple[float, ...] = ()  #: of fp16: scale, steps since it changed, steps skipped
-    data_sets: list[dict[str, Any]] = field(default_factory=list)  #: those that the run has seen
-    unfinished: Unfinished | None = None  #: the code in which it was saved, unless that has ended
-    beside: Mapping[str, int] = field(default_factory=dict)  #: steps of the script's other runs, by their folders
-    extra: Mapping[str, Any] = field(default_factory=dict)  #: what modules keep beside tensors, by its name
     folder: Path = Path()  #: where it lies
     hashes: Mapping[str, str] = field(default_factory=dict)  #: SHA-256 of its files, by their names
 
@@ -81,13 +76,24 @@ class Checkpoint(Mapping[str, Any]):
         return ""
 
     def __getitem__(self, name: str) -> Any:
-        return self.extra[name] if name in self.extra else self.model[name]
+        extra = self.description.extra
+        return extra[name] if name in extra else self.model[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self.model, *self.extra])
+        return iter([*self.model, *self.description.extra])
 
     def __len__(self) -> int:
-        return len(self.model) + len(self.extra)
+        return len(self.model) + len(self.description.extra)
+
+    @property
+    def spec(self) -> Spec:
+        """What the run was to do."""
+        return self.description.spec
+
+    @property
+    def settings(self) -> Settings:
+        """Where it was, and what code outside of its steps may have changed."""
+        return self.description.settings
 
     @property
     def step(self) -> int:
@@ -112,18 +118,6 @@ class Checkpoint(Mapping[str, Any]):
             name, _, entry = key.rpartition(SEPARATOR)
             found.setdefault(name, {})[entry] = value
         return found
-
-
-class Description(NamedTuple):
-    """What a checkpoint says beside the trained state."""
-
-    spec: Spec
-    settings: Settings
-    data_sets: list[dict[str, Any]]
-    name: str  #: of this save, which no other has
-    unfinished: Unfinished | None
-    beside: Mapping[str, int]  #: steps of the script's other runs, by the names of their folders
-    extra: Mapping[str, Any]  #: what modules keep beside tensors
 
 
 def save(
@@ -208,19 +202,9 @@ def _write_rest(
 ) -> None:
     """Write the objects and, last, the manifest; `hashes` are those of the files that are there."""
     tensors: dict[str, torch.Tensor] = {}
-    unfinished = description.unfinished
-    redo = None if unfinished is None else unfinished.redo
     manifest = {
         "format": FORMAT,
-        "spec": json.loads(description.spec.to_json()),
-        **_settings(description.settings, tensors, ""),
-        "name": description.name,
-        "data_sets": description.data_sets,
-        "is_finished": unfinished is None,
-        "redo": None if redo is None else _settings(redo, tensors, "redo."),
-        "beside": dict(description.beside),
-        "extra": take_apart(dict(description.extra), tensors, "extra"),
-        "obstacle": "" if unfinished is None else unfinished.obstacle,
+        **to_values(description, tensors),
         "loss_scale": list(loss_scale),
         "aliases": dict(aliases),
     }
@@ -236,22 +220,6 @@ def _write_rest(
 
 def _hash_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-
-
-def _settings(settings: Settings, tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
-    return {
-        "position": settings.position._asdict(),
-        "groups": [take_apart(group, tensors, f"{prefix}group{i}") for i, group in enumerate(settings.groups)],
-        "kept": {name: take_apart(value, tensors, f"{prefix}{name}") for name, value in settings.kept.items()},
-    }
-
-
-def _settings_of(manifest: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Settings:
-    return Settings(
-        Bookmark(**manifest["position"]),
-        [put_together(group, tensors) for group in manifest["groups"]],
-        {name: put_together(value, tensors) for name, value in manifest["kept"].items()},
-    )
 
 
 def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -307,18 +275,13 @@ def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
             files[name] = TensorFile(folder / file_of(name), manifest["aliases"] if name == "model" else None)
     with _named(folder, MANIFEST):
         kept = dict(files["kept"])
-        redo = None if manifest["redo"] is None else _settings_of(manifest["redo"], kept)
+        description = from_values(manifest, kept)
         return Checkpoint(
             model=files["model"],
             buffers=files["buffers"],
             optimizer_file=files["optimizer"],
-            spec=Spec.from_json(json.dumps(manifest["spec"])),
-            settings=_settings_of(manifest, kept),
+            description=description,
             loss_scale=tuple(manifest["loss_scale"]),
-            data_sets=manifest["data_sets"],
-            unfinished=None if manifest["is_finished"] else Unfinished(redo, manifest["obstacle"]),
-            beside=manifest["beside"],
-            extra=put_together(manifest["extra"], kept),
             folder=folder,
             hashes=manifest[_HASHES],
         )
@@ -391,7 +354,7 @@ def restore(checkpoint: Checkpoint, state: TrainedState, *, is_leader: bool) -> 
     """Write a checkpoint into the team's memory: every worker what is its own, the leaders the rest. Not a meeting."""
     optimizer = checkpoint.optimizer_file
     state.load(checkpoint.model, checkpoint.buffers, optimizer, optimizer, is_leader=is_leader)
-    state.extra.write(checkpoint.extra)
+    state.extra.write(checkpoint.description.extra)
     if is_leader:
         state.set_loss_scale(checkpoint.step, checkpoint.loss_scale)
     state.set_groups(checkpoint.groups)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, get_args
 from rich.console import Console
 
 from lightwork.errors import SpecError, UsageError
+from lightwork.launcher.ended import Ended
 from lightwork.launcher.local import launch, log_of, preload
+from lightwork.launcher.replacing import LONG_ENOUGH, RESTARTS
 from lightwork.launcher.script import Script
-from lightwork.launcher.supervisor import Ended, Outcome
+from lightwork.launcher.supervisor import Outcome
 from lightwork.observer.progress import RunProgress
 from lightwork.run.folder import create_run_dir, prepare_run_dir, write_records
 from lightwork.spec.plan import SETTABLE, Carriage
@@ -70,6 +72,14 @@ def add_parser(verbs: Verbs) -> None:
         choices=get_args(Carriage),
         help="host: workers share one memory (default); group: each has its own, as if on a machine by itself",
     )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=RESTARTS,
+        metavar="N",
+        help="how often in succession another process takes the place of a worker that was killed; tries count anew "
+        f"when one has lived for {LONG_ENOUGH:.0f} s (default: {RESTARTS}; 0: never, the others go on without it)",
+    )
     parser.add_argument("--run-dir", metavar="DIR", help="where traces and logs go (default: runs/1, runs/2, ...)")
     parser.add_argument(
         "--quiet", "--no-progress", action="store_true", help="no progress: the script's own output, and errors"
@@ -97,6 +107,8 @@ def carry_out(options: argparse.Namespace) -> int:
     Raises: UsageError or SpecError for arguments that make no sense.
     """
     settings = parse_settings(options.set)
+    if options.restarts < 0:
+        raise UsageError(f"--restarts {options.restarts} is not a number from 0 upwards.")
     if options.transport is not None:
         settings["transport"] = options.transport
     script = Script(target=options.script, arguments=tuple(options.arguments), is_module=options.is_module)
@@ -116,7 +128,9 @@ def carry_out(options: argparse.Namespace) -> int:
     display = RunProgress(run_dir, num_workers, quiet=options.quiet, live=_is_drawable(), skip_existing=True)
     finished = False
     try:
-        outcome = launch(script, num_workers, run_dir=run_dir, settings=settings, display=display)
+        outcome = launch(
+            script, num_workers, run_dir=run_dir, settings=settings, display=display, restarts=options.restarts
+        )
         finished = outcome.culprit is None and outcome.interrupted is None
     except BrokenPipeError:
         return _conclude_unheard(run_dir)

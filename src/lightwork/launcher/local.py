@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from lightwork.launcher.process import start_worker
+from lightwork.launcher.replacing import RESTARTS
 from lightwork.launcher.script import Script
 from lightwork.launcher.supervisor import Display, Outcome, Supervisor
 from lightwork.spec.roster import FIRST_RANK
@@ -56,21 +57,31 @@ def _leave_compiler_out(method: Callable[..., object]) -> None:
 
 
 def launch(
-    script: Script, num_workers: int, *, run_dir: Path, settings: Mapping[str, object], display: Display
+    script: Script,
+    num_workers: int,
+    *,
+    run_dir: Path,
+    settings: Mapping[str, object],
+    display: Display,
+    restarts: int = RESTARTS,
 ) -> Outcome:
     """Run `script` on `num_workers` workers and wait for their end.
 
     The main worker's output goes to `display`; every worker's is kept in `run_dir`/log.
+
+    Args:
+        restarts: how often in succession the place of a worker that was killed is given to another process.
     """
     rendezvous_fd = FileRendezvous.create()
-    supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), display)
+    supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), display, restarts=restarts)
 
-    def start(rank: int) -> BaseProcess:
+    def start(rank: int, *, joins: bool) -> BaseProcess:
         environment = Environment(
             rank=rank,
             world_size=num_workers,
             rendezvous_fd=rendezvous_fd,
             run_dir=str(run_dir),
+            joins=joins,
             settings=settings,
         )
         log = log_of(run_dir, rank)

@@ -5,6 +5,7 @@ What counts as a failure: a status other than 0, a signal, and an end with statu
 ended only because of another (EXIT_BECAUSE_OF_PEER) is believed for a moment, in which the other is looked for.
 
 A worker that was killed by a signal is no failure where the others go on without it, as long as one of them does.
+Another process takes its place (`replacing`): until it has come to where the others are, its end is no failure either.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Protocol
 
 from lightwork.errors import EXIT_BECAUSE_OF_PEER
+from lightwork.launcher.ended import Ended
 from lightwork.launcher.process import group_lives, kill_group
+from lightwork.launcher.replacing import RESTARTS, Replacing
 from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.rendezvous import FileRendezvous, Progress
 
@@ -42,6 +45,13 @@ TICK = 0.25
 DRAIN = 0.5
 
 
+class Start(Protocol):
+    """Starts a worker."""
+
+    def __call__(self, *, joins: bool) -> BaseProcess:
+        """Return a new process; with `joins`, one that comes to a team that trains."""
+
+
 class Display(Protocol):
     """Where output and progress go."""
 
@@ -56,59 +66,12 @@ class Display(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How a worker ended."""
-
-    rank: int
-    pid: int
-    status: int  #: exit status, or minus the signal's number
-    progress: Progress
-
-    @property
-    def exit_status(self) -> int:
-        """The status as a shell tells it."""
-        return 128 - self.status if self.status < 0 else self.status
-
-    def describe_end(self) -> str:
-        """Say how it ended."""
-        who = f"rank {self.rank} (pid {self.pid})"
-        if self.status < 0:
-            hints: dict[int, str] = {
-                signal.SIGKILL: " Somebody killed it, or the kernel when memory ran out (see dmesg; use fewer).",
-                signal.SIGSEGV: " A crash in compiled code: run with python -X faulthandler.",
-                signal.SIGBUS: " Shared memory without room behind it: the host or its container is out of memory.",
-            }
-            hint = hints.get(-self.status, "")
-            return f"{who} was killed by {_signal_name(-self.status)} {_where(self.progress)}.{hint}"
-        if self.status == 0:
-            return f"{who} exited with status 0 {_where(self.progress)}, while others need it."
-        return f"{who} failed with exit status {self.status} {_where(self.progress)}."
-
-
-@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a team ended."""
 
     ended: tuple[Ended, ...]
     culprit: Ended | None  #: the first failure, None when all went well
     interrupted: int | None  #: the signal that this process was sent
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal: only the first and the last have names
-        return f"signal {number}"
-
-
-def _where(progress: Progress) -> str:
-    return {
-        Progress.STARTED: "before it called lightwork.distribute",
-        Progress.JOINING: "in lightwork.distribute",
-        Progress.JOINED: "after lightwork.distribute, before training",
-        Progress.TRAINING: "in the middle of training",
-        Progress.BETWEEN: "after a loop over run.steps",
-    }[progress]
 
 
 class _Log:
@@ -135,17 +98,21 @@ class _Log:
 class Supervisor:
     """The workers of one team, from the fork to the end of the last."""
 
-    def __init__(self, rendezvous: FileRendezvous, display: Display) -> None:
+    def __init__(self, rendezvous: FileRendezvous, display: Display, *, restarts: int = RESTARTS) -> None:
+        """`restarts` is how often in succession the place of a worker that was killed is given to another process."""
         self._rendezvous = rendezvous
         self._display = display
-        self._num_workers = 0
+        self._starts: Sequence[Start] = ()
+        self._replacing = Replacing(rendezvous, restarts)
         self._running: dict[int, BaseProcess] = {}
         self._leftovers: list[tuple[BaseProcess, float]] = []
         self._ended: list[Ended] = []
         self._culprit: Ended | None = None
         self._interrupted: int | None = None
-        self._shown = {FIRST_RANK}  # whose output is shown; of one that died the rest may still come
-        self._lost: set[int] = set()  # ranks that were killed, and that the others went on without
+        # Processes, by rank and life: whose output is shown (of one that died the rest may still come), and that were
+        # killed and the others went on without.
+        self._shown = {(FIRST_RANK, 0)}
+        self._lost: set[tuple[int, int]] = set()
         self._kill_at: float | None = None
         self._judge_at: float | None = None
         self._logs: dict[Path, _Log] = {}
@@ -161,10 +128,11 @@ class Supervisor:
         Also to `show`, if it is this worker whose output is shown: the first one that is there.
         """
         sink = self._logs.setdefault(log, _Log(log))
+        process = rank, self._replacing.life(rank)
 
         def pass_on(data: bytes) -> None:
             sink.write(data)
-            if rank in self._shown:
+            if process in self._shown:
                 show(data)
             if sink.problem and log not in self._told:
                 self._told.add(log)
@@ -174,7 +142,7 @@ class Supervisor:
         self._selector.register(fd, selectors.EVENT_READ, pass_on)
         return write_end
 
-    def run(self, starts: Sequence[Callable[[], BaseProcess]], timeout: float | None = None) -> Outcome:
+    def run(self, starts: Sequence[Start], timeout: float | None = None) -> Outcome:
         """Start a worker by each of `starts`, in the order of ranks, and wait until every one has ended.
 
         A signal that comes while they are started is heard; if one can not be started, those that were are killed.
@@ -188,6 +156,7 @@ class Supervisor:
             while self._running:
                 self._look(TICK)
                 self._reap()
+                self._look_at_newcomers()
                 now = time.monotonic()
                 if self._judge_at is not None and now > self._judge_at:
                     self._judge()
@@ -219,12 +188,12 @@ class Supervisor:
     def _tell(self, text: str) -> None:
         self._display.write_error(f"lightwork: {text}\n".encode())
 
-    def _start(self, starts: Sequence[Callable[[], BaseProcess]]) -> None:
+    def _start(self, starts: Sequence[Start]) -> None:
+        self._starts = starts
         for rank, start in enumerate(starts):
             if self._interrupted is not None:
                 break
-            self._running[rank] = start()
-            self._num_workers += 1
+            self._running[rank] = start(joins=False)
         if self._interrupted is not None:  # the signal found only those that were there
             self._end(GRACE_AFTER_INTERRUPT)
 
@@ -256,8 +225,18 @@ class Supervisor:
                 continue
             del self._running[rank]
             self._leftovers.append((worker, time.monotonic() + GRACE_AFTER_END))
-            ended = Ended(rank=rank, pid=worker.pid or 0, status=status, progress=self._rendezvous.progress(rank))
-            self._ended.append(ended)
+            ended = Ended(
+                rank=rank,
+                pid=worker.pid or 0,
+                status=status,
+                progress=self._rendezvous.progress(rank),
+                is_elastic=self._rendezvous.is_elastic(rank),
+                life=self._replacing.life(rank),
+            )
+            if rank in self._replacing.coming and not self._replacing.has_come(rank):
+                self._give_up(ended)
+            else:
+                self._ended.append(ended)
         # One that ended may become a failure later: when another one reaches a `distribute` that it did not.
         failures = [ended for ended in self._ended if self._is_failure(ended)]
         self._tell_of_deaths(failures)
@@ -269,21 +248,62 @@ class Supervisor:
     def _tell_of_deaths(self, failures: Sequence[Ended]) -> None:
         """Say once of each worker that was killed that the others go on, and show the output of the first of them."""
         for ended in self._ended:
-            if ended.status < 0 and ended.rank not in self._lost and ended not in failures and self._kill_at is None:
-                self._lost.add(ended.rank)
-                text = f"{ended.describe_end()} The others go on."
-                if ended.rank == FIRST_RANK:
+            process = ended.rank, ended.life
+            if ended.status < 0 and process not in self._lost and ended not in failures and self._kill_at is None:
+                self._lost.add(process)
+                text, follows = f"{ended.describe_end()} The others go on.", self._replace(ended.rank)
+                if ended.rank == FIRST_RANK and ended.rank not in self._running:
                     text += " It was the main one: what a script does if run.is_main is not done any more."
-                self._tell(text)
-        if self._shown <= self._lost and self._running:
-            self._shown.add(min(self._running))
+                self._tell(f"{text} {follows}".rstrip())
+        if self._shown <= self._lost and self._members:
+            rank = min(self._members)
+            self._shown.add((rank, self._replacing.life(rank)))
+
+    @property
+    def _members(self) -> list[int]:
+        """The ranks of those that run and are in the team."""
+        return [rank for rank in self._running if rank not in self._replacing.coming]
+
+    def _replace(self, rank: int) -> str:
+        """Let another process come to a place, if it can; return what there is to say of it."""
+        if self._interrupted is not None or not self._members:
+            return ""
+        obstacle = self._replacing.obstacle(rank, max(map(self._rendezvous.num_runs, self._members)))
+        if obstacle is not None:
+            return obstacle
+        self._replacing.begin(rank)
+        try:
+            self._running[rank] = self._starts[rank](joins=True)
+        except OSError as error:
+            self._replacing.gave_up(rank)
+            return f"No other could be started ({error})."
+        return f"Another (pid {self._running[rank].pid}) is started in its place."
+
+    def _look_at_newcomers(self) -> None:
+        """Let a main worker that has come speak again; end those that nobody is left to let in."""
+        for rank in list(self._replacing.coming):
+            if self._replacing.has_come(rank) and rank == FIRST_RANK:
+                self._shown = {(rank, self._replacing.life(rank))}
+        if not self._members:
+            for rank in self._replacing.coming & self._running.keys():
+                kill_group(self._running[rank], signal.SIGKILL)
+
+    def _give_up(self, ended: Ended) -> None:
+        """Say that a newcomer has ended before it came, and try again if it was killed."""
+        self._replacing.gave_up(ended.rank)
+        if not self._members or self._interrupted is not None or self._kill_at is not None:
+            return
+        text = f"{ended.describe_end()} It was to take the place of another. The others go on."
+        is_to_blame = ended.status >= 0 and ended.status != EXIT_BECAUSE_OF_PEER
+        follows = "Its place stays empty; see its log." if is_to_blame else self._replace(ended.rank)
+        self._tell(f"{text} {follows}".rstrip())
 
     def _is_survived(self, ended: Ended) -> bool:
         """Return whether a worker was killed that the others can do without, and any of them does."""
-        others = [other for other in self._ended if other.status == 0] or self._running
+        others = [other for other in self._ended if other.status == 0] or self._members
         if ended.status >= 0 or not others or ended.progress in (Progress.STARTED, Progress.JOINING):
             return False
-        return all(self._rendezvous.is_elastic(rank) for rank in (ended.rank, *self._running))
+        return ended.is_elastic and all(map(self._rendezvous.is_elastic, self._members))
 
     def _is_failure(self, ended: Ended) -> bool:
         if self._is_survived(ended):
@@ -295,13 +315,17 @@ class Supervisor:
     def _is_missed(self, ended: Ended) -> bool:
         """Return whether others have called `distribute` more often, and wait there for a worker that has ended."""
         num_runs = self._rendezvous.num_runs(ended.rank)
-        return any(self._rendezvous.num_runs(rank) > num_runs for rank in range(self._num_workers))
+        if ended.life < self._replacing.life(ended.rank):  # who takes its place has not begun, or is called as they are
+            num_runs = 1
+            if ended.rank in self._members:
+                return False
+        return any(self._rendezvous.num_runs(rank) > num_runs for rank in range(len(self._starts)))
 
     def _judge(self) -> None:
         """Name the first failure, if there is one, and end the others."""
         if self._culprit is None and self._interrupted is None:
             failures = [ended for ended in self._ended if self._is_failure(ended)]
-            lost = [ended for ended in self._ended if ended.rank in self._lost]
+            lost = [ended for ended in self._ended if (ended.rank, ended.life) in self._lost]
             causes = [ended for ended in failures if ended.status != EXIT_BECAUSE_OF_PEER and ended not in lost]
             if failures and not causes:  # maybe one that they could not do without after all
                 causes = lost

@@ -52,35 +52,41 @@ def fork_team(
     *,
     run_dir: str | None = None,
     settings: Mapping[str, object] | None = None,
+    restarts: int = 0,
     timeout: float = 60.0,
 ) -> list[WorkerResult]:
     """Return what became of `function`, called in each of `num_workers` new processes.
+
+    Args:
+        restarts: how often in succession the place of one that was killed is given to another process.
 
     Blocks: until all have ended, at most `timeout` seconds; then they are killed.
     """
     rendezvous_fd = FileRendezvous.create()
     with tempfile.TemporaryDirectory(prefix="lightwork-team-") as folder:
 
-        def start(rank: int) -> BaseProcess:
+        def start(rank: int, *, joins: bool) -> BaseProcess:
             environment = Environment(
                 rank=rank,
                 world_size=num_workers,
                 rendezvous_fd=rendezvous_fd,
                 run_dir=run_dir,
                 settings=settings or {},
+                joins=joins,
             )
-            return start_worker(environment, _answering(function, Path(folder) / f"{rank}"), stdout=1, stderr=2)
+            return start_worker(environment, _answering(function, Path(folder)), stdout=1, stderr=2)
 
-        supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), _Silence())
+        supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), _Silence(), restarts=restarts)
         try:
             outcome = supervisor.run([functools.partial(start, rank) for rank in range(num_workers)], timeout)
         finally:
             os.close(rendezvous_fd)
-        return [_result(ended.rank, ended.status, Path(folder) / f"{ended.rank}") for ended in outcome.ended]
+        return [_result(ended.rank, ended.status, Path(folder) / f"{ended.pid}") for ended in outcome.ended]
 
 
-def _answering(function: Callable[[], Any], answer: Path) -> Callable[[], int]:
+def _answering(function: Callable[[], Any], folder: Path) -> Callable[[], int]:
     def main() -> int:
+        answer = folder / f"{os.getpid()}"
         try:
             value, error = function(), None
         except BaseException as problem:

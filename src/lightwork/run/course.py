@@ -122,6 +122,7 @@ class Course:
         self.at = Bookmark()
         self.data = DataSets()
         self.is_resuming = False  #: and has not come to where the run was
+        self.num_evaluations = 0  #: so far
         self.has_begun = False  #: whether the script has come to a loop
         self._is_used = False  # the place, by the script
         self._may_replay = False  # its first loop had ended, and the code after it runs again

@@ -32,6 +32,7 @@ from lightwork.run.run import Run
 from lightwork.run.settle import check_arguments, settle
 from lightwork.spec.holdings import Dials, Holdings, Tuning
 from lightwork.spec.plan import Carriage, Place, Placement, Plan
+from lightwork.spec.roster import FIRST_RANK
 from lightwork.spec.spec import Activation, BufferRule, DeviceKind, Precision, Spec, StateFormat, Wire
 from lightwork.state.description import Description, describe
 from lightwork.state.optimizers import Optimizers
@@ -178,7 +179,7 @@ def distribute(
     if environment.replays:
         run_dir = resume = None
     wanted = Wanted(run_dir=run_dir, launched=environment.run_dir, resume=resume, name=name)
-    folder, candidates = agree_on_folder(team, wanted, EXITS.folders())
+    folder, candidates = _find_folder(team, wanted)
     trace = Trace(folder / "trace" / f"rank{team.rank}.jsonl" if plan.trace else None, notice)
     engine = _assemble(description, holdings, plan, joined, trace)
     run = Run(
@@ -191,14 +192,15 @@ def distribute(
         trace=trace,
     )
     trace.event("start", rank=team.rank, world_size=team.world_size, pid=os.getpid())
-    _write_roster(team, folder, spec, plan)
+    if team.newcomer is None:
+        _write_roster(team, folder, spec, plan)
+        _say_hello(team, environment, spec, model)
     EXITS.add(run, team, engine.beside)
-    _say_hello(team, environment, spec, model)
     team.report(Progress.JOINED)
     saved = _resume(run, team, candidates)
-    FOLDERS.begin(folder, run.step_index, saved.beside if saved is not None else {}, EXITS.folders())
+    FOLDERS.begin(folder, run.step_index, saved.description.beside if saved is not None else {}, EXITS.folders())
     heap.keep_pages()
-    team.begin(elastic=holdings.dials.elastic, lease=plan.lease)
+    run.begin(elastic=holdings.dials.elastic)
     return run
 
 
@@ -214,6 +216,8 @@ def _join_team(
     device = open_device(spec.device, environment.local_rank)
     rendezvous = rendezvouses.find(environment)
     run_number = rendezvous.next_run()
+    if run_number > 1:  # a newcomer is in by now
+        environment = replace(environment, joins=False)
     roster = find_roster(environment, plan, rendezvous, run_number, has_own_memory=device.has_own_memory)
     try:
         description = describe(model, optimizers, spec, device, TUNING.cut_for(spec.device), weights)
@@ -261,16 +265,29 @@ def _assemble(description: Description, holdings: Holdings, plan: Plan, joined: 
         weights_carrier=joined.weights_carrier,
     )
     parts = make_parts(description, holdings, workplace)
-    if team.is_leader:
+    if team.newcomer is None and team.is_leader:
         attach(description, parts, write=True)
         take_from_first_host(parts)
-    team.meet("distribute (weights)")
-    if not team.is_leader:
+    if team.newcomer is None:
+        team.meet("distribute (weights)")
+    if team.newcomer is not None or not team.is_leader:
         attach(description, parts, write=False)
     engine = make_engine(parts, joined.memory, plan.activations)
-    if team.is_leader:
+    if team.newcomer is None and team.is_leader:
         engine.trained.release()
     return engine
+
+
+def _find_folder(team: Team, wanted: Wanted) -> tuple[Path, list[Path]]:
+    """Return the run directory and the checkpoints to go on from, the newest first; a newcomer goes on from none."""
+    key = f"folder {len(EXITS.folders())}"
+    if team.newcomer is not None:
+        FOLDERS.note(wanted)
+        return Path(team.rendezvous.wait_for_message(key)), []
+    folder, candidates = agree_on_folder(team, wanted, EXITS.folders())
+    if team.rank == FIRST_RANK and not EXITS.folders():
+        team.rendezvous.publish(key, str(folder))
+    return folder, candidates
 
 
 def _resume(run: Run, team: Team, candidates: Sequence[Path]) -> Checkpoint | None:

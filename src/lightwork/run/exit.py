@@ -194,7 +194,7 @@ def _tell(error: BaseException, failing: list[_Living]) -> None:
         notice(advice)
     for living in failing:
         team = living.team()
-        if team is not None:
+        if team is not None and team.newcomer is None:
             team.presence.fail()
     if isinstance(error, (RankFailed, RankLost)):  # the launcher looks for the cause elsewhere
         for living in failing:

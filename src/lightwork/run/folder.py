@@ -111,6 +111,13 @@ class RunFolders:
             return (base if number == 1 else base / str(number)), True
         return base, True
 
+    def note(self, wanted: Wanted) -> None:
+        """Take note of a run whose folder others have chosen."""
+        if wanted.launched is not None:
+            self.choose(
+                Path(wanted.run_dir) if wanted.run_dir is not None else None, Path(wanted.launched), wanted.name
+            )
+
 
 #: Those of this process.
 FOLDERS = RunFolders()

@@ -17,6 +17,7 @@ from lightwork.run.automatic import Automatic
 from lightwork.run.course import Course, Following
 from lightwork.run.exit import EXITS, Closable
 from lightwork.run.guard import Guard
+from lightwork.run.handover import HandOver
 from lightwork.run.interrupt import INTERRUPTS
 from lightwork.run.saves import Saves
 from lightwork.run.step import Step, StepPlace
@@ -41,6 +42,7 @@ class Passes:
         saves: Saves,
         automatic: Automatic,
         guard: Guard,
+        handover: HandOver,
         trace: Trace,
     ) -> None:
         self._team = team
@@ -49,6 +51,7 @@ class Passes:
         self._saves = saves
         self._automatic = automatic
         self._guard = guard
+        self._handover = handover
         self._trace = trace
         self._loop: weakref.ref[Loop] | None = None  # while in it
         self._step: Step | None = None
@@ -98,6 +101,7 @@ class Passes:
                 if self._engine.looks.are_due:
                     self._guard.check()
                 course.begin_step(order, epoch)
+                self._team.welcome.let_in(course.at.step, self._handover.write)
                 step = self._make_step(order, loader, epoch, step_in_epoch)
                 self._step = step
                 yield step
@@ -133,7 +137,9 @@ class Passes:
         if self._is_stopped:
             self._is_stopped = False
             self._leave_call(broken=True)
-        self.meet_where("steps")
+        joins = self._team.newcomer is not None  # the others are in the loop
+        if not joins:
+            self.meet_where("steps")
         was_resuming = course.is_resuming
         if was_resuming:
             self._saves.check_settings()
@@ -144,6 +150,8 @@ class Passes:
             self._saves.put_all_back()
         if following is Following.FINISHED:
             return False
+        if joins:
+            return True
         self._team.presence.set_left(left=False)
         fingerprint = course.data.known[course.at.data].fingerprint
         self._team.meet_equal("run.steps", {**fingerprint, **feed.order.describe(course.at.epoch)})

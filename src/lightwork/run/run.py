@@ -22,12 +22,13 @@ from lightwork.checkpoint.foreign import DEFAULT_NAMES, Format, check_format
 from lightwork.data.feed import feed_for_evaluation, feed_of
 from lightwork.data.order import CustomOrder
 from lightwork.engine.engine import Engine
-from lightwork.errors import TeamError, UsageError
+from lightwork.errors import RankLost, TeamError, UsageError
 from lightwork.run.automatic import Automatic
 from lightwork.run.course import Course, check_count
 from lightwork.run.evaluation import Evaluation
 from lightwork.run.exit import EXITS
 from lightwork.run.guard import Guard, say_written
+from lightwork.run.handover import HandOver
 from lightwork.run.kept import Kept
 from lightwork.run.passes import Passes
 from lightwork.run.saves import Saves
@@ -78,10 +79,12 @@ class Run:
             engine.optimizers, engine.trained.optimizer_state, partial(self._state.load_optimizer, engine)
         )
         self._automatic = Automatic(plan, team, self._state, model, newest)
-        self._passes = Passes(team, engine, self._course, self._saves, self._automatic, self._guard, trace)
+        self._handover = HandOver(team, engine, self._saves, self._course)
+        self._passes = Passes(
+            team, engine, self._course, self._saves, self._automatic, self._guard, self._handover, trace
+        )
         # A script's function that ends lets go of its run: in a cycle it lives on for the end of the script to find.
         self._passes.owner = self
-        self._evaluations = 0
 
     # --- who and where ----------------------------------------------------------------------------------------------
 
@@ -178,8 +181,8 @@ class Run:
             world_size=self.world_size,
             batches=batches,
         )
-        self._evaluations += 1
-        return Evaluation(self._team, self._engine, feed, self._evaluations)
+        self._course.num_evaluations += 1
+        return Evaluation(self._team, self._engine, feed, self._course.num_evaluations)
 
     def keep(self, **objects: Any) -> None:
         """Save these with the run, and restore them with it: anything with a state dict, or plain values.
@@ -249,6 +252,26 @@ class Run:
             self._passes.updated()
         return checkpoint
 
+    def begin(self, *, elastic: bool) -> None:
+        """Be in the team; a newcomer waits until a team that trains lets it in, and is where that is then.
+
+        Called by `distribute`. With `elastic`, the team goes on without a worker that is killed.
+
+        Raises: RankLost, RankFailed when nobody is there any more.
+        """
+        self._team.may_lose, self._team.lease = elastic, self.plan.lease
+        newcomer = self._team.newcomer
+        if newcomer is None:
+            self._team.begin()
+            return
+        path = newcomer.wait_until_let_in()
+        try:
+            newcomer.take_count(self._handover.take(path))
+        except OSError as error:
+            raise RankLost(f"rank {self.rank} was let in by a worker that has died ({error}).") from error
+        self._passes.updated()
+        self._trace.event("joined", step=self._course.at.step)
+
     def stay_while_needed(self) -> None:
         """At the end of the script: wait for the others, if they may still read weights that are here."""
         self._saves.script_ended()
@@ -269,5 +292,6 @@ class Run:
         self._trace.event("end", step=self._course.at.step)
         self._trace.close()
         self._team.close()
-        self._team.presence.announce(Activity.ENDED)
+        if self._team.newcomer is None:  # else the others learn of its end as of a death
+            self._team.presence.announce(Activity.ENDED)
         say_written(written, is_error=gives_back)

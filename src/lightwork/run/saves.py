@@ -20,7 +20,7 @@ from typing import Any, final
 import torch
 
 from lightwork.checkpoint import checkpoint as checkpoints
-from lightwork.checkpoint.checkpoint import Checkpoint, Description
+from lightwork.checkpoint.description import Description
 from lightwork.checkpoint.settings import Settings, Unfinished
 from lightwork.checkpoint.values import take_apart
 from lightwork.errors import CheckpointError, UsageError
@@ -95,27 +95,27 @@ class Saves:
 
     # --- going on ---------------------------------------------------------------------------------------------------
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, whose trained state is there.
+    def resume(self, saved: Description) -> None:
+        """Go on from what was saved, where its trained state is there.
 
         Raises: CheckpointError when it was saved in code that can not run again and had not ended.
         """
-        redo, obstacle = checkpoint.unfinished or Unfinished(None, "")
+        redo, obstacle = saved.unfinished or Unfinished(None, "")
         if obstacle:
             raise CheckpointError(
                 f"the checkpoint was saved in the code after a pass, behind {obstacle}, and that code did not come to "
                 "its end: it can neither go on nor run again. Use an older one; call run.save before "
                 f"{obstacle}, or in the loop over steps."
             )
-        if checkpoint.unfinished is not None and redo is None:
+        if saved.unfinished is not None and redo is None:
             notice(
-                f"the checkpoint was saved after step {checkpoint.step - 1}, in the body of the loop over steps, and "
-                "the run ended before that body did. What it does after run.save, such as scheduler.step(), is "
-                "missing. (run.save last in the body loses nothing.)"
+                f"the checkpoint was saved after step {saved.settings.position.step - 1}, in the body of the loop over "
+                "steps, and the run ended before that body did. What it does after run.save, such as "
+                "scheduler.step(), is missing. (run.save last in the body loses nothing.)"
             )
-        self._resumed = redo or checkpoint.settings
+        self._resumed = redo or saved.settings
         self._before = redo
-        self._course.resume(self._resumed.position, checkpoint.data_sets)
+        self._course.resume(self._resumed.position, saved.data_sets)
         self.put_all_back()
 
     def put_back(self) -> None:

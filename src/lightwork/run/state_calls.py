@@ -14,7 +14,8 @@ from torch import nn
 
 from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint import foreign
-from lightwork.checkpoint.checkpoint import Checkpoint, Description
+from lightwork.checkpoint.checkpoint import Checkpoint
+from lightwork.checkpoint.description import Description
 from lightwork.checkpoint.foreign import Format
 from lightwork.engine.engine import Engine
 from lightwork.errors import CheckpointError, DamagedCheckpoint, RankLost, UsageError
@@ -147,7 +148,7 @@ class StateCalls:
             return b""
 
         team.by_leader("load (end)", write)
-        self._saves.resume(checkpoint)
+        self._saves.resume(checkpoint.description)
         trained.accept()
         self._trace.event("load", step=checkpoint.step)
         return checkpoint

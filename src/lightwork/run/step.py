@@ -26,6 +26,7 @@ from lightwork.errors import NonFiniteLoss, RankLost, UsageError
 from lightwork.run.collected import Collected, Part, combined
 from lightwork.run.interrupt import INTERRUPTS
 from lightwork.team.ledger import STOP, Outcome
+from lightwork.team.rules import Action
 from lightwork.team.team import Team
 from lightwork.team.words import Kind
 from lightwork.trace import Trace
@@ -254,7 +255,7 @@ class Step:
         self._begun = True
         engine = self._engine
         watch: Watch | None = None
-        action = engine.enter_step(self.index, self._num_micro_batches)
+        action = self._enter()
         while action.kind is not Kind.COMMITTED:
             if action.kind is Kind.WAIT:
                 watch = watch or self._team.watch_step(self.index)
@@ -306,6 +307,16 @@ class Step:
             tokens=self._num_tokens,
             micro_batches=self._own,
         )
+
+    def _enter(self) -> Action:
+        """Enter the step; a newcomer does when another one has, with whose settings its own are compared."""
+        newcomer = self._team.newcomer
+        if newcomer is not None:
+            newcomer.wait_for_another(self.index)
+        action = self._engine.enter_step(self.index, self._num_micro_batches)
+        if newcomer is not None:
+            self._team.begin()
+        return action
 
     def _exchange_parts(self) -> list[dict[int, dict[str, Part]]]:
         payloads = self._team.meet(f"step.gather (step {self.index})", pickle.dumps(self._parts))

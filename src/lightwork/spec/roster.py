@@ -12,7 +12,7 @@ computed nowhere else.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -153,8 +153,8 @@ class Roster:
         }
 
 
-def without(roster: Roster, host: int, local_ranks: Sequence[int]) -> Roster:
-    """Return the roster of the next generation, in which nobody is at these places of a host."""
-    places = list(roster.places)
-    places[host] = tuple(None if local in local_ranks else rank for local, rank in enumerate(places[host]))
-    return Roster(tuple(places), roster.generation + 1)
+def with_only(first: Roster, host: int, local_ranks: Collection[int], generation: int) -> Roster:
+    """Return the `first` roster, in which all places are taken, with nobody at other places of a host than these."""
+    places = list(first.places)
+    places[host] = tuple(rank if local in local_ranks else None for local, rank in enumerate(places[host]))
+    return Roster(tuple(places), generation)

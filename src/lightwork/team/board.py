@@ -4,6 +4,7 @@ A worker reports what it has finished and gets what to do next, in one visit und
 `words` and asks the `rules`. A visit that ends a phase wakes those who wait for it.
 
 A worker that died is buried by whoever finds it so: what it had in hand is free for others, and nobody waits for it.
+Another one may be let in at its place, between two steps (`membership`).
 
 The partial sums and their map belong to a step in progress: a worker reads them only while it holds a claim. What a
 step came to is in the `ledger`, who is where in `presence`.
@@ -17,21 +18,26 @@ from dataclasses import replace
 from typing import final
 
 from lightwork.errors import Disagreement
-from lightwork.spec.roster import Roster, without
+from lightwork.spec.roster import Roster
 from lightwork.spec.tree import Node
 from lightwork.team.ledger import Ledger, Outcome
+from lightwork.team.membership import Membership
 from lightwork.team.presence import Activity, Presence, Signal
-from lightwork.team.rules import Action, Phase, Seat, freed_by_death, next_action, partial_sums, phases_of
+from lightwork.team.rules import (
+    Action,
+    Phase,
+    Seat,
+    next_action,
+    other_settings,
+    partial_sums,
+    phases_of,
+)
 from lightwork.team.words import (
     ARRIVED,
-    BURIALS,
     COMMITTED,
-    DEAD,
     ENTERED,
     EVALUATION,
-    LEFT,
     OPEN,
-    PID,
     PRESENCE_WORDS,
     SETTINGS,
     BoardSize,
@@ -75,12 +81,14 @@ class Board:
         self._words = Words(size, region)
         self.presence = Presence(self._words, roster, rank, lock, signal)
         self.ledger = Ledger(self._words, self._seat)
+        self.membership = Membership(self._words, self._seat, lock, signal)
         self._local_rank = self._seat.local_rank
         self._no_slots = memoryview(bytes(self._words.slots_of(0).nbytes)).cast("q")
         self._phases: tuple[Phase, ...] = ()
         self._shape = (0, False)  # of what the phases are: number of micro-batches, and whether norms are measured
         self._at = self._position = 0  # where the last action was found
-        self._burials = 0  # that the seat knows of
+        self.compares_settings = False  #: with those who are in a step, before it enters: a newcomer does
+        self._changes = 0  # of who is in, that the seat knows of
 
     @staticmethod
     def num_bytes(size: BoardSize) -> int:
@@ -113,11 +121,20 @@ class Board:
                 self._shape = count, measures
                 self._phases = phases_of(self._seat, count, measure=measures)
             self._at = self._position = 0
+            if self.compares_settings:
+                self._compare_settings(step, settings)
             words.slots_of(self._local_rank)[:] = self._no_slots  # [Note: the order of a board's words]
             at = self._local_rank * PRESENCE_WORDS
             words.presence[at + SETTINGS] = settings
             words.presence[at + ENTERED] = step + 1
             return self._next(step, wrote=True)
+
+    def _compare_settings(self, step: int, settings: int) -> None:
+        """Raise Disagreement when this worker's settings are not those of the others that have entered `step`."""
+        for local in self._seat.locals:
+            if self._words.entered(local) == step and self._words.settings(local) != settings:
+                raise other_settings(step, self._seat.rank, self._seat.name(local))
+        self.compares_settings = False
 
     def finished_micro_batch(
         self, step: int, index: int, outcome: Outcome, *, freed: Sequence[int], slot: int, node: Node
@@ -188,37 +205,17 @@ class Board:
         """Who is in, as of this worker's last visit."""
         return self._seat.roster
 
-    def is_dead(self, local_rank: int) -> bool:
-        """Return whether a worker of this host was found dead."""
-        return self._words.is_dead(local_rank)
-
-    def bury(self, local_rank: int) -> None:
-        """Take a worker of this host that has died out of the team: see [Note: the order of a board's words]."""
-        words, at = self._words, local_rank * PRESENCE_WORDS
-        with self._lock:
-            step, count, measure = opened(words.header[OPEN])
-            if step >= words.header[COMMITTED]:
-                phases = phases_of(self._seat, count, measure=measure)
-                for kind, item in freed_by_death(words, local_rank, step, phases):
-                    words.claims[kind][item] = 0
-            words.presence[at + LEFT] = 0
-            words.presence[at + DEAD] = words.presence[at + PID]
-            words.header[BURIALS] += 1
-            self._signal.notify()
-
     def _follow(self) -> None:
-        """Take note of who has died."""
-        burials = self._words.header[BURIALS]
-        if burials == self._burials:
+        """Take note of who has died, and who has come."""
+        changes = self.membership.changes
+        if changes == self._changes:
             return
-        self._burials = burials
-        dead = [local for local in self._seat.locals if self._words.is_dead(local)]
-        if dead:
-            self._seat = replace(self._seat, roster=without(self._seat.roster, self._seat.host, dead))
-            if self._phases:
-                count, measures = self._shape
-                self._phases = phases_of(self._seat, count, measure=measures)
-        self._position = 0  # what they had in hand is free
+        self._changes = changes
+        self._seat = replace(self._seat, roster=self.membership.roster())
+        if self._phases:
+            count, measures = self._shape
+            self._phases = phases_of(self._seat, count, measure=measures)
+        self._position = 0  # what the dead had in hand is free
 
     # --- what there is ----------------------------------------------------------------------------------------------
 

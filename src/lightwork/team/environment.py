@@ -50,6 +50,7 @@ class Environment:
     job: str = ""  #: what the launcher calls the job, so that two on one machine do not meet
     attempt: str = "0"  #: of torchrun, which starts all workers anew after a failure
     run_dir: str | None = None
+    joins: bool = False  #: a team that trains, at the place of a worker that has died
     replays: bool = False  #: it trains what was trained before, in `run_dir`, whatever the script says
     settings: Mapping[str, object] = field(default_factory=dict, hash=False)  #: `--set NAME=VALUE`, parsed
 
@@ -73,6 +74,8 @@ class Environment:
             variables["LIGHTWORK_RENDEZVOUS_FD"] = str(self.rendezvous_fd)
         if self.run_dir is not None:
             variables["LIGHTWORK_RUN_DIR"] = self.run_dir
+        if self.joins:
+            variables["LIGHTWORK_JOINS"] = "1"
         return variables
 
 
@@ -107,6 +110,7 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
         interface=env.get("GLOO_SOCKET_IFNAME"),
         machine=_machine(env),
         run_dir=env.get("LIGHTWORK_RUN_DIR"),
+        joins="LIGHTWORK_JOINS" in env,
         replays=_REPLAY in env,
         settings=json.loads(env.get("LIGHTWORK_SETTINGS", "{}")),
         address=env.get("MASTER_ADDR"),

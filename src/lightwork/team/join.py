@@ -29,13 +29,14 @@ from lightwork.notice import notice
 from lightwork.spec.footprint import expected_bytes, regions_of
 from lightwork.spec.holdings import Holdings
 from lightwork.spec.plan import Plan
-from lightwork.spec.roster import Roster
+from lightwork.spec.roster import FIRST_RANK, Roster
 from lightwork.spec.tree import max_partial_sums
 from lightwork.store.elements import Units
 from lightwork.store.mapped import MappedStore, check_room, create_disk_store, create_store, open_store
 from lightwork.store.regions import MemoryMap, Regions, map_regions
 from lightwork.team.board import Board
 from lightwork.team.environment import Environment, Launcher
+from lightwork.team.newcomer import Newcomer
 from lightwork.team.rendezvous import Rendezvous
 from lightwork.team.team import Team, compare
 from lightwork.team.words import BoardSize
@@ -113,14 +114,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
     """
     holdings, device, rank = needs.holdings, needs.device, environment.rank
     roster, host = holdings.roster, holdings.host
-    size = BoardSize(
-        num_workers=holdings.num_workers,
-        num_micro_batches=holdings.spec.num_micro_batches,
-        num_parameters=len(holdings.layout.parameters),
-        num_buckets=len(holdings.layout.buckets),
-        num_hosts=roster.num_hosts,
-        num_spare_slots=holdings.num_slots - max_partial_sums(holdings.spec.num_micro_batches),
-    )
+    size = _board_size(holdings)
     fixed = {
         "signal": _SIGNAL_BYTES,
         "mailboxes": HostTransport.num_bytes(holdings.num_workers),
@@ -129,7 +123,11 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
     }
     memory_map = map_regions(regions_of(holdings, fixed, needs.buffers))
     fingerprint = _fingerprint(holdings, device)
-    store, disk = _make_or_open(holdings, memory_map, fingerprint, plan, rank, rendezvous, run_number)
+    key = f"memory {run_number} of {roster.leader(host)}"
+    if environment.joins:
+        store, disk = _open_of_anyone(memory_map, fingerprint, rank, rendezvous, key)
+    else:
+        store, disk = _make_or_open(holdings, memory_map, fingerprint, plan, rank, rendezvous, key)
     carrier, weights_carrier = _connect(holdings, device, environment, rendezvous, run_number)
     units = Units(holdings.layout) if device.has_own_memory else None
     memory = Regions(store.buffer, memory_map, device, disk=disk.fileno() if disk else None, units=units)
@@ -146,15 +144,21 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
         steal=plan.steal,
         sharded=holdings.shares_state,
     )
-    board.presence.join(os.getpid())
+    local_rank = roster.local_rank(rank)
     mailboxes = HostTransport(
-        roster.local_rank(rank), roster.ranks(host), memory.region("mailboxes"), lock, signal, board.is_dead
+        local_rank, roster.ranks(host), memory.region("mailboxes"), lock, signal, board.membership.is_expected
     )
     transport = mailboxes if roster.num_hosts == 1 else LayeredTransport(mailboxes, holdings.num_workers, carrier)
-    team = Team(rank, roster, board, mailboxes, transport, rendezvous, store, carrier)
+    team = Team(rank, roster, board, mailboxes, transport, rendezvous, [store, disk] if disk else [store], carrier)
     if isinstance(lock, FileLock):
         lock.when_held = team.lock_is_held
-    team.meet_first()
+    if fd is not None:
+        rendezvous.show_memory(fd, disk.fileno() if disk else None)
+    if environment.joins:
+        team.newcomer = Newcomer(rank, local_rank, board, mailboxes, signal)
+    else:
+        board.presence.join(os.getpid())
+        team.meet_first()
     store.published()
     if disk:
         disk.published()
@@ -166,6 +170,17 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
         memory=memory,
         carrier=carrier,
         weights_carrier=weights_carrier,
+    )
+
+
+def _board_size(holdings: Holdings) -> BoardSize:
+    return BoardSize(
+        num_workers=holdings.num_workers,
+        num_micro_batches=holdings.spec.num_micro_batches,
+        num_parameters=len(holdings.layout.parameters),
+        num_buckets=len(holdings.layout.buckets),
+        num_hosts=holdings.roster.num_hosts,
+        num_spare_slots=holdings.num_slots - max_partial_sums(holdings.spec.num_micro_batches),
     )
 
 
@@ -185,6 +200,24 @@ def _fingerprint(holdings: Holdings, device: Device) -> dict[str, object]:
     }
 
 
+def _open_of_anyone(
+    memory_map: MemoryMap, fingerprint: dict[str, object], rank: int, rendezvous: Rendezvous, key: str
+) -> tuple[MappedStore, MappedStore | None]:
+    """Return the host's memory and its file on disk, as any worker has them: who made them may have died.
+
+    Raises: Disagreement; TeamError when nobody has them any more.
+    """
+    published = json.loads(rendezvous.wait_for_message(key))
+    compare("lightwork.distribute", published["fingerprint"], fingerprint, rank, FIRST_RANK)
+    for path, path_of_disk in rendezvous.memories():
+        with contextlib.suppress(TeamError):
+            store, disk = open_store(f"{memory_map.num_bytes}:{path}"), None
+            if memory_map.disk_bytes:
+                disk = open_store(f"{memory_map.disk_bytes}:{path_of_disk}")
+            return store, disk
+    raise TeamError(f"rank {rank} came too late: no worker of its team is there any more.")
+
+
 def _make_or_open(
     holdings: Holdings,
     memory_map: MemoryMap,
@@ -192,11 +225,10 @@ def _make_or_open(
     plan: Plan,
     rank: int,
     rendezvous: Rendezvous,
-    run_number: int,
+    key: str,
 ) -> tuple[MappedStore, MappedStore | None]:
     """Return the host's memory and its file on disk, if there is one: the leader makes them, the others open them."""
     leader = holdings.roster.leader(holdings.host)
-    key = f"memory {run_number} of {leader}"
     if rank != leader:
         published = json.loads(rendezvous.wait_for_message(key))
         compare("lightwork.distribute", published["fingerprint"], fingerprint, rank, leader)

@@ -23,7 +23,10 @@ class Peers:
         self._pid_of: dict[int, int] = {}
 
     def watch(self, rank: int, pid: int) -> None:
-        """Watch the process of `rank` from now on."""
+        """Watch the process of `rank` from now on, in place of another one."""
+        if self.pid(rank) == pid:
+            return
+        self.forget(rank)
         self._pid_of[rank] = pid
         try:
             fd = os.pidfd_open(pid)
@@ -32,6 +35,10 @@ class Peers:
             return
         self._rank_of[fd] = rank
         self._poll.register(fd, select.POLLIN)
+
+    def pid(self, rank: int) -> int:
+        """Return the process of `rank` that is watched, 0 for none."""
+        return self._pid_of.get(rank, 0)
 
     def ended(self) -> list[int]:
         """Return the ranks whose process has ended, in order."""

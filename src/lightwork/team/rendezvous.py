@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 _JOURNAL = struct.Struct("<qq")
 
+#: Of a worker: its process, and its descriptors of its first run's memory and, less 1, of that on disk.
+_MEMORY = struct.Struct("<qqq")
+
 #: What workers do that wait for rank 0's message of a run.
 _DISTRIBUTE = "call lightwork.distribute"
 
@@ -42,7 +45,8 @@ _IS_ELASTIC, _RIGID = 1, 2
 _PROGRESS_AT = 64
 _ELASTIC_AT = _PROGRESS_AT + _MAX_WORKERS
 _RUNS_AT = _ELASTIC_AT + _MAX_WORKERS
-_JOURNAL_AT = _RUNS_AT + 8 * _MAX_WORKERS
+_MEMORY_AT = _RUNS_AT + 8 * _MAX_WORKERS
+_JOURNAL_AT = _MEMORY_AT + _MEMORY.size * _MAX_WORKERS
 _JOURNAL_BYTES = 16 * 1024 * 1024  # takes up what was written; a message is about 1 KiB
 _LINES_AT = _JOURNAL_AT + 16
 _PAGE_BYTES = _LINES_AT + _JOURNAL_BYTES
@@ -61,12 +65,12 @@ class Progress(IntEnum):
 class Rendezvous(ABC):
     """Rank 0 publishes, everyone waits. Keys are used once."""
 
-    _num_firsts = 0
+    num_firsts = 0  #: the times that this worker came to `with lightwork.first()`
 
     def next_first(self) -> int:
         """Return a number for a `with lightwork.first()`: the same on every worker, as they make the same calls."""
-        self._num_firsts += 1
-        return self._num_firsts
+        self.num_firsts += 1
+        return self.num_firsts
 
     def comes_first(self, key: str) -> bool:
         """Return whether this worker is the first that asks for `key`; where all are on rank 0's machine, False."""
@@ -103,17 +107,23 @@ class Rendezvous(ABC):
     def report(self, progress: Progress) -> None:
         """Tell the launcher how far this worker got, where there is one that looks."""
 
-    @abstractmethod
-    def report_elastic(self, *, elastic: bool) -> None:
+    def report_elastic(self, *, elastic: bool) -> None:  # noqa: B027  # other launchers do not look
         """Tell the launcher whether the others of a run that was joined go on if this worker is killed."""
+
+    def show_memory(self, fd: int, disk_fd: int | None) -> None:  # noqa: B027  # ... and nobody joins later
+        """Tell newcomers under which descriptors this process has the memory of its run, and its file on disk."""
+
+    def memories(self) -> list[tuple[str, str]]:
+        """Return where workers have it: a path of memory, and of the file on disk, empty where there is none."""
+        return []
 
 
 @final
 class FileRendezvous(Rendezvous):
     """A page inherited from `lightwork run`.
 
-    It holds two bytes (progress, and whether its runs go on without it) and a count of runs for each rank, then a
-    journal of `key=message` lines, with a count of how often it was begun anew and its length.
+    It holds two bytes (progress, and whether its runs go on without it), a count of runs and where it has its memory
+    for each rank, then a journal of `key=message` lines, with a count of how often it was begun anew and its length.
     """
 
     def __init__(self, fd: int, rank: int) -> None:
@@ -156,9 +166,9 @@ class FileRendezvous(Rendezvous):
         """
         self._before = self.progress(self._rank)
         times_begun, length = self._journal()
-        if self._rank == FIRST_RANK and length > _JOURNAL_BYTES // 2:
-            self._write_journal(times_begun + 1, 0)
         number = self.num_runs(self._rank) + 1
+        if self._rank == FIRST_RANK and number > 1 and length > _JOURNAL_BYTES // 2:
+            self._write_journal(times_begun + 1, 0)
         at = _RUNS_AT + 8 * self._rank
         self._page[at : at + 8] = number.to_bytes(8, "little")
         self.report(Progress.JOINING)
@@ -230,6 +240,29 @@ class FileRendezvous(Rendezvous):
     def is_elastic(self, rank: int) -> bool:
         """Return whether the runs that `rank` has joined go on without it."""
         return self._page[_ELASTIC_AT + rank] == _IS_ELASTIC
+
+    def show_memory(self, fd: int, disk_fd: int | None) -> None:
+        """Write it down, of the first run: newcomers begin with it, and are let in nowhere else."""
+        if self.num_runs(self._rank) == 1:
+            at = _MEMORY_AT + _MEMORY.size * self._rank
+            _MEMORY.pack_into(self._page, at, os.getpid(), fd, 0 if disk_fd is None else disk_fd + 1)
+
+    def memories(self) -> list[tuple[str, str]]:
+        """Return what was written down, of processes that may have ended."""
+        found = []
+        for rank in range(_MAX_WORKERS):
+            pid, fd, disk_fd = _MEMORY.unpack_from(self._page, _MEMORY_AT + _MEMORY.size * rank)
+            if pid:
+                folder = f"/proc/{pid}/fd"
+                found.append((f"{folder}/{fd}", f"{folder}/{disk_fd - 1}" if disk_fd > 0 else ""))
+        return found
+
+    def clear(self, rank: int) -> None:
+        """Forget all of `rank`, whose process has ended: another one takes its place."""
+        self._page[_PROGRESS_AT + rank] = Progress.STARTED
+        self._page[_ELASTIC_AT + rank] = 0
+        for at, size in ((_RUNS_AT, 8), (_MEMORY_AT, _MEMORY.size)):
+            self._page[at + size * rank : at + size * (rank + 1)] = bytes(size)
 
     def _read_new(self) -> None:
         times_begun, length = self._journal()
@@ -316,9 +349,6 @@ class StoreRendezvous(Rendezvous):
     def report(self, progress: Progress) -> None:
         """Do nothing: these launchers look at exit statuses only."""
 
-    def report_elastic(self, *, elastic: bool) -> None:
-        """Do nothing: these launchers end the team when a worker ends."""
-
 
 @final
 class SoloRendezvous(Rendezvous):
@@ -351,9 +381,6 @@ class SoloRendezvous(Rendezvous):
 
     def report(self, progress: Progress) -> None:
         """Do nothing: nobody looks."""
-
-    def report_elastic(self, *, elastic: bool) -> None:
-        """Do nothing: there are no others."""
 
 
 def find(environment: Environment) -> Rendezvous:

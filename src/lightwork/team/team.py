@@ -2,6 +2,7 @@
 
 A watch raises nothing: it returns why waiting has become pointless, an error as a value, and the one who waits decides.
 A death is such a reason only where the team can not do without the worker; else it is buried, and the wait goes on.
+Another process may come to its place (`newcomer`).
 
     [Note: who is there]
     All must agree on who does what in a collective call, and a death is seen by one sooner than by another. But what
@@ -13,15 +14,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 from lightwork.errors import Disagreement, RankLost, TeamError
 from lightwork.notice import notice
-from lightwork.spec.roster import Roster, without
+from lightwork.spec.roster import Roster, with_only
 from lightwork.store.mapped import MappedStore
 from lightwork.team.board import Board
 from lightwork.team.meeting_point import JOIN_TIMEOUT
+from lightwork.team.newcomer import Newcomer, Welcome
 from lightwork.team.peers import Peers
 from lightwork.team.presence import Activity
 from lightwork.team.rendezvous import Progress, Rendezvous
@@ -51,22 +53,25 @@ class Team:
         mailboxes: HostTransport,
         transport: Transport,
         rendezvous: Rendezvous,
-        store: MappedStore,
+        stores: Sequence[MappedStore],
         carrier: Carrier,
     ) -> None:
         """`mailboxes` are those of this host's workers, `transport` is that of all; `carrier` is the leader's."""
         self.rank = rank
         self.roster = roster  #: as of the last meeting: [Note: who is there]
-        self._may_lose = False  # a worker that dies, and go on
-        self._lease = 0.0  # seconds that a worker may be stopped while others wait
+        self.newcomer: Newcomer | None = None  #: as long as this worker is one
+        self.welcome = Welcome(rank, board, mailboxes)
+        self._first = roster
+        self.may_lose = False  #: a worker that dies, and go on
+        self.lease = 0.0  #: seconds that a worker may be stopped while others wait, before it is ended; 0 for any
         self._stopped_since: dict[int, float] = {}  # by place, as far as this worker has seen
         self.board = board
         self.presence = board.presence
-        self.store = store  #: kept open, as its descriptor is also the lock's
+        self._stores = stores  # kept open: a descriptor is also the lock's, and newcomers open both
         self.local_rank = roster.local_rank(rank)
         self._mailboxes = mailboxes
         self._transport = transport
-        self._rendezvous = rendezvous
+        self.rendezvous = rendezvous
         self._carrier = carrier
         self._host = roster.host_of(rank)
         self._names = dict(zip(roster.local_ranks(self._host), roster.ranks(self._host), strict=True))
@@ -89,16 +94,19 @@ class Team:
         return self.roster.is_leader(self.rank)
 
     def report(self, progress: Progress) -> None:
-        """Tell the launcher how far this worker got."""
-        self._rendezvous.report(progress)
+        """Tell the launcher how far this worker got; a newcomer has not got anywhere yet."""
+        if self.newcomer is None:
+            self.rendezvous.report(progress)
 
-    def begin(self, *, elastic: bool, lease: float) -> None:
-        """Begin to train; with `elastic`, the team goes on from here without a worker that is killed.
+    def begin(self) -> None:
+        """Be a worker as the others are: at the end of `distribute`; a newcomer, when it has entered its first step.
 
-        It then ends a worker that is stopped for more than `lease` seconds while another one waits; 0 for never.
+        The launcher is told whether the others go on from here without this worker, if it is killed.
         """
-        self._may_lose, self._lease = elastic, lease
-        self._rendezvous.report_elastic(elastic=elastic)
+        self.rendezvous.report_elastic(elastic=self.may_lose)
+        if self.newcomer is not None:
+            self.newcomer = None
+            self.report(Progress.TRAINING)
 
     def say(self, text: str) -> None:
         """Tell the user something that is not an error, once: the main worker does."""
@@ -117,12 +125,15 @@ class Team:
 
         Raises: Disagreement, RankLost or RankFailed when not all will come.
         """
+        if self.newcomer is not None:
+            raise self.newcomer.can_not_meet(what)
         self.presence.announce(Activity.MEETING)
         received = self._transport.exchange(what, payload, self._watch(f"in {what}", self._missing_from_meeting))
         self.presence.show(Activity.OUTSIDE)
-        if None in received:
-            dead = [local for local in self.roster.local_ranks(self._host) if received[local] is None]
-            self.roster = without(self.roster, self._host, dead) if dead else self.roster
+        if self.may_lose:
+            there = tuple(local for local, payload in enumerate(received) if payload is not None)
+            if there != self.roster.local_ranks(self._host):
+                self.roster = with_only(self._first, self._host, there, self.roster.generation + 1)
         return [payload for payload in received if payload is not None]
 
     def meet_main(self, what: str, payload: bytes = b"") -> bytes:
@@ -140,7 +151,7 @@ class Team:
             main = self.roster.main
             received = self.meet(what, result)
             if main in self.roster.living:
-                return received[0]
+                return received[self.roster.living.index(main)]
 
     def meet_first(self) -> None:
         """Meet for the first time, when a worker that will never come can not be watched yet; then watch all.
@@ -162,8 +173,7 @@ class Team:
 
         self.presence.announce(Activity.MEETING)
         self._transport.exchange("distribute", b"", look)
-        for local in self._others():
-            self._peers.watch(local, self.presence.pid(local))
+        self._watch_others()
 
     def meet_equal(self, what: str, values: dict[str, object]) -> None:
         """Meet, and raise Disagreement naming the first value in which a worker differs from the main one."""
@@ -223,25 +233,36 @@ class Team:
 
     def _bury_the_dead(self) -> None:
         """Bury the workers that were killed, where the team goes on without them."""
-        if not self._may_lose:
+        if not self.may_lose:
             return
         for local in self._peers.ended():
             if self.presence.activity(local) is not Activity.ENDED:
-                self.board.bury(local)
+                self.board.membership.bury(local, self._peers.pid(local))
                 self._peers.forget(local)
+        self._watch_others()
+
+    def _watch_others(self) -> None:
+        """Watch the processes of the others: where one has died there may be another one by now."""
+        for local in self._others():
+            self._peers.watch(local, self.presence.pid(local))
+
+    def _lost(self) -> list[int]:
+        """Return the places of workers that have ended and will not be buried."""
+        ended = self._peers.ended()  # one that was killed just now will be, at the next look
+        return [at for at in ended if not self.may_lose or self.presence.activity(at) is Activity.ENDED]
 
     def _end_the_stopped(self, where: str) -> None:
         """End a worker that has been stopped for too long: it would write again, in memory that is the others', too.
 
         Time is this process's own, counted while it waits.
         """
-        if not (self._may_lose and self._lease):
+        if not (self.may_lose and self.lease):
             return
         now = time.monotonic()
         for local in self._others():
             if not self._peers.stopped(local):
                 self._stopped_since.pop(local, None)
-            elif now - self._stopped_since.setdefault(local, now) >= self._lease:
+            elif now - self._stopped_since.setdefault(local, now) >= self.lease:
                 notice(
                     f"rank {self._name(local)} (pid {self.presence.pid(local)}) is ended: it was stopped for "
                     f"{now - self._stopped_since[local]:.1f} s while rank {self.rank} waited {where}. To wait for "
@@ -260,7 +281,7 @@ class Team:
 
     def _missing_from_step(self, step: int) -> TeamError | None:
         presence = self.presence
-        for local in self._peers.ended():
+        for local in self._lost():
             if not presence.has_left(local):
                 return RankLost(
                     f"rank {self._name(local)} (pid {presence.pid(local)}) is gone; rank {self.rank} needs it in "
@@ -280,8 +301,8 @@ class Team:
 
     def _missing_from_meeting(self) -> TeamError | None:
         presence = self.presence
-        missing = [local for local in self._others() if self._mailboxes.posted(local) is None]
-        for local in self._peers.ended():
+        missing = self._mailboxes.missing()
+        for local in self._lost():
             if local in missing:
                 return RankLost(
                     f"rank {self._name(local)} (pid {presence.pid(local)}) has ended while rank {self.rank} "
@@ -304,8 +325,7 @@ class Team:
 
     def _others(self) -> list[int]:
         """Return the places of the other workers of this host that are not known to be dead."""
-        board, own = self.board, self.local_rank
-        return [local for local in board.roster.local_ranks(self._host) if local != own and not board.is_dead(local)]
+        return self.board.membership.others()
 
     def _name(self, local_rank: int) -> int:
         """Return the rank of a worker of this host."""

@@ -7,8 +7,10 @@ nothing is counted.
     open                the step that is open, its micro-batches, and whether norms are measured, in one word
     failed              1 + the place of a worker that can not go on; the first one stays
     evaluation          the evaluation that goes on, and how many of its batches are claimed, in one word
-    burials             how often a worker was found dead
-    presence            of each worker, its own to write (`presence`); whether it is dead, written by who finds it so
+    changes             how often a worker was found dead, or was let in
+    handover            where what a newcomer needs to know lies: a process and its descriptor, in one word
+    presence            of each worker, its own to write (`presence`); whether it is dead, and which process is in,
+                        written by who finds it so, or lets it in
     claim   of a piece  who has it, in which step: written under the lock, before the work
     done    of a piece  the step for which it is done: written by its claimant, after everything that the work left
     slot                the node of the tree whose sum lies in a worker's slot, 0 for none; its own to write
@@ -24,8 +26,10 @@ A claim or a done word of an earlier step says nothing, so nothing is cleared wh
     slots of the sums that went into it are freed. Until it is done, a sum with this micro-batch does not count, and
     the sums that went into it do; from then on it is the reverse.
     It finishes a bucket: its norm, **done**.
-    It buries another one: what that had claimed and not done is free, **dead**, burials. Who finds a worker dead does
+    It buries another one: what that had claimed and not done is free, **dead**, changes. Who finds a worker dead does
     all of it, also where somebody else has; so it may be killed in between.
+    It lets a newcomer in: it buries who was there, handover, since, **process**, changes. A place is given away when
+    the step in which its last worker died is done: until then that one's partial sums and journal are needed.
 """
 
 from __future__ import annotations
@@ -46,12 +50,12 @@ WORD = 8
 MAX_WORKERS = 4096
 
 # Words of the header.
-COMMITTED, OPEN, FAILED, EVALUATION, BURIALS = range(5)
+COMMITTED, OPEN, FAILED, EVALUATION, CHANGES, HANDOVER = range(6)
 _HEADER_WORDS = 8
 
-# Words of a worker.
-PID, ACTIVITY, SETTINGS, ENTERED, LEFT, DEAD, ARRIVED = range(7)
-PRESENCE_WORDS = 8
+# Words of a worker. `READY` is the process that waits to come to its place; `SINCE` the last exchange without it.
+PID, ACTIVITY, SETTINGS, ENTERED, LEFT, DEAD, ARRIVED, READY, SINCE = range(9)
+PRESENCE_WORDS = 16
 
 
 class Kind(IntEnum):
@@ -148,6 +152,12 @@ class Words:
         """Return whether the worker at a place was found dead."""
         at = local_rank * PRESENCE_WORDS
         return bool(self.presence[at + DEAD]) and self.presence[at + DEAD] == self.presence[at + PID]
+
+    def newcomer(self, local_rank: int) -> int:
+        """Return the process that waits to come to a place; 0 for none."""
+        at = local_rank * PRESENCE_WORDS
+        ready = int(self.presence[at + READY])
+        return ready if ready != self.presence[at + PID] else 0
 
     def claimant(self, kind: Kind, item: int, step: int) -> int | None:
         """Return who has a piece of a step, None while nobody has."""

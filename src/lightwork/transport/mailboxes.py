@@ -42,18 +42,23 @@ class HostTransport(Transport):
         region: memoryview,
         lock: AbstractContextManager[bool | None],
         signal: Signal,
-        is_dead: Callable[[int], bool] = lambda local_rank: False,
+        is_expected: Callable[[int, int], bool] = lambda local_rank, exchange: True,
     ) -> None:
-        """`names` are the ranks of the host's workers in the whole team, for messages; `is_dead` says who is buried."""
+        """Take part in the exchanges of a host's workers.
+
+        Args:
+            names: their ranks in the whole team, for messages.
+            is_expected: says of a worker whether an exchange, by its number, waits for it.
+        """
         self._local_rank = local_rank
         self._names = names
         self._locals = range(len(names))
         self._region = region
         self._lock = lock
         self._signal = signal
-        self._is_dead = is_dead
+        self._is_expected = is_expected
         self._counts = region[: len(region) // _WORD * _WORD].cast("q")
-        self._count = 0
+        self.count = 0  #: the exchanges so far
 
     @staticmethod
     def num_bytes(num_workers: int) -> int:
@@ -82,14 +87,19 @@ class HostTransport(Transport):
     def posted(self, local_rank: int) -> str | None:
         """Return what a worker has posted in the exchange that this worker is in, None if it has not come yet."""
         at = self._box(local_rank)
-        if self._counts[at // _WORD] != self._count:
+        if self._counts[at // _WORD] != self.count:
             return None
         what, _ = _HEADER.unpack_from(self._region, at + _WORD)
         return bytes(what).rstrip(b"\0").decode()
 
+    def missing(self) -> list[int]:
+        """Return the workers for which the exchange that this worker is in waits."""
+        late = (local for local in self._locals if self.posted(local) is None)
+        return [local for local in late if self._is_expected(local, self.count)]
+
     def is_ahead(self, local_rank: int) -> bool:
         """Return whether a worker has entered an exchange that this worker has not."""
-        return max(self._counts[self._box_at(local_rank, box) // _WORD] for box in range(2)) > self._count
+        return max(self._counts[self._box_at(local_rank, box) // _WORD] for box in range(2)) > self.count
 
     def posted_last(self, local_rank: int) -> str:
         """Return the last exchange that a worker has posted."""
@@ -98,26 +108,26 @@ class HostTransport(Transport):
         return bytes(what).rstrip(b"\0").decode()
 
     def _box(self, local_rank: int) -> int:
-        return self._box_at(local_rank, self._count % 2)
+        return self._box_at(local_rank, self.count % 2)
 
     @staticmethod
     def _box_at(local_rank: int, box: int) -> int:
         return (local_rank * 2 + box) * _STRIDE
 
     def _post(self, what: str, chunk: bytes, length: int) -> None:
-        self._count += 1
+        self.count += 1
         at = self._box(self._local_rank)
         self._region[at + _PAYLOAD_AT : at + _PAYLOAD_AT + len(chunk)] = chunk
         _HEADER.pack_into(self._region, at + _WORD, what.encode(), length)
         with self._lock:
-            self._counts[at // _WORD] = self._count
+            self._counts[at // _WORD] = self.count
             self._signal.notify()
 
     def _wait_for_all(self, watch: Watch) -> None:
         while True:
             with self._lock:
                 seen = self._signal.value
-                missing = any(self.posted(local) is None and not self._is_dead(local) for local in self._locals)
+                missing = self.missing()
             if not missing:
                 return
             if not self._signal.wait_for_change(seen, WATCH_SECONDS):

@@ -1,0 +1,206 @@
+"""Another process comes to the place of a worker that was killed, and from then on sees what one worker alone sees.
+
+It begins its script anew. Whoever is killed over it, the newcomer or who lets it in, and at whatever point: the others
+go on to the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lightwork
+from lightwork.engine.engine import Engine
+from lightwork.launcher.team import WorkerResult, fork_team
+from lightwork.run.handover import HandOver
+from lightwork.team.membership import Membership
+from lightwork.team.newcomer import Newcomer, Welcome
+from tests.run.test_a_team_goes_on_without_a_worker_that_is_killed import POINTS, Point
+from tests.training import in_small_pieces, new_folder
+
+#: What one step came to: its number first.
+Seen = dict[str, Any]
+
+NUM_STEPS = 40
+
+
+def is_newcomer() -> bool:
+    return "LIGHTWORK_JOINS" in os.environ
+
+
+def train(arm: Callable[[int], None], folder: Path, seconds: float = 0.01, **settings: Any) -> Seen:
+    """Train with all kinds of collective calls; `arm` is given the rank, and `seconds` are those of a micro-batch."""
+    in_small_pieces(block=64, bucket=160)
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.2), nn.Linear(24, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, y = torch.randn(96, 6), torch.randint(3, (96,))
+    arm(int(os.environ["LIGHTWORK_RANK"]))
+    run = lightwork.distribute(
+        model,
+        optimizer,
+        **{"global_batch": 24, "micro_batch": 3, "clip_grad_norm": 1.0, "run_dir": folder, "save_every": 9, **settings},
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.9)
+    average = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 1))
+    run.keep(scheduler=scheduler, average=average)
+    if run.step_index == 0:
+        run.keep(best=100.0)
+    seen: Seen = {"steps": [], "evaluations": []}
+    for epoch in run.epochs(NUM_STEPS // 4):
+        for step in run.steps(TensorDataset(x, y)):
+            for xs, ys in step:
+                time.sleep(seconds)
+                out = model(xs)
+                step.sum("right", (out.argmax(1) == ys).sum())
+                step.backward(nn.functional.cross_entropy(out, ys))
+            scheduler.step()
+            average.module.bias.data.add_(step.loss)
+            run.keep(best=min(run.kept["best"], step.loss))
+            seen["steps"].append((step.index, step.loss, step.grad_norm, step["right"], run.digest()))
+            if step.index % 5 == 4:
+                with run.edit():
+                    model[0].bias.mul_(0.99)
+        with run.evaluate(TensorDataset(x, y)) as ev:
+            for xs, ys in ev:
+                ev.add("loss", nn.functional.cross_entropy(model(xs), ys))
+        seen["evaluations"].append((epoch, ev["loss"]))
+        if epoch % 3 == 1:
+            run.save()
+    seen["at the end"] = average.module.bias.item(), run.kept["best"], optimizer.param_groups[0]["lr"]
+    return seen
+
+
+def nobody(rank: int) -> None:
+    """Let nobody be killed."""
+
+
+_alone: dict[str, Seen] = {}
+
+
+def undisturbed(**settings: Any) -> Seen:
+    """Return what one worker alone sees."""
+    key = repr(settings)
+    if key not in _alone:
+        (result,) = fork_team(1, partial(train, nobody, new_folder(), 0.0, **settings))
+        assert result.error is None, result.error
+        _alone[key] = result.value
+    return _alone[key]
+
+
+def check(results: list[WorkerResult], expected: Seen, num_workers: int) -> list[WorkerResult]:
+    """Check what was seen by those who were not killed: all of it, or by newcomers its end; return these."""
+    living = [result for result in results if result.status != -signal.SIGKILL]
+    assert {result.rank for result in living} == set(range(num_workers)), "nobody is missing at the end"
+    newcomers = []
+    for result in living:
+        assert result.error is None, result.error
+        for what in ("steps", "evaluations"):
+            there = result.value[what]
+            assert there == expected[what][len(expected[what]) - len(there) :], f"{what} of rank {result.rank}"
+        assert result.value["at the end"] == expected["at the end"]
+        if len(result.value["steps"]) < NUM_STEPS:
+            newcomers.append(result)
+    return newcomers
+
+
+def dies_in_step(victim: int, at: int, rank: int) -> None:
+    """Be armed to die on entering a step, as the first process of a rank."""
+    if rank == victim and not is_newcomer():
+        replace(POINTS["before a micro-batch"], turn=at).arm()
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_newcomer_sees_what_one_worker_alone_sees(num_workers: int, victim: int) -> None:
+    results = fork_team(num_workers, partial(train, partial(dies_in_step, victim, 6), new_folder()), restarts=3)
+    (newcomer,) = check(results, undisturbed(), num_workers)
+    assert newcomer.rank == victim
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"optimizer_state": "int8"},
+        {"offload": {"optimizer": "disk", "weights": "disk", "gradients": "disk"}},
+        {"activations": "recompute"},
+        {"clip_grad_norm": None},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_in_every_place_and_type_of_state(settings: dict[str, Any]) -> None:
+    arm = partial(dies_in_step, 1, 4)
+    results = fork_team(2, partial(train, arm, new_folder(), **settings), restarts=3)
+    assert check(results, undisturbed(**settings), 2)
+
+
+# --- whoever is killed over it ---------------------------------------------------------------------------------------
+
+#: In a newcomer's life.
+OF_NEWCOMER = {
+    "before it waits": Point(Newcomer, "wait_until_let_in", 1),
+    "waiting": Point(Membership, "wait_to_come", 1, "after"),
+    "let in": Point(Newcomer, "wait_until_let_in", 1, "after"),
+    "knowing": Point(HandOver, "take", 1, "after"),
+    "before its first step": Point(Engine, "enter_step", 1),
+    "in its first step": Point(Engine, "enter_step", 1, "after"),
+    "in its first micro-batch": replace(POINTS["before backward"], turn=1),
+    "in its first update": replace(POINTS["in an update"], turn=1),
+    "in its first meeting": replace(POINTS["posting"], turn=1),
+    "having posted there": replace(POINTS["having posted"], turn=1),
+}
+
+#: In the life of who lets it in.
+OF_SENIOR = {
+    "before writing": Point(HandOver, "write", 1),
+    "having written": Point(HandOver, "write", 1, "after"),
+    "having let in": Point(Membership, "admit", 1, "after"),
+    "having said so": Point(Welcome, "let_in", 12, "after"),
+}
+
+
+def dies_twice(point: Point, rank: int) -> None:
+    """Be armed to die early as the first process of rank 1, and at a point as its first newcomer."""
+    if rank == 1 and not is_newcomer():
+        dies_in_step(1, 3, rank)
+    elif rank == 1:
+        point.arm()
+
+
+@pytest.mark.parametrize("name", OF_NEWCOMER)
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_a_newcomer_may_be_killed_at_any_point(num_workers: int, name: str) -> None:
+    folder = new_folder()
+    arm = partial(dies_twice, replace(OF_NEWCOMER[name], only=folder / "died"))
+    results = fork_team(num_workers, partial(train, arm, folder), restarts=3)
+    assert check(results, undisturbed(), num_workers)
+    assert (folder / "died").exists()
+
+
+def dies_over_it(point: Point, rank: int) -> None:
+    """Be armed to die early as rank 1, and, as any other, over letting it in."""
+    dies_in_step(1, 3, rank)
+    if rank != 1:
+        point.arm()
+
+
+@pytest.mark.parametrize("name", OF_SENIOR)
+def test_who_lets_a_newcomer_in_may_be_killed_over_it(name: str) -> None:
+    folder = new_folder()
+    arm = partial(dies_over_it, replace(OF_SENIOR[name], only=folder / "died"))
+    results = fork_team(3, partial(train, arm, folder), restarts=3)
+    assert len(check(results, undisturbed(), 3)) == 2
+    assert (folder / "died").exists()
