@@ -26,7 +26,7 @@ from lightwork.launcher.team import WorkerResult, fork_team
 from lightwork.run.handover import HandOver
 from lightwork.team.membership import Membership
 from lightwork.team.newcomer import Newcomer, Welcome
-from tests.run.test_a_team_goes_on_without_a_worker_that_is_killed import POINTS, Point
+from tests.run.test_a_team_goes_on_without_a_worker_that_is_killed import DATA, POINTS, Point
 from tests.training import in_small_pieces, new_folder
 
 #: What one step came to: its number first.
@@ -204,3 +204,131 @@ def test_who_lets_a_newcomer_in_may_be_killed_over_it(name: str) -> None:
     results = fork_team(3, partial(train, arm, folder), restarts=3)
     assert len(check(results, undisturbed(), 3)) == 2
     assert (folder / "died").exists()
+
+
+# --- what lies before the loop ---------------------------------------------------------------------------------------
+
+
+def with_calls(arm: Callable[[int], None], folder: Path, *, omits: str = "", adds: str = "") -> list[Any]:
+    """Train with all collective calls before the loop, and in the body of each epoch before and between its loops.
+
+    A newcomer omits or adds one.
+    """
+    omits, adds = (omits, adds) if is_newcomer() else ("", "")
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x = torch.randn(48, 6)
+    arm(int(os.environ["LIGHTWORK_RANK"]))
+    run = lightwork.distribute(model, optimizer, global_batch=12, micro_batch=3, run_dir=folder)
+
+    def evaluate() -> float:
+        with run.evaluate(TensorDataset(x)) as ev:
+            for (xs,) in ev:
+                ev.add("loss", model(xs).square().mean())
+        return float(ev["loss"])
+
+    def edit() -> None:
+        with run.edit():
+            model[0].weight.mul_(0.9)
+
+    def made(name: str, call: Callable[[], Any]) -> Any:
+        return None if name == omits else call()
+
+    seen: list[Any] = [made("digest", run.digest), made("evaluate", evaluate), made("edit", edit)]
+    start = {name: value.clone() for name, value in run.state_dict().items()}
+    made("save", run.save)
+    if adds:
+        run.digest()
+    for epoch in run.epochs(12):
+        in_epoch = [epoch, evaluate(), start["0.weight"].sum().item()]
+        for part in range(2):
+            for step in run.steps(TensorDataset(x[24 * part : 24 * part + 24])):
+                for (xs,) in step:
+                    time.sleep(0.01)
+                    step.backward(model(xs).square().mean())
+            in_epoch.append(evaluate())
+        seen.append(in_epoch)
+        optimizer.param_groups[0]["lr"] = 0.01 / (epoch + 2)
+    return [*seen[:2], *seen[3:], run.digest()]
+
+
+def test_calls_before_the_loop_come_to_what_they_came_to() -> None:
+    (alone,) = fork_team(1, partial(with_calls, nobody, new_folder()))
+    assert alone.error is None, alone.error
+    for at in (2, 5, 7):
+        results = fork_team(2, partial(with_calls, partial(dies_in_step, 1, at), new_folder()), restarts=3)
+        (newcomer,) = [result for result in results if result.rank == 1 and result.status == 0]
+        count = len(newcomer.value) - 2
+        assert 1 < count <= len(alone.value) - 2
+        assert newcomer.value == [*alone.value[:2], *alone.value[-count:]]
+        assert results[0].value == alone.value
+
+
+@pytest.mark.parametrize("other", [{"omits": "evaluate"}, {"omits": "save"}, {"adds": "digest"}], ids=str)
+def test_a_newcomer_that_makes_other_calls_is_turned_away_by_name(
+    other: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = fork_team(2, partial(with_calls, partial(dies_in_step, 1, 2), new_folder(), **other), restarts=3)
+    assert [(result.rank, result.status) for result in results] == [(0, 0), (1, -signal.SIGKILL)]
+    assert results[0].value
+    assert "CanNotJoin: the script calls run." in capfd.readouterr().err
+
+
+def with_other_settings(arm: Callable[[int], None], folder: Path, what: str) -> str:
+    """Train; a newcomer has another learning rate, fails, or leaves."""
+    torch.manual_seed(3)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    arm(int(os.environ["LIGHTWORK_RANK"]))
+    if what == "fails before" and is_newcomer():
+        raise ValueError("before distribute")
+    run = lightwork.distribute(model, optimizer, global_batch=12, micro_batch=3, run_dir=folder)
+    if what == "fails" and is_newcomer():
+        raise ValueError("before its loop")
+    if what == "leaves" and is_newcomer():
+        return "left"
+    for step in run.steps(torch.randn(240, 6, generator=torch.Generator().manual_seed(1)), epochs=2):
+        if what == "other rate" and is_newcomer():
+            optimizer.param_groups[0]["lr"] = 0.5
+        for xs in step:
+            time.sleep(0.01)
+            step.backward(model(xs).square().mean())
+    return run.digest()
+
+
+@pytest.mark.parametrize("what", ["other rate", "fails", "fails before", "leaves"])
+def test_a_newcomer_that_can_not_go_on_leaves_the_others_alone(what: str) -> None:
+    (alone,) = fork_team(1, partial(with_other_settings, nobody, new_folder(), ""))
+    assert alone.error is None, alone.error
+    results = fork_team(3, partial(with_other_settings, partial(dies_in_step, 1, 2), new_folder(), what), restarts=3)
+    assert [(result.rank, result.status) for result in results] == [(0, 0), (1, -signal.SIGKILL), (2, 0)]
+    assert {result.value for result in results if result.status == 0} == {alone.value}
+
+
+# --- all kinds of data -----------------------------------------------------------------------------------------------
+
+
+def train_on(data: Callable[[], Any], arm: Callable[[int], None]) -> list[tuple[int, float, str]]:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    arm(int(os.environ["LIGHTWORK_RANK"]))
+    run = lightwork.distribute(model, optimizer, global_batch=12, micro_batch=2, run_dir=new_folder())
+    seen = []
+    for step in run.steps(data(), epochs=9):
+        for x in step:
+            time.sleep(0.01)
+            step.backward(model(x).square().mean())
+        seen.append((step.index, step.loss, run.digest()))
+    return seen
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_a_newcomer_goes_on_in_any_kind_of_data(data: Callable[[], Any]) -> None:
+    (alone,) = fork_team(1, partial(train_on, data, nobody))
+    assert alone.error is None, alone.error
+    results = fork_team(2, partial(train_on, data, partial(dies_in_step, 1, 3)), restarts=3)
+    (newcomer,) = [result for result in results if result.rank == 1 and result.status == 0]
+    assert newcomer.value == alone.value[-len(newcomer.value) :]
+    assert results[0].value == alone.value

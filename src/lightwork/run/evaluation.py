@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, final
 
@@ -21,7 +21,6 @@ from lightwork.store import heap
 from lightwork.team.team import Team
 
 
-@final
 class Evaluation:
     """A pass over a data set. Iterate over it inside its `with`, `add` values, and read them after the `with`.
 
@@ -31,7 +30,11 @@ class Evaluation:
     Owns: the loading workers, inside its `with`.
     """
 
-    def __init__(self, team: Team, engine: Engine, feed: Feed, number: int) -> None:
+    def __init__(
+        self, team: Team, engine: Engine, feed: Feed, number: int, done: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        """`done` is called with what it came to."""
+        self._done = done
         self._team = team
         self._engine = engine
         self._feed = feed
@@ -190,8 +193,29 @@ class Evaluation:
         if not self._exhausted:
             raise UsageError("the loop over an evaluation was left early. Go through all its batches.")
         self._metrics = self._combined()
+        self._done(self._metrics)
 
     def _combined(self) -> dict[str, Any]:
         batches = sorted(self._numbers)
         in_order = {place: self._parts[index] for place, index in enumerate(batches)}
         return combined([self._numbers[index] for index in batches], lambda: [in_order])
+
+
+@final
+class PastEvaluation(Evaluation):
+    """One that others have made before this worker came: it has no batches left, and what it came to."""
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        self._index = -1
+        self._metrics = metrics
+
+    def __enter__(self) -> PastEvaluation:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Do nothing."""

@@ -17,6 +17,7 @@ import torch
 from lightwork.checkpoint.description import from_values, to_values
 from lightwork.checkpoint.tensors import TensorFile, TensorWriter, in_file_order
 from lightwork.engine.engine import Engine
+from lightwork.run.calls import Calls
 from lightwork.run.course import Course
 from lightwork.run.saves import Saves
 from lightwork.state.items import Plain, windows
@@ -35,6 +36,7 @@ class HandOver:
         self._engine = engine
         self._saves = saves
         self._course = course
+        self.calls = Calls(course)
 
     def write(self, exchanges: int) -> int:
         """Return a descriptor, the caller's, of what is to be known before the step that begins.
@@ -48,6 +50,7 @@ class HandOver:
             **to_values(description, tensors),
             "exchanges": exchanges,
             "evaluations": self._course.num_evaluations,
+            "calls": self.calls.noted(tensors),
             "firsts": self._team.rendezvous.num_firsts,
             "trainable": [p.requires_grad for p in self._engine.state.weights.parameters],
             "training": [module.training for module in self._engine.model.modules()],
@@ -83,5 +86,6 @@ class HandOver:
         trained.accept()
         self._saves.resume(description)
         self._course.num_evaluations = values["evaluations"]
+        self.calls.take(values["calls"], tensors)
         self._team.rendezvous.num_firsts = values["firsts"]
         return int(values["exchanges"])

@@ -25,7 +25,7 @@ from lightwork.engine.engine import Engine
 from lightwork.errors import RankLost, TeamError, UsageError
 from lightwork.run.automatic import Automatic
 from lightwork.run.course import Course, check_count
-from lightwork.run.evaluation import Evaluation
+from lightwork.run.evaluation import Evaluation, PastEvaluation
 from lightwork.run.exit import EXITS
 from lightwork.run.guard import Guard, say_written
 from lightwork.run.handover import HandOver
@@ -80,6 +80,7 @@ class Run:
         )
         self._automatic = Automatic(plan, team, self._state, model, newest)
         self._handover = HandOver(team, engine, self._saves, self._course)
+        self._calls = self._handover.calls
         self._passes = Passes(
             team, engine, self._course, self._saves, self._automatic, self._guard, self._handover, trace
         )
@@ -114,7 +115,7 @@ class Run:
         check_count("the number of epochs", num)
         self._passes.end_former()
         self._saves.check_settings()
-        return self._course.epochs(num, self._saves.body_ended)
+        return self._course.epochs(num, self._body_ended)
 
     def steps(
         self,
@@ -174,6 +175,8 @@ class Run:
         Each sample comes once, on one of the workers, in micro-batches; random state and buffers are left alone.
         """
         self._passes.refuse_within("run.evaluate")
+        if self._team.newcomer is not None:
+            return PastEvaluation(self._calls.again("run.evaluate"))
         feed = feed_for_evaluation(
             dataset,
             seed=self.spec.seed,
@@ -182,7 +185,8 @@ class Run:
             batches=batches,
         )
         self._course.num_evaluations += 1
-        return Evaluation(self._team, self._engine, feed, self._course.num_evaluations)
+        done = partial(self._note, "run.evaluate")
+        return Evaluation(self._team, self._engine, feed, self._course.num_evaluations, done)
 
     def keep(self, **objects: Any) -> None:
         """Save these with the run, and restore them with it: anything with a state dict, or plain values.
@@ -203,20 +207,33 @@ class Run:
         replaced.
         """
         self._passes.refuse_within("run.edit")
+        if self._team.newcomer is not None:
+            self._calls.again("run.edit")
+            return self._state.edit_alone()
         self._passes.meet_where("edit")
+        self._note("run.edit", None)
         return self._state.edit()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict, under its names: full, plain fp32 tensors of its own, on the host."""
         self._passes.refuse_within("run.state_dict")
+        if self._team.newcomer is not None:
+            found: dict[str, torch.Tensor] = self._calls.again("run.state_dict")
+            return found
         self._passes.meet_where("state_dict")
-        return self._state.state_dict()
+        found = self._state.state_dict()
+        self._note("run.state_dict", found)
+        return found
 
     def digest(self) -> str:
         """Return the SHA-256 of weights, buffers and optimizer state, in hexadecimal digits; the same everywhere."""
         self._passes.refuse_within("run.digest")
+        if self._team.newcomer is not None:
+            return str(self._calls.again("run.digest"))
         self._passes.meet_where("digest")
-        return self._state.digest()
+        digest = self._state.digest()
+        self._note("run.digest", digest)
+        return digest
 
     def save(self, path: str | os.PathLike[str] | None = None, *, format: Format = "lightwork") -> Path:
         """Write a checkpoint to `path` (in the run directory, unless given) and return it.
@@ -233,10 +250,14 @@ class Run:
         self._passes.refuse_within("run.save")
         check_format(format, self.model)
         folder = Path(path) if path is not None else self.run_dir / DEFAULT_NAMES[format]
+        if self._team.newcomer is not None:
+            self._calls.again("run.save")
+            return folder
         farthest = self._passes.meet_where("save")
         beside = EXITS.steps_beside(self)
         self._state.save(folder, format, self.model, beside, within_loop=self._passes.is_within, of=farthest)
         self._automatic.saved()
+        self._note("run.save", None)
         return folder
 
     def load(self, path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
@@ -247,9 +268,12 @@ class Run:
         self._passes.refuse_within("run.load")
         if self._passes.is_within:
             raise UsageError("run.load was called inside the loop over run.steps. Call it before the loop.")
+        if self._team.newcomer is not None:
+            return self._state.loaded_before(path, self._calls.again("run.load"))
         checkpoint = self._state.load(path)
         if checkpoint.step:
             self._passes.updated()
+        self._note("run.load", checkpoint.description.name)
         return checkpoint
 
     def begin(self, *, elastic: bool) -> None:
@@ -271,6 +295,15 @@ class Run:
             raise RankLost(f"rank {self.rank} was let in by a worker that has died ({error}).") from error
         self._passes.updated()
         self._trace.event("joined", step=self._course.at.step)
+
+    def _note(self, what: str, result: object) -> None:
+        """Take note of a collective call, unless it lies behind where a newcomer begins."""
+        if not self._passes.is_within:
+            self._calls.note(what, result)
+
+    def _body_ended(self) -> None:
+        self._saves.body_ended()
+        self._calls.body_ended()
 
     def stay_while_needed(self) -> None:
         """At the end of the script: wait for the others, if they may still read weights that are here."""

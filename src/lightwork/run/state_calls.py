@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightwork.checkpoint.checkpoint import Checkpoint
 from lightwork.checkpoint.description import Description
 from lightwork.checkpoint.foreign import Format
 from lightwork.engine.engine import Engine
-from lightwork.errors import CheckpointError, DamagedCheckpoint, RankLost, UsageError
+from lightwork.errors import CanNotJoin, CheckpointError, DamagedCheckpoint, RankLost, UsageError
 from lightwork.run.saves import Saves
 from lightwork.spec.spec import Spec
 from lightwork.state.optimizer_state import take_settings
@@ -47,6 +48,25 @@ class StateCalls:
         self._saves.edited("run.edit()")
         with self._trained.edit(self._team.meet, self._team.by_leader, is_leader=self._team.is_leader):
             yield
+
+    def edit_alone(self) -> AbstractContextManager[None]:
+        """Let the body write where it changes nothing: the others have edited before this worker came."""
+
+        def nobody(what: str, payload: bytes = b"") -> list[bytes]:
+            return []
+
+        return self._trained.edit(nobody, lambda what, work: b"", is_leader=False)
+
+    def loaded_before(self, saved: str | os.PathLike[str] | Checkpoint, name: str) -> Checkpoint:
+        """Return the checkpoint of this name that the others have loaded before this worker came.
+
+        Raises: CanNotJoin when it is not there any more.
+        """
+        with contextlib.suppress(CheckpointError):
+            checkpoint = saved if isinstance(saved, Checkpoint) else checkpoints.load_whole(saved)
+            if checkpoint.description.name == name:
+                return checkpoint
+        raise CanNotJoin(f"the checkpoint that the others have loaded by run.load is not at {saved} any more.")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict: plain fp32 tensors, on the host."""
