@@ -82,3 +82,73 @@ def test_a_second_run_is_refused_by_name_after_a_death(tmp_path: Path) -> None:
     result = lightwork_run(tmp_path, text, workers="2")
     assert result.status == 128 + signal.SIGKILL, result.text
     assert "rank 1" in result.err
+
+
+# --- another process takes its place ---------------------------------------------------------------------------------
+
+#: A worker's end in a step, as the first process of its rank; each step takes a while.
+ONCE = (
+    "import time; time.sleep(0.02)\n"
+    '        if run.rank == {rank} and step.index >= 3 and "LIGHTWORK_JOINS" not in os.environ:\n'
+    "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    '        print("step", step.index, "of", run.rank, run.is_main, flush=True)'
+)
+
+
+@pytest.fixture(scope="module")
+def long_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    result = lightwork_run(tmp_path_factory.mktemp("alone"), script(max_steps=40, end=END), workers="1")
+    return digests(result.out)["0"]
+
+
+def test_another_process_takes_the_place_and_comes_to_the_same_bits(tmp_path: Path, long_undisturbed: str) -> None:
+    text = script(ONCE.format(rank=1), max_steps=40, end=END)
+    result = lightwork_run(tmp_path, text, workers="2")
+    assert result.status == 0, result.text
+    assert digests(result.out) == {"0": long_undisturbed}
+    assert digests(result.log(1)) == {"1": long_undisturbed}
+    (pid,) = re.findall(r"The others go on. Another \(pid (\d+)\) is started in its place", result.err)
+    assert f"rank 1 (pid {pid}) is there, from step" in result.err
+    assert left_running([*result.pids(), int(pid)]) == []
+
+
+def test_who_takes_the_place_of_the_main_worker_is_main_and_shown(tmp_path: Path, long_undisturbed: str) -> None:
+    text = script(ONCE.format(rank=0), max_steps=40, end=END)
+    result = lightwork_run(tmp_path, text, workers="2")
+    assert result.status == 0, result.text
+    assert digests(result.out) == {"0": long_undisturbed}
+    shown = re.findall(r"step (\d+) of (\d) (\w+)", result.out)
+    ranks = [rank for _, rank, _ in shown]
+    changes = [one for one, other in zip(ranks, [*ranks[1:], ""], strict=True) if one != other]
+    assert changes == ["0", "1", "0"], "first the main one, then the next, then who took the place of the first"
+    assert {is_main for _, rank, is_main in shown if rank == "0"} == {"True"}
+
+
+def test_a_place_where_one_after_the_other_is_killed_stays_empty(tmp_path: Path) -> None:
+    text = script(
+        "import time; time.sleep(0.05)\n"
+        "        if run.rank == 1 and step.index >= 2: os.kill(os.getpid(), signal.SIGKILL)",
+        max_steps=60,
+        end=END,
+    )
+    result = lightwork_run(tmp_path, text, "--restarts", "2", workers="2")
+    assert result.status == 0, result.text
+    assert result.err.count("is started in its place") == 2
+    assert "Its place stays empty: 2 others were killed there, each within 60 s (--restarts)." in result.err
+
+
+def test_a_place_for_which_the_script_fails_stays_empty(tmp_path: Path, long_undisturbed: str) -> None:
+    text = 'import os\nif "LIGHTWORK_JOINS" in os.environ: raise SystemExit("no second start")\n'
+    text += script(ONCE.format(rank=1), max_steps=40, end=END)
+    result = lightwork_run(tmp_path, text, workers="2")
+    assert result.status == 0, result.text
+    assert digests(result.out) == {"0": long_undisturbed}
+    assert re.search(r"rank 1 \(pid \d+\) failed with exit status 1 before it called lightwork.distribute", result.err)
+    assert "It was to take the place of another. The others go on. Its place stays empty; see its log." in result.err
+    assert "no second start" in result.log(1)
+
+
+def test_a_number_of_restarts_that_is_none_is_refused(tmp_path: Path) -> None:
+    result = lightwork_run(tmp_path, script(), "--restarts", "-1")
+    assert result.status == 2, result.text
+    assert "--restarts -1 is not a number from 0 upwards" in result.err

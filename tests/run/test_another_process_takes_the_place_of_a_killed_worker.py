@@ -7,6 +7,7 @@ go on to the same bits.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -332,3 +333,24 @@ def test_a_newcomer_goes_on_in_any_kind_of_data(data: Callable[[], Any]) -> None
     (newcomer,) = [result for result in results if result.rank == 1 and result.status == 0]
     assert newcomer.value == alone.value[-len(newcomer.value) :]
     assert results[0].value == alone.value
+
+
+def with_a_sample_that_kills(folder: Path) -> None:
+    torch.manual_seed(3)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run = lightwork.distribute(model, optimizer, global_batch=8, micro_batch=2, run_dir=folder)
+    for step in run.steps(torch.randn(64, 6), epochs=2):
+        for xs in step:
+            if 17 in step.sample_ids:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step.backward(model(xs).square().mean())
+
+
+def test_a_micro_batch_over_which_three_were_killed_is_named() -> None:
+    results = fork_team(4, partial(with_a_sample_that_kills, new_folder()))
+    killed = [result for result in results if result.status == -signal.SIGKILL]
+    (end,) = [result.error for result in results if result.status == 1]
+    assert len(killed) == 3
+    assert "3 workers were killed while they computed micro-batch" in end
+    assert re.search(r"samples (\d+, 17|17, \d+): one more would be", end), end

@@ -19,8 +19,9 @@ from lightwork.run.exit import EXITS, Closable
 from lightwork.run.guard import Guard
 from lightwork.run.handover import HandOver
 from lightwork.run.interrupt import INTERRUPTS
+from lightwork.run.micro_batch import StepPlace
 from lightwork.run.saves import Saves
-from lightwork.run.step import Step, StepPlace
+from lightwork.run.step import Step
 from lightwork.team.ledger import STOP
 from lightwork.team.presence import Activity
 from lightwork.team.rendezvous import Progress

@@ -12,7 +12,6 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from lightwork.data.feed import Batches
 from lightwork.data.order import Ids, some_of
 from lightwork.engine.beside import Beside
 from lightwork.engine.engine import Engine, StepResult
-from lightwork.errors import NonFiniteLoss, RankLost, UsageError
-from lightwork.run.collected import Collected, Part, combined
+from lightwork.errors import NonFiniteLoss, RankLost, TeamError, UsageError
+from lightwork.run.collected import Part, combined
 from lightwork.run.interrupt import INTERRUPTS
+from lightwork.run.micro_batch import MicroBatch, StepPlace
 from lightwork.team.ledger import STOP, Outcome
 from lightwork.team.rules import Action
 from lightwork.team.team import Team
@@ -32,32 +32,8 @@ from lightwork.team.words import Kind
 from lightwork.trace import Trace
 from lightwork.transport.base import Watch
 
-
-@dataclass(frozen=True, kw_only=True)
-class StepPlace:
-    """Which step it is."""
-
-    index: int  #: of the run
-    epoch: int
-    step_in_epoch: int
-    num_micro_batches: int
-    is_last: bool | None  #: of its epoch; None where only reading shows it
-    wish: int = 0  #: of this worker
-
-
-@dataclass
-class _MicroBatch:
-    """The micro-batch that the user's loop body has in hand."""
-
-    index: int
-    ids: Ids
-    start: float  #: of forward, on the trace's clock
-    loss: float = 0.0
-    weight: float = 0.0
-    collected: Collected = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.collected = Collected(len(self.ids), "step")
+#: Workers that may die over one micro-batch before it is taken for the cause.
+MAX_DEATHS = 3
 
 
 class Step:
@@ -95,7 +71,7 @@ class Step:
         self._trace = trace
         self._updated = updated
         self._others = others
-        self._current: _MicroBatch | None = None
+        self._current: MicroBatch | None = None
         self._result: StepResult | None = None
         self._parts: dict[int, dict[str, Part]] = {}  # of this worker's micro-batches
         self._metrics: Mapping[str, Any] = {}
@@ -329,9 +305,16 @@ class Step:
             )
         return received
 
-    def _load(self, index: int) -> tuple[_MicroBatch, Any]:
+    def _load(self, index: int) -> tuple[MicroBatch, Any]:
         start = time.perf_counter()
         ids = self._loader.ids(self.epoch, self.step_in_epoch, index)
+        deaths = self._team.board.membership.deaths(self.index, index)
+        if deaths >= MAX_DEATHS:
+            raise TeamError(
+                f"{deaths} workers were killed while they computed micro-batch {index} of step {self.index}, samples "
+                f"{some_of(ids)}: one more would be. Most often memory runs out over long samples (see dmesg): a "
+                "smaller micro_batch, or fewer workers."
+            )
         batch = self._loader.get(self.epoch, self.step_in_epoch, index) if len(ids) else None
         self._own.append(index)
         self._num_samples += len(ids)
@@ -340,9 +323,9 @@ class Step:
         self._engine.begin_micro_batch(self.index, index)
         now = time.perf_counter()
         self._trace.span("load", self.index, index, start, now)
-        return _MicroBatch(index=index, ids=ids, start=now), batch
+        return MicroBatch(index=index, ids=ids, start=now), batch
 
-    def _in_hand(self, call: str) -> _MicroBatch:
+    def _in_hand(self, call: str) -> MicroBatch:
         if self._current is None:
             raise UsageError(
                 f"{call} was called outside the loop over step {self.index}. Call it in the body of `for ... in step:`."
@@ -366,7 +349,7 @@ class Step:
                 "without torch.no_grad() or .detach()."
             )
 
-    def _take_loss(self, micro: _MicroBatch, loss: torch.Tensor) -> None:
+    def _take_loss(self, micro: MicroBatch, loss: torch.Tensor) -> None:
         micro.loss = float(loss)
         if micro.weight and not math.isfinite(micro.loss):
             raise NonFiniteLoss(

@@ -22,6 +22,7 @@ from lightwork.team.words import (
     PRESENCE_WORDS,
     READY,
     SINCE,
+    Kind,
     Words,
     opened,
 )
@@ -63,6 +64,10 @@ class Membership:
         """Return whether a worker takes part in that exchange of all: one that is dead, or came after it, does not."""
         since = self._words.presence[local_rank * PRESENCE_WORDS + SINCE]
         return not self._words.is_dead(local_rank) and bool(since < number)
+
+    def deaths(self, step: int, micro_batch: int) -> int:
+        """Return how many workers died while they had a micro-batch of `step`, which is open."""
+        return self._words.deaths(step, micro_batch)
 
     def has_company(self, step: int) -> bool:
         """Return whether any other worker has entered `step`, or all have left their loops."""
@@ -130,6 +135,8 @@ class Membership:
         if step >= words.header[COMMITTED]:
             phases = phases_of(self._first, count, measure=measure)
             for kind, item in freed_by_death(words, local_rank, step, phases):
+                if kind is Kind.COMPUTE:
+                    words.count_death(step, item)
                 words.claims[kind][item] = 0
         words.presence[at + LEFT] = 0
         words.presence[at + DEAD] = words.presence[at + PID]

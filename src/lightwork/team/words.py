@@ -13,6 +13,7 @@ nothing is counted.
                         written by who finds it so, or lets it in
     claim   of a piece  who has it, in which step: written under the lock, before the work
     done    of a piece  the step for which it is done: written by its claimant, after everything that the work left
+    deaths              of a micro-batch: the workers that died while they had it, in which step, in one word
     slot                the node of the tree whose sum lies in a worker's slot, 0 for none; its own to write
 
 Pieces are the micro-batches, a bucket's measurement, a bucket's update (and the buffers'), and what leaders exchange.
@@ -26,8 +27,8 @@ A claim or a done word of an earlier step says nothing, so nothing is cleared wh
     slots of the sums that went into it are freed. Until it is done, a sum with this micro-batch does not count, and
     the sums that went into it do; from then on it is the reverse.
     It finishes a bucket: its norm, **done**.
-    It buries another one: what that had claimed and not done is free, **dead**, changes. Who finds a worker dead does
-    all of it, also where somebody else has; so it may be killed in between.
+    It buries another one: what that had claimed and not done is counted and free, **dead**, changes. Who finds a
+    worker dead does all of it, also where somebody else has; so it may be killed in between.
     It lets a newcomer in: it buries who was there, handover, since, **process**, changes. A place is given away when
     the step in which its last worker died is done: until then that one's partial sums and journal are needed.
 """
@@ -101,7 +102,7 @@ def _pieces(size: BoardSize) -> tuple[int, ...]:
 def _sizes(size: BoardSize) -> tuple[int, ...]:
     """Return the bytes of the board's parts, in their order."""
     n, m = size.num_workers, size.num_micro_batches
-    words = (_HEADER_WORDS, n * PRESENCE_WORDS, n * size.num_slots, *_pieces(size), *_pieces(size))
+    words = (_HEADER_WORDS, n * PRESENCE_WORDS, n * size.num_slots, m, *_pieces(size), *_pieces(size))
     ledger = (2 * m * 2, size.num_buckets)
     return (*(count * WORD for count in words + ledger), m * size.num_parameters, 2 * m, 2 * m * METRICS_BYTES)
 
@@ -120,7 +121,7 @@ class Words:
     def __init__(self, size: BoardSize, region: memoryview) -> None:
         self.size = size
         parts = _cut(region, _sizes(size))
-        self.header, self.presence, self.slots = (next(parts).cast("q") for _ in range(3))
+        self.header, self.presence, self.slots, self._deaths = (next(parts).cast("q") for _ in range(4))
         self.claims = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
         self.done = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
         # By parity of the step: [Note: what a late worker may read].
@@ -158,6 +159,15 @@ class Words:
         at = local_rank * PRESENCE_WORDS
         ready = int(self.presence[at + READY])
         return ready if ready != self.presence[at + PID] else 0
+
+    def deaths(self, step: int, index: int) -> int:
+        """Return how many workers died while they had a micro-batch of `step`."""
+        of_step, count = divmod(self._deaths[index], MAX_WORKERS)
+        return int(count) if of_step == step + 1 else 0
+
+    def count_death(self, step: int, index: int) -> None:
+        """Count one more."""
+        self._deaths[index] = (step + 1) * MAX_WORKERS + self.deaths(step, index) + 1
 
     def claimant(self, kind: Kind, item: int, step: int) -> int | None:
         """Return who has a piece of a step, None while nobody has."""
