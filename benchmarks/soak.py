@@ -1,10 +1,12 @@
-"""Teams whose workers are killed and stopped at random instants, for as long as one likes, compared bit for bit.
+"""Teams whose workers are killed and stopped at random instants, and others come, compared bit for bit.
 
     python benchmarks/soak.py --seconds 600     # make soak SECONDS=600; --out DIR writes the table as well
 
 Each run trains a job of `tests/cases.py` with 2 to 4 workers, looks at loss, gradient norm and digest after every step,
 and saves in between. Meanwhile workers are killed (SIGKILL) or stopped for ever (SIGSTOP: ended by the team after its
-lease), one by one or several at once, down to one. Every survivor must have seen what one worker alone sees.
+lease), one by one or several at once, down to one that trains; other processes take their places, and are killed as
+well, on their way too. Whoever comes to the end must have seen what one worker alone sees, a newcomer from where it
+came in on.
 """
 
 from __future__ import annotations
@@ -37,28 +39,33 @@ from tests.training import distributed, in_small_pieces
 
 from bench import markdown, preamble, print_table
 
-MAX_STEPS = 8
+MAX_STEPS = 100
+SCHEDULED = 15  #: steps of a scheduler, which may have a last one
+SECONDS = 0.004  #: of a micro-batch, at least: else a run is over before anybody can come
 LEASE = 0.5
-HEADS = ("job", "runs", "killed", "stopped", "survived to the bit", "longest step after a death (s)")
+RESTARTS = 1_000_000
+HEADS = ("job", "runs", "killed", "... on their way", "stopped", "came", "survived to the bit", "longest step (s)")
 
 
-def train(name: str, folder: Path, plan: lightwork.Plan) -> dict[str, Any]:
-    """Train a case and return what was seen after every step, and when."""
+def train(name: str, folder: Path, plan: lightwork.Plan, seconds: float = 0.0) -> dict[str, Any]:
+    """Train a case and return what was seen after every step, and how long each took."""
     (folder / f"{os.getpid()}.pid").touch()
     in_small_pieces()
     case = CASES[name]
     run, scheduler = distributed(case, run_dir=str(folder), plan=plan)
     seen: dict[str, Any] = {"steps": [], "seconds": []}
     last = time.monotonic()
-    for step in run.steps(case.dataset(), epochs=case.epochs, max_steps=MAX_STEPS):
+    for step in run.steps(case.dataset(), max_steps=MAX_STEPS):
         for batch in step:
+            time.sleep(seconds)
             step.backward(*case.loss(run.model, batch))
-        if scheduler is not None:
+        if scheduler is not None and step.index < SCHEDULED:
             scheduler.step()
         seen["seconds"].append(time.monotonic() - last)
         last = time.monotonic()
-        seen["steps"].append((step.loss, step.grad_norm, run.digest()))
-        if step.index % 3 == 1:
+        seen["steps"].append((step.index, step.loss, step.grad_norm, run.digest()))
+        (folder / f"{os.getpid()}.in").touch()
+        if step.index % 10 == 1:
             run.save()
     return seen
 
@@ -69,6 +76,8 @@ class Tally:
 
     runs: int = 0
     faults: Counter[int] = field(default_factory=Counter)  #: by signal
+    on_their_way: int = 0  #: of those killed
+    came: int = 0
     survived: int = 0  #: faults of runs whose survivors saw the right bits
     longest: float = 0.0
     wrong: list[str] = field(default_factory=list)
@@ -77,40 +86,39 @@ class Tally:
 class Killer(threading.Thread):
     """Kills and stops workers of one run; remembers whom, as one that is still dying looks alive."""
 
-    def __init__(self, folder: Path, num_workers: int, chance: random.Random) -> None:
+    def __init__(self, folder: Path, chance: random.Random) -> None:
         super().__init__(daemon=True)
         self.faults: list[int] = []
+        self.on_their_way = 0
         self.is_over = False
         self._folder = folder
-        self._left = num_workers - 1  # that may go
-        self._num_workers = num_workers
         self._chance = chance
+        self._gone: set[int] = set()
 
     def run(self) -> None:
-        """Kill until one is left, or the run is over."""
+        """Kill until the run is over; one that has done a step always lives."""
         chance = self._chance
-        while len(self._pids()) < self._num_workers and not self.is_over:
+        while not self.is_over and not self._pids("in"):  # a death before the team has begun ends it
             time.sleep(0.002)
-        # The team must have begun: a death before that ends it.
-        while not self.is_over and not (self._folder / "roster.json").exists():
-            time.sleep(0.002)
-        time.sleep(0.08)
-        living = self._pids()
-        chance.shuffle(living)
-        while living[: self._left] and not self.is_over:
-            time.sleep(chance.choice((0.0, 0.01, 0.05, 0.2)) * chance.random())
-            at_once = living[: min(self._left, 1 + (chance.random() < 0.3))]
-            for pid in at_once:
-                number = signal.SIGSTOP if chance.random() < 0.05 else signal.SIGKILL
-                living.remove(pid)
-                self._left -= 1
+        time.sleep(0.05 * chance.random())
+        while not self.is_over:
+            members = [pid for pid in self._pids("in") if _is_worker(pid)]
+            others = [pid for pid in self._pids("pid") if pid not in members and _is_worker(pid)]
+            if members:
+                members.remove(chance.choice(members))
+            may_go = members + others * (chance.random() < 0.15)
+            for pid in chance.sample(may_go, min(len(may_go), 1 + (chance.random() < 0.3))):
+                number = signal.SIGSTOP if pid in members and chance.random() < 0.05 else signal.SIGKILL
                 if self.is_over or not _is_worker(pid):
                     continue
                 os.kill(pid, number)
+                self._gone.add(pid)
                 self.faults.append(number)
+                self.on_their_way += pid in others
+            time.sleep(chance.choice((0.02, 0.1, 0.2, 0.4)) * chance.random())
 
-    def _pids(self) -> list[int]:
-        return sorted(int(path.stem) for path in self._folder.glob("*.pid"))
+    def _pids(self, kind: str) -> list[int]:
+        return sorted({int(path.stem) for path in self._folder.glob(f"*.{kind}")} - self._gone)
 
 
 def _is_worker(pid: int) -> bool:
@@ -126,14 +134,17 @@ def one_run(name: str, expected: Sequence[Any], chance: random.Random, tally: Ta
     """Do one run and count what came of it."""
     num_workers = chance.randint(2, 4)
     with tempfile.TemporaryDirectory() as path:
-        killer = Killer(Path(path), num_workers, chance)
+        killer = Killer(Path(path), chance)
         killer.start()
         plan = lightwork.Plan(lease=LEASE, trace=False)
-        results = fork_team(num_workers, partial(train, name, Path(path), plan), timeout=120)
+        job = partial(train, name, Path(path), plan, SECONDS)
+        results = fork_team(num_workers, job, restarts=RESTARTS, timeout=120)
         killer.is_over = True
         killer.join()
+        tally.came += len(list(Path(path).glob("*.in"))) - num_workers
     tally.runs += 1
     tally.faults.update(killer.faults)
+    tally.on_their_way += killer.on_their_way
     problem = problem_of(results, expected)
     if problem:
         tally.wrong.append(problem)
@@ -152,8 +163,9 @@ def problem_of(results: Sequence[WorkerResult], expected: Sequence[Any]) -> str:
     for result in living:
         if result.error is not None:
             return result.error.splitlines()[-1]
-        if result.value["steps"] != expected:
-            at = next(i for i, (a, b) in enumerate(zip(result.value["steps"], expected, strict=False)) if a != b)
+        steps = result.value["steps"]
+        if steps != expected[len(expected) - len(steps) :]:
+            at = next((a[0] for a, b in zip(reversed(steps), reversed(expected), strict=False) if a != b), -1)
             return f"other bits on rank {result.rank} at step {at}"
     return ""
 
@@ -183,7 +195,9 @@ def main() -> None:
             name,
             str(tally.runs),
             str(tally.faults[signal.SIGKILL]),
+            str(tally.on_their_way),
             str(tally.faults[signal.SIGSTOP]),
+            str(tally.came),
             f"{tally.survived} of {tally.faults.total()}",
             f"{tally.longest:.2f}",
         )
