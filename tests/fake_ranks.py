@@ -28,7 +28,7 @@ import torch
 
 from lightwork.run.exit import EXITS, Exits
 from lightwork.team import environment as environments
-from lightwork.team import rendezvous as rendezvouses
+from lightwork.team import finding
 from lightwork.team.environment import Environment, Launcher
 from lightwork.team.rendezvous import Progress, Rendezvous
 from lightwork.transport.base import Carrier, Pending
@@ -408,7 +408,7 @@ def _in_place(baton: Baton) -> Iterator[None]:
             (threading.Thread, "start", thread_start),
             (atexit, "register", at_exit),
             (environments, "read", lambda: process().environment),
-            (rendezvouses, "find", lambda _environment: process().rendezvous),
+            (finding, "find", lambda _environment: process().rendezvous),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(mock.patch(_CARRIER_IS_MADE_IN, FakeCarrier))

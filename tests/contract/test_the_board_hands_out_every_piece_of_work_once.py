@@ -53,7 +53,7 @@ class Setting:
 
     def size(self) -> BoardSize:
         return BoardSize(
-            num_workers=self.world_size,
+            capacity=self.world_size,
             num_micro_batches=self.num_micro_batches,
             num_parameters=2,
             num_buckets=self.num_buckets,
@@ -92,7 +92,7 @@ class Team:
         self.make_board = setting.maker(lock)
         self.boards = list(map(self.make_board, range(setting.world_size)))
         for rank, board in enumerate(self.boards):
-            board.presence.join(100 + rank)
+            board.membership.found(100 + rank)
         self.readers = [copy.copy(board) for board in self.boards]  # that see what a worker sees, and never die
         for reader in self.readers:
             reader._words = copy.copy(reader._words)
@@ -485,7 +485,7 @@ def test_different_numbers_of_micro_batches_are_named() -> None:
 
 def test_a_worker_that_failed_stops_the_others_and_is_described() -> None:
     a, b = Setting(world_size=2, num_micro_batches=4).boards()
-    b.presence.join(4711)
+    b.membership.found(4711)
     assert b.enter(0, 4, 1, measure=False).kind is Kind.COMPUTE
     assert a.presence.describe_worker(1) == "rank 1 (pid 4711) computes micro-batch 2 of step 0"
     b.presence.fail()

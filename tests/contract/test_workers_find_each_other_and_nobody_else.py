@@ -13,7 +13,8 @@ import pytest
 from lightwork.errors import TeamError
 from lightwork.team import rendezvous
 from lightwork.team.environment import Environment, Launcher, read
-from lightwork.team.rendezvous import FileRendezvous, StoreRendezvous
+from lightwork.team.page import FileRendezvous
+from lightwork.team.rendezvous import StoreRendezvous
 
 
 def test_messages_of_any_number_of_runs_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

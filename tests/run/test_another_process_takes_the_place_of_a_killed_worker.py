@@ -292,13 +292,17 @@ def with_other_settings(arm: Callable[[int], None], folder: Path, what: str) -> 
     for step in run.steps(torch.randn(240, 6, generator=torch.Generator().manual_seed(1)), epochs=2):
         if what == "other rate" and is_newcomer():
             optimizer.param_groups[0]["lr"] = 0.5
+        if what == "breaks" and is_newcomer():
+            break
+        if what == "fails in its loop" and is_newcomer():
+            raise ValueError("in its loop")
         for xs in step:
             time.sleep(0.01)
             step.backward(model(xs).square().mean())
     return run.digest()
 
 
-@pytest.mark.parametrize("what", ["other rate", "fails", "fails before", "leaves"])
+@pytest.mark.parametrize("what", ["other rate", "fails", "fails before", "fails in its loop", "leaves", "breaks"])
 def test_a_newcomer_that_can_not_go_on_leaves_the_others_alone(what: str) -> None:
     (alone,) = fork_team(1, partial(with_other_settings, nobody, new_folder(), ""))
     assert alone.error is None, alone.error

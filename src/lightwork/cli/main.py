@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         _open_what_is_closed()
         start_again()
-    from lightwork.cli import check, run, verify  # what is slow to import comes after that
+    from lightwork.cli import check, run, scale, verify  # what is slow to import comes after that
 
     parser = argparse.ArgumentParser(
         prog="lightwork",
@@ -29,12 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lightwork {version('lightwork')}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     run.add_parser(verbs)
+    scale.add_parser(verbs)
     check.add_parser(verbs)
     verify.add_parser(verbs)
     options = parser.parse_args(arguments)
-    verb = {"run": run.carry_out, "check": check.carry_out, "verify": verify.carry_out}[options.verb]
+    carry_out = {
+        "run": run.carry_out,
+        "scale": scale.carry_out,
+        "check": check.carry_out,
+        "verify": verify.carry_out,
+    }[options.verb]
     try:
-        return verb(options)
+        return carry_out(options)
     except LightworkError as error:
         print(f"lightwork: {error}", file=sys.stderr)
         return 2

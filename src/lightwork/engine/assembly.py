@@ -187,7 +187,7 @@ def _journal(description: Description, holdings: Holdings, workplace: Workplace)
     layout, memory = holdings.layout, workplace.memory
     if not holdings.dials.elastic:
         return Journal(layout)
-    return UndoJournal(layout, description.state_layout, memory, workplace.local_rank, holdings.num_workers)
+    return UndoJournal(layout, description.state_layout, memory, workplace.local_rank, holdings.capacity)
 
 
 def _early(weights: Weights, holdings: Holdings, slots: Slots, updater: Updater, fetching: Fetching) -> Early:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import inspect
 import os
@@ -13,11 +12,12 @@ from pathlib import Path
 
 from lightwork.launcher.process import start_worker
 from lightwork.launcher.replacing import RESTARTS
+from lightwork.launcher.requests import Requests
 from lightwork.launcher.script import Script
 from lightwork.launcher.supervisor import Display, Outcome, Supervisor
 from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.environment import Environment
-from lightwork.team.rendezvous import FileRendezvous
+from lightwork.team.page import FileRendezvous
 
 #: Where torch._compile keeps the version of a function that the compiler leaves alone.
 _COMPILER_KEPT_OUT = "__dynamo_disable"
@@ -73,7 +73,7 @@ def launch(
         restarts: how often in succession the place of a worker that was killed is given to another process.
     """
     rendezvous_fd = FileRendezvous.create()
-    supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), display, restarts=restarts)
+    supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), display, restarts=restarts, requests=Requests(run_dir))
 
     def start(rank: int, *, joins: bool) -> BaseProcess:
         environment = Environment(
@@ -85,8 +85,10 @@ def launch(
             settings=settings,
         )
         log = log_of(run_dir, rank)
-        stdout = supervisor.forward(rank, log, display.write_out)
-        stderr = supervisor.forward(rank, log, display.write_error) if rank == FIRST_RANK else os.dup(stdout)
+        process = rank, supervisor.life(rank)
+        stdout = supervisor.output.forward(process, log, display.write_out)
+        is_first = rank == FIRST_RANK
+        stderr = supervisor.output.forward(process, log, display.write_error) if is_first else os.dup(stdout)
         try:
             return start_worker(environment, script.run, stdout=stdout, stderr=stderr)
         finally:
@@ -95,7 +97,7 @@ def launch(
             os.close(stderr)
 
     try:
-        return supervisor.run([functools.partial(start, rank) for rank in range(num_workers)])
+        return supervisor.run(start, num_workers)
     finally:
         os.close(rendezvous_fd)
 

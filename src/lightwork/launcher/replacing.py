@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from typing import final
 
-from lightwork.team.rendezvous import FileRendezvous, Progress
+from lightwork.team.page import FileRendezvous
+from lightwork.team.rendezvous import Progress
 
 #: How often a place is given to another process, unless told otherwise.
 RESTARTS = 3

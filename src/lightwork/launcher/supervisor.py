@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import selectors
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Protocol
 
 from lightwork.errors import EXIT_BECAUSE_OF_PEER
 from lightwork.launcher.ended import Ended
+from lightwork.launcher.output import Output, Process
 from lightwork.launcher.process import group_lives, kill_group
 from lightwork.launcher.replacing import RESTARTS, Replacing
+from lightwork.launcher.requests import Requests
 from lightwork.spec.roster import FIRST_RANK
-from lightwork.team.rendezvous import FileRendezvous, Progress
+from lightwork.team.page import FileRendezvous
+from lightwork.team.rendezvous import Progress
 
 #: Seconds between SIGTERM and SIGKILL after a failure, and after an interruption.
 GRACE_AFTER_FAILURE = 2.0
@@ -41,15 +42,12 @@ CAUSE_WINDOW = 1.0
 #: Seconds between two ticks of the display.
 TICK = 0.25
 
-#: Seconds for which output is still read after the last worker has ended: something it started may hold the pipe.
-DRAIN = 0.5
-
 
 class Start(Protocol):
     """Starts a worker."""
 
-    def __call__(self, *, joins: bool) -> BaseProcess:
-        """Return a new process; with `joins`, one that comes to a team that trains."""
+    def __call__(self, rank: int, *, joins: bool) -> BaseProcess:
+        """Return a new process of a rank; with `joins`, one that comes to a team that trains."""
 
 
 class Display(Protocol):
@@ -74,76 +72,42 @@ class Outcome:
     interrupted: int | None  #: the signal that this process was sent
 
 
-class _Log:
-    """The file that keeps what a worker prints, as far as there is room for it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lost_bytes = 0
-        self.problem = ""  # why
-        self.write(b"")
-
-    def write(self, data: bytes) -> None:
-        """Append; what does not fit is counted. (Opened each time: a team may be larger than what may be open.)"""
-        written = 0
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                while written < len(data):
-                    written += file.write(data[written:])
-        except OSError as error:
-            self.lost_bytes += len(data) - written
-            self.problem = self.problem or str(error.strerror)
-
-
 class Supervisor:
     """The workers of one team, from the fork to the end of the last."""
 
-    def __init__(self, rendezvous: FileRendezvous, display: Display, *, restarts: int = RESTARTS) -> None:
-        """`restarts` is how often in succession the place of a worker that was killed is given to another process."""
+    def __init__(
+        self,
+        rendezvous: FileRendezvous,
+        display: Display,
+        *,
+        restarts: int = RESTARTS,
+        requests: Requests | None = None,
+    ) -> None:
+        """Supervise a team.
+
+        Args:
+            restarts: how often in succession the place of a worker that was killed is given to another process.
+            requests: to change the number of workers while they train.
+        """
         self._rendezvous = rendezvous
         self._display = display
-        self._starts: Sequence[Start] = ()
+        self._requests = requests
+        self._start: Start | None = None
+        self._num_workers = 0
         self._replacing = Replacing(rendezvous, restarts)
         self._running: dict[int, BaseProcess] = {}
         self._leftovers: list[tuple[BaseProcess, float]] = []
         self._ended: list[Ended] = []
         self._culprit: Ended | None = None
         self._interrupted: int | None = None
-        # Processes, by rank and life: whose output is shown (of one that died the rest may still come), and that were
-        # killed and the others went on without.
-        self._shown = {(FIRST_RANK, 0)}
-        self._lost: set[tuple[int, int]] = set()
+        self.output = Output(self._tell)
+        self._lost: set[Process] = set()  # that were killed or left, and the others went on without
+        self._going: set[Process] = set()  # that were told to
         self._kill_at: float | None = None
         self._judge_at: float | None = None
-        self._logs: dict[Path, _Log] = {}
-        self._told: set[Path] = set()  # logs that can not be written
-        self._selector = selectors.DefaultSelector()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_write, False)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, "wake")
 
-    def forward(self, rank: int, log: Path, show: Callable[[bytes], None]) -> int:
-        """Return a descriptor, the caller's, for a worker: all that is written there goes to the file `log`.
-
-        Also to `show`, if it is this worker whose output is shown: the first one that is there.
-        """
-        sink = self._logs.setdefault(log, _Log(log))
-        process = rank, self._replacing.life(rank)
-
-        def pass_on(data: bytes) -> None:
-            sink.write(data)
-            if process in self._shown:
-                show(data)
-            if sink.problem and log not in self._told:
-                self._told.add(log)
-                self._tell(f"the log {log} can not be written ({sink.problem}). Training goes on.")
-
-        fd, write_end = os.pipe()
-        self._selector.register(fd, selectors.EVENT_READ, pass_on)
-        return write_end
-
-    def run(self, starts: Sequence[Start], timeout: float | None = None) -> Outcome:
-        """Start a worker by each of `starts`, in the order of ranks, and wait until every one has ended.
+    def run(self, start: Start, num_workers: int, timeout: float | None = None) -> Outcome:
+        """Start workers, in the order of ranks, and wait until every one has ended.
 
         A signal that comes while they are started is heard; if one can not be started, those that were are killed.
 
@@ -152,11 +116,12 @@ class Supervisor:
         deadline = None if timeout is None else time.monotonic() + timeout
         before = self._catch_signals()
         try:
-            self._start(starts)
+            self._start_all(start, num_workers)
             while self._running:
-                self._look(TICK)
+                self.output.pass_on(TICK)
                 self._reap()
                 self._look_at_newcomers()
+                self._hear_requests()
                 now = time.monotonic()
                 if self._judge_at is not None and now > self._judge_at:
                     self._judge()
@@ -167,10 +132,7 @@ class Supervisor:
                 self._end_leftovers(now)
                 self._display.tick()
             self._judge()
-            self._drain()
-            for log in self._logs.values():
-                if log.lost_bytes:
-                    self._tell(f"{log.lost_bytes} bytes of output are not in the log {log.path} ({log.problem}).")
+            self.output.drain()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -181,42 +143,22 @@ class Supervisor:
             while any(group_lives(worker) for worker, _ in self._leftovers):
                 self._end_leftovers(time.monotonic())
                 time.sleep(0.01)
-            self._close()
+            self.output.close()
         by_rank = tuple(sorted(self._ended, key=lambda ended: ended.rank))
         return Outcome(ended=by_rank, culprit=self._culprit, interrupted=self._interrupted)
 
     def _tell(self, text: str) -> None:
         self._display.write_error(f"lightwork: {text}\n".encode())
 
-    def _start(self, starts: Sequence[Start]) -> None:
-        self._starts = starts
-        for rank, start in enumerate(starts):
+    def _start_all(self, start: Start, num_workers: int) -> None:
+        self._start = start
+        for rank in range(num_workers):
             if self._interrupted is not None:
                 break
-            self._running[rank] = start(joins=False)
+            self._running[rank] = start(rank, joins=False)
+            self._num_workers += 1
         if self._interrupted is not None:  # the signal found only those that were there
             self._end(GRACE_AFTER_INTERRUPT)
-
-    def _look(self, seconds: float) -> bool:
-        events = self._selector.select(seconds)
-        for key, _ in events:
-            data = b""
-            with contextlib.suppress(OSError):
-                data = os.read(key.fd, 1 << 16)
-            if key.data == "wake":
-                continue
-            if data:
-                key.data(data)
-            else:
-                self._selector.unregister(key.fd)
-                os.close(key.fd)
-        return any(key.data != "wake" for key, _ in events)
-
-    def _drain(self) -> None:
-        deadline = time.monotonic() + DRAIN
-        while time.monotonic() < deadline and len(self._selector.get_map()) > 1:
-            if not self._look(0.05):
-                break
 
     def _reap(self) -> None:
         for rank, worker in list(self._running.items()):
@@ -249,15 +191,24 @@ class Supervisor:
         """Say once of each worker that was killed that the others go on, and show the output of the first of them."""
         for ended in self._ended:
             process = ended.rank, ended.life
-            if ended.status < 0 and process not in self._lost and ended not in failures and self._kill_at is None:
+            if process in self._lost or ended in failures or self._kill_at is not None:
+                continue
+            if ended.progress is Progress.RETIRED:
+                self._lost.add(process)
+                self._tell(f"rank {ended.rank} (pid {ended.pid}) has left, as it was told. The others go on.")
+            elif ended.status < 0:
                 self._lost.add(process)
                 text, follows = f"{ended.describe_end()} The others go on.", self._replace(ended.rank)
                 if ended.rank == FIRST_RANK and ended.rank not in self._running:
                     text += " It was the main one: what a script does if run.is_main is not done any more."
                 self._tell(f"{text} {follows}".rstrip())
-        if self._shown <= self._lost and self._members:
+        if self.output.shown <= self._lost and self._members:
             rank = min(self._members)
-            self._shown.add((rank, self._replacing.life(rank)))
+            self.output.shown.add((rank, self._replacing.life(rank)))
+
+    def life(self, rank: int) -> int:
+        """Return how many processes were at a place before the one that is there, or is being started."""
+        return self._replacing.life(rank)
 
     @property
     def _members(self) -> list[int]:
@@ -271,19 +222,65 @@ class Supervisor:
         obstacle = self._replacing.obstacle(rank, max(map(self._rendezvous.num_runs, self._members)))
         if obstacle is not None:
             return obstacle
+        return self._begin(rank) or f"Another (pid {self._running[rank].pid}) is started in its place."
+
+    def _begin(self, rank: int) -> str:
+        """Start a process that comes to a place; return why not, if that can not be."""
         self._replacing.begin(rank)
         try:
-            self._running[rank] = self._starts[rank](joins=True)
+            if self._start is not None:
+                self._running[rank] = self._start(rank, joins=True)
         except OSError as error:
             self._replacing.gave_up(rank)
             return f"No other could be started ({error})."
-        return f"Another (pid {self._running[rank].pid}) is started in its place."
+        return ""
+
+    def _hear_requests(self) -> None:
+        """Change the number of workers, if that is asked for."""
+        request = self._requests.next() if self._requests is not None else None
+        if request is None or self._requests is None:
+            return
+        refusal = self._refusal(request.num_workers)
+        if refusal:
+            self._requests.answer(request, refusal, is_refused=True)
+            return
+        there = [rank for rank in sorted(self._running) if (rank, self.life(rank)) not in self._going]
+        places = [rank for rank in range(self._rendezvous.capacity()) if rank not in self._running]
+        come, go = places[: max(0, request.num_workers - len(there))], there[request.num_workers :]
+        for rank in come:
+            self._begin(rank)
+        for rank in go:
+            number = signal.SIGKILL if rank in self._replacing.coming else signal.SIGTERM
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._running[rank].pid or 0, number)
+            self._going.add((rank, self.life(rank)))
+        named = ", ".join(map(str, come or go))
+        change = f": {'coming' if come else 'going after their step'} {named}" if named else ", as there are"
+        self._requests.answer(request, f"{request.num_workers} workers{change}.", is_refused=False)
+
+    def _refusal(self, num_workers: int) -> str:
+        """Return why there can not be so many workers, if so."""
+        members, most = self._members, self._rendezvous.capacity()
+        if not members or not all(map(self._rendezvous.is_elastic, members)):
+            return (
+                "the team can not change now: it has not begun to train or is ending; or it is one that never can: one "
+                "worker alone, workers with memories of their own (--transport group, GPUs), --set elastic=false."
+            )
+        if max(map(self._rendezvous.num_runs, members)) > 1:
+            return "the team can not change: its script has several runs."
+        if num_workers > max(most, len(self._running)):
+            return (
+                f"{num_workers} workers are more than the team has places for, which is {most}: twice as many as it "
+                "began with, at least 8 and as many as cores; no more than it began with where memory= is limited or "
+                "gradients lie on disk."
+            )
+        return ""
 
     def _look_at_newcomers(self) -> None:
         """Let a main worker that has come speak again; end those that nobody is left to let in."""
         for rank in list(self._replacing.coming):
             if self._replacing.has_come(rank) and rank == FIRST_RANK:
-                self._shown = {(rank, self._replacing.life(rank))}
+                self.output.shown = {(rank, self._replacing.life(rank))}
         if not self._members:
             for rank in self._replacing.coming & self._running.keys():
                 kill_group(self._running[rank], signal.SIGKILL)
@@ -300,12 +297,15 @@ class Supervisor:
 
     def _is_survived(self, ended: Ended) -> bool:
         """Return whether a worker was killed that the others can do without, and any of them does."""
-        others = [other for other in self._ended if other.status == 0] or self._members
+        well = [other for other in self._ended if other.status == 0 and other.progress is not Progress.RETIRED]
+        others = well or self._members
         if ended.status >= 0 or not others or ended.progress in (Progress.STARTED, Progress.JOINING):
             return False
         return ended.is_elastic and all(map(self._rendezvous.is_elastic, self._members))
 
     def _is_failure(self, ended: Ended) -> bool:
+        if ended.progress is Progress.RETIRED:
+            return False
         if self._is_survived(ended):
             return self._is_missed(ended)
         if ended.status != 0 or ended.progress in (Progress.JOINING, Progress.TRAINING):
@@ -319,7 +319,7 @@ class Supervisor:
             num_runs = 1
             if ended.rank in self._members:
                 return False
-        return any(self._rendezvous.num_runs(rank) > num_runs for rank in range(len(self._starts)))
+        return any(self._rendezvous.num_runs(rank) > num_runs for rank in range(self._num_workers))
 
     def _judge(self) -> None:
         """Name the first failure, if there is one, and end the others."""
@@ -341,6 +341,7 @@ class Supervisor:
                 self._leftovers.remove((worker, deadline))
 
     def _end(self, grace: float) -> None:
+        self._rendezvous.announce_end()
         self._send(signal.SIGTERM)
         self._kill_at = time.monotonic() + grace
 
@@ -368,7 +369,7 @@ class Supervisor:
             else:
                 self._send(signal.SIGKILL)
 
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.output.wake_fd, warn_on_full_buffer=False)
         before = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             before[int(number)] = signal.signal(number, on_signal)
@@ -376,9 +377,3 @@ class Supervisor:
             before[int(number)] = signal.signal(number, lambda number, frame: self._send_to_workers(number))
         before[int(signal.SIGCHLD)] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
         return before  # type: ignore[return-value]
-
-    def _close(self) -> None:
-        for key in list(self._selector.get_map().values()):
-            os.close(key.fd)
-        self._selector.close()
-        os.close(self._wake_write)

@@ -5,7 +5,6 @@ For tests, benchmarks and notebooks: as `lightwork run`, without a script.
 
 from __future__ import annotations
 
-import functools
 import os
 import pickle
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 from lightwork.launcher.process import start_worker
 from lightwork.launcher.supervisor import Supervisor
 from lightwork.team.environment import Environment
-from lightwork.team.rendezvous import FileRendezvous
+from lightwork.team.page import FileRendezvous
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ def fork_team(
 
         supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), _Silence(), restarts=restarts)
         try:
-            outcome = supervisor.run([functools.partial(start, rank) for rank in range(num_workers)], timeout)
+            outcome = supervisor.run(start, num_workers, timeout)
         finally:
             os.close(rendezvous_fd)
         return [_result(ended.rank, ended.status, Path(folder) / f"{ended.pid}") for ended in outcome.ended]

@@ -41,17 +41,19 @@ class _Watched:
     def __init__(self, folder: Path, name: str, num_workers: int, *, skip_existing: bool) -> None:
         self.name = name  #: empty for that of the directory itself
         self.summary = Summary()
-        self._tails = [
-            Tail(
-                folder / "trace" / f"rank{rank}.jsonl",
-                max_read=max(_READ_BYTES // num_workers, 16 * 1024),
-                keep='"name": "steps"',
-                skip_existing=skip_existing,
-            )
-            for rank in range(num_workers)
-        ]
+        self._folder = folder / "trace"
+        self._max_read = max(_READ_BYTES // num_workers, 16 * 1024)
+        self._tails: list[Tail] = []
+        for _ in range(num_workers):
+            self._add(skip_existing=skip_existing)
+
+    def _add(self, *, skip_existing: bool = False) -> None:
+        path, keep = self._folder / f"rank{len(self._tails)}.jsonl", '"name": "steps"'
+        self._tails.append(Tail(path, max_read=self._max_read, keep=keep, skip_existing=skip_existing))
 
     def read(self) -> None:
+        while (self._folder / f"rank{len(self._tails)}.jsonl").exists():  # the team has grown
+            self._add()
         for rank, tail in enumerate(self._tails):
             for record in tail.read():
                 self.summary.feed(rank, record)

@@ -39,7 +39,7 @@ from lightwork.state.optimizers import Optimizers
 from lightwork.state.parameters import clear_gradients
 from lightwork.store import heap
 from lightwork.team import environment as environments
-from lightwork.team import rendezvous as rendezvouses
+from lightwork.team import finding
 from lightwork.team.environment import Environment, Launcher
 from lightwork.team.join import Joined, Needs, find_roster, is_elastic, join
 from lightwork.team.rendezvous import Progress
@@ -214,7 +214,7 @@ def _join_team(
 ) -> tuple[Description, Holdings, Plan, Joined]:
     """Return what is trained, where it lies in the team's memory, the plan with what is offloaded, and the team."""
     device = open_device(spec.device, environment.local_rank)
-    rendezvous = rendezvouses.find(environment)
+    rendezvous = finding.find(environment)
     run_number = rendezvous.next_run()
     if run_number > 1:  # a newcomer is in by now
         environment = replace(environment, joins=False)

@@ -112,6 +112,10 @@ class Exits:
         """Return the steps that the others have done, by the names of their folders."""
         return {other.run_dir.name: other.step_index for other in self._runs() if other is not run}
 
+    def has_others(self, run: Closable) -> bool:
+        """Return whether there are other living runs."""
+        return any(other is not run for other in self._runs())
+
     def folders(self) -> list[Path]:
         """Return where the living runs write."""
         return [run.run_dir for run in self._runs()]
@@ -194,7 +198,7 @@ def _tell(error: BaseException, failing: list[_Living]) -> None:
         notice(advice)
     for living in failing:
         team = living.team()
-        if team is not None and team.newcomer is None:
+        if team is not None and team.is_in:
             team.presence.fail()
     if isinstance(error, (RankFailed, RankLost)):  # the launcher looks for the cause elsewhere
         for living in failing:

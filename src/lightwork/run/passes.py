@@ -19,6 +19,7 @@ from lightwork.run.exit import EXITS, Closable
 from lightwork.run.guard import Guard
 from lightwork.run.handover import HandOver
 from lightwork.run.interrupt import INTERRUPTS
+from lightwork.run.leaving import Leaving
 from lightwork.run.micro_batch import StepPlace
 from lightwork.run.saves import Saves
 from lightwork.run.step import Step
@@ -58,6 +59,7 @@ class Passes:
         self._step: Step | None = None
         self._is_stopped = False  # by an interruption
         self.is_closed = False  #: the run is
+        self.leaving = Leaving(team)
         self.owner: Closable | None = None  #: the run
 
     @property
@@ -99,6 +101,8 @@ class Passes:
                     break
                 if self._team.presence.anyone_left():
                     break
+                if self.leaving.is_wanted and self.owner is not None:
+                    self.leaving.leave(has_other_runs=EXITS.has_others(self.owner))
                 if self._engine.looks.are_due:
                     self._guard.check()
                 course.begin_step(order, epoch)
@@ -186,7 +190,7 @@ class Passes:
         if not self._is_stopped:  # else the run is still in the call, for who saves it now
             self._leave_call(broken=broken)
         # A step that was left in its middle (an error) is not left as a loop is: the others may still need this worker.
-        if step is None or step.finished or not step.begun:
+        if self._team.is_in and (step is None or step.finished or not step.begun):
             self._team.presence.set_left(left=True)
             self._team.presence.show(Activity.OUTSIDE)
             self._team.report(Progress.BETWEEN)

@@ -284,6 +284,7 @@ class Run:
         Raises: RankLost, RankFailed when nobody is there any more.
         """
         self._team.may_lose, self._team.lease = elastic, self.plan.lease
+        self._passes.leaving.listen()
         newcomer = self._team.newcomer
         if newcomer is None:
             self._team.begin()
@@ -325,6 +326,6 @@ class Run:
         self._trace.event("end", step=self._course.at.step)
         self._trace.close()
         self._team.close()
-        if self._team.newcomer is None:  # else the others learn of its end as of a death
+        if self._team.is_in:
             self._team.presence.announce(Activity.ENDED)
         say_written(written, is_error=gives_back)

@@ -56,7 +56,7 @@ def regions_of(holdings: Holdings, fixed: Mapping[str, int], buffers: Mapping[st
     regions.update({name: Region(num_bytes=n, is_mapped=not holdings.memories.has_device) for name, n in flat.items()})
     regions["state numbers"] = Region(num_bytes=state.number_bytes)
     regions["state made"] = Region(num_bytes=state.num_flags)
-    copies = holdings.num_workers * holdings.num_places
+    copies = holdings.capacity * holdings.num_places
     regions[SUMS] = _like_weights(holdings, "gradients", numel, ITEMSIZE[holdings.spec.wire], copies)
     return regions
 

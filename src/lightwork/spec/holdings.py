@@ -258,7 +258,12 @@ class Holdings:
 
     @property
     def num_workers(self) -> int:
-        """The workers of this host."""
+        """The workers of this host, as the run begins."""
+        return len(self.roster.ranks(self.host))
+
+    @property
+    def capacity(self) -> int:
+        """The most workers that this host may have: each has its place in memory, of which the others take none."""
         return len(self.roster.places[self.host])
 
     @property

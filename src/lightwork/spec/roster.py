@@ -52,6 +52,11 @@ class Roster:
         ends = [sum(sizes[: host + 1]) for host in range(len(sizes))]
         return cls(tuple(tuple(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)))
 
+    @cached_property
+    def full(self) -> Roster:
+        """The roster in which all places are taken; of several hosts, which have no others, this one."""
+        return Roster.of_sizes((len(self.places[0]),)) if self.num_hosts == 1 else self
+
     # --- who is in ------------------------------------------------------------------------------------------------
 
     def ranks(self, host: int) -> tuple[int, ...]:
@@ -153,8 +158,8 @@ class Roster:
         }
 
 
-def with_only(first: Roster, host: int, local_ranks: Collection[int], generation: int) -> Roster:
-    """Return the `first` roster, in which all places are taken, with nobody at other places of a host than these."""
-    places = list(first.places)
+def with_only(full: Roster, host: int, local_ranks: Collection[int], generation: int) -> Roster:
+    """Return the `full` roster, in which all places are taken, with nobody at other places of a host than these."""
+    places = list(full.places)
     places[host] = tuple(rank if local in local_ranks else None for local, rank in enumerate(places[host]))
     return Roster(tuple(places), generation)

@@ -59,7 +59,7 @@ class Description:
 
     def flag_bytes(self, holdings: Holdings) -> Mapping[str, int]:
         """Return the bytes of the regions of flags and numbers, which lie with the host, and of its journal."""
-        journal = journal_bytes(self.layout, self.state_layout, holdings.num_workers) if holdings.dials.elastic else {}
+        journal = journal_bytes(self.layout, self.state_layout, holdings.capacity) if holdings.dials.elastic else {}
         return {**Buffers.flag_bytes(self.model, self.spec.num_micro_batches), **LossScale.region_bytes(), **journal}
 
 

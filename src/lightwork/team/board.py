@@ -230,7 +230,7 @@ class Board:
         words.header[OPEN] = 0
         for array in (*words.claims, *words.done):  # the steps that they name may come again
             array[:] = memoryview(bytes(array.nbytes)).cast("q")
-        for local in self._seat.locals:
+        for local in range(self._seat.size.capacity):
             words.presence[local * PRESENCE_WORDS + ENTERED] = 0
             words.presence[local * PRESENCE_WORDS + ARRIVED] = 0
         words.header[COMMITTED] = step

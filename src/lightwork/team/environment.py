@@ -55,7 +55,7 @@ class Environment:
     settings: Mapping[str, object] = field(default_factory=dict, hash=False)  #: `--set NAME=VALUE`, parsed
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
+        if not (0 <= self.rank < self.world_size or self.joins):
             raise SpecError(
                 f"rank {self.rank} does not fit a team of {self.world_size} (from the variables of "
                 f"{self.launcher.value}). Ranks go from 0 to {self.world_size - 1}."

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from lightwork.errors import RankFailed
 from lightwork.spec.roster import FIRST_RANK
 from lightwork.team import environment as environments
-from lightwork.team import rendezvous as rendezvouses
+from lightwork.team import finding
 from lightwork.team.rendezvous import Rendezvous
 
 #: Seconds that workers wait for the first one, unless told otherwise.
@@ -40,7 +40,7 @@ def first(*, timeout: float = FIRST_TIMEOUT) -> Iterator[None]:
     Raises: RankFailed where the first one's body raised; TeamError after `timeout`.
     """
     environment = environments.read()
-    rendezvous = rendezvouses.find(environment)
+    rendezvous = finding.find(environment)
     key = f"first/{rendezvous.next_first()}"
     of_machine = f"{key} on {environment.machine}"
     if environment.rank == FIRST_RANK:

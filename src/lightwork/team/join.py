@@ -29,7 +29,7 @@ from lightwork.notice import notice
 from lightwork.spec.footprint import expected_bytes, regions_of
 from lightwork.spec.holdings import Holdings
 from lightwork.spec.plan import Plan
-from lightwork.spec.roster import FIRST_RANK, Roster
+from lightwork.spec.roster import FIRST_RANK, Roster, with_only
 from lightwork.spec.tree import max_partial_sums
 from lightwork.store.elements import Units
 from lightwork.store.mapped import MappedStore, check_room, create_disk_store, create_store, open_store
@@ -50,6 +50,9 @@ from lightwork.transport.null import NullCarrier
 from lightwork.transport.relay import ByHosts, Relay
 from lightwork.transport.signal import Signal
 from lightwork.units import format_bytes
+
+#: Places that a team has at least, for workers who may come.
+_LEAST_CAPACITY = 8
 
 #: Bytes at the start of the memory for the signal's number, a cache line of its own.
 _SIGNAL_BYTES = 64
@@ -76,6 +79,11 @@ class Joined:
     weights_carrier: Carrier  #: the same for weights, where they are sharded
 
 
+def capacity(num_workers: int) -> int:
+    """Return how many workers a team that begins with so many may have."""
+    return max(2 * num_workers, os.cpu_count() or 1, _LEAST_CAPACITY)
+
+
 def find_roster(
     environment: Environment, plan: Plan, rendezvous: Rendezvous, run_number: int, *, has_own_memory: bool = False
 ) -> Roster:
@@ -87,7 +95,10 @@ def find_roster(
     if plan.transport == "group" or has_own_memory:
         return Roster.of_sizes((1,) * world_size)
     if environment.launcher in (Launcher.PYTHON, Launcher.LIGHTWORK):
-        return Roster.of_sizes((world_size,))
+        may_grow = world_size > 1 and plan.elastic and plan.memory is None and plan.offload.get("gradients") != "disk"
+        places = range(capacity(world_size) if may_grow else world_size)
+        taken = {*range(world_size), environment.rank}  # a newcomer may be one of further ones
+        return with_only(Roster.of_sizes((len(places),)), 0, taken, 0)
     rendezvous.publish(f"host of {environment.rank} in run {run_number}", environment.machine)
     machines = [rendezvous.wait_for_message(f"host of {rank} in run {run_number}") for rank in range(world_size)]
     roster = Roster.of_sizes(tuple(len(list(ranks)) for _, ranks in itertools.groupby(machines)))
@@ -117,7 +128,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
     size = _board_size(holdings)
     fixed = {
         "signal": _SIGNAL_BYTES,
-        "mailboxes": HostTransport.num_bytes(holdings.num_workers),
+        "mailboxes": HostTransport.num_bytes(holdings.capacity),
         "board": Board.num_bytes(size),
         **needs.flags,
     }
@@ -146,18 +157,18 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
     )
     local_rank = roster.local_rank(rank)
     mailboxes = HostTransport(
-        local_rank, roster.ranks(host), memory.region("mailboxes"), lock, signal, board.membership.is_expected
+        local_rank, roster.full.ranks(host), memory.region("mailboxes"), lock, signal, board.membership.is_expected
     )
     transport = mailboxes if roster.num_hosts == 1 else LayeredTransport(mailboxes, holdings.num_workers, carrier)
     team = Team(rank, roster, board, mailboxes, transport, rendezvous, [store, disk] if disk else [store], carrier)
     if isinstance(lock, FileLock):
         lock.when_held = team.lock_is_held
     if fd is not None:
-        rendezvous.show_memory(fd, disk.fileno() if disk else None)
+        rendezvous.show_memory(fd, disk.fileno() if disk else None, holdings.capacity)
     if environment.joins:
-        team.newcomer = Newcomer(rank, local_rank, board, mailboxes, signal)
+        team.newcomer, team.is_in = Newcomer(rank, local_rank, board, mailboxes, signal), False
     else:
-        board.presence.join(os.getpid())
+        board.membership.found(os.getpid())
         team.meet_first()
     store.published()
     if disk:
@@ -175,7 +186,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
 
 def _board_size(holdings: Holdings) -> BoardSize:
     return BoardSize(
-        num_workers=holdings.num_workers,
+        capacity=holdings.capacity,
         num_micro_batches=holdings.spec.num_micro_batches,
         num_parameters=len(holdings.layout.parameters),
         num_buckets=len(holdings.layout.buckets),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import final
 
 from lightwork.spec.roster import Roster, with_only
@@ -27,17 +28,29 @@ from lightwork.team.words import (
     opened,
 )
 
+#: The process at a place that was never taken: it counts as dead.
+_NOBODY = -1
+
 
 @final
 class Membership:
     """The places of a host; they are named by their numbers there."""
 
-    def __init__(self, words: Words, first: Seat, lock: AbstractContextManager[bool | None], signal: Signal) -> None:
-        """`first` is the seat of this worker where all places are taken."""
+    def __init__(self, words: Words, seat: Seat, lock: AbstractContextManager[bool | None], signal: Signal) -> None:
+        """`seat` is that of this worker as the team begins."""
         self._words = words
-        self._first = first
+        self._founders = seat.roster
+        self._first = replace(seat, roster=seat.roster.full)
         self._lock = lock
         self._signal = signal
+
+    def found(self, pid: int) -> None:
+        """Put this worker on the board, as one of the first; and nobody at the places that are not taken yet."""
+        for local in self._first.locals:
+            if self._founders.places[self._first.host][local] is None:
+                at = local * PRESENCE_WORDS
+                self._words.presence[at + DEAD] = self._words.presence[at + PID] = _NOBODY
+        self._words.presence[self._first.local_rank * PRESENCE_WORDS + PID] = pid
 
     # --- who is there -----------------------------------------------------------------------------------------------
 
@@ -87,6 +100,15 @@ class Membership:
             if self._words.presence[local_rank * PRESENCE_WORDS + PID] == pid:
                 self._bury(local_rank)
                 self._signal.notify()
+
+    def retire(self) -> bool:
+        """Take this worker, which is between two steps, out of the team; return False if it is the last one."""
+        with self._lock:
+            if not self.others():
+                return False
+            self._bury(self._first.local_rank)
+            self._signal.notify()
+        return True
 
     def wait_to_come(self) -> None:
         """Say that this process waits to be let in at its place."""

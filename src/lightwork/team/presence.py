@@ -43,7 +43,7 @@ class Presence:
         self, words: Words, roster: Roster, rank: int, lock: AbstractContextManager[bool | None], signal: Signal
     ) -> None:
         self._words = words
-        self._roster = roster
+        self._roster = roster.full
         self._host = roster.host_of(rank)
         self._own = roster.local_rank(rank)
         self._at = self._own * PRESENCE_WORDS
@@ -61,10 +61,6 @@ class Presence:
         with self._lock:
             self.show(activity)
             self._signal.notify()
-
-    def join(self, pid: int) -> None:
-        """Put this worker on the board."""
-        self._words.presence[self._at + PID] = pid
 
     def set_left(self, *, left: bool) -> None:
         """Say that this worker has left its loop (or entered a new one)."""
@@ -111,8 +107,9 @@ class Presence:
         return _has_left(self._words, local_rank)
 
     def anyone_left(self) -> bool:
-        """Return whether any worker has left its loop."""
-        return any(self.has_left(local) for local in self._roster.local_ranks(self._host))
+        """Return whether any worker that is in has left its loop."""
+        places = self._roster.local_ranks(self._host)
+        return any(self.has_left(local) and not self._words.is_dead(local) for local in places)
 
     def describe_worker(self, local_rank: int) -> str:
         """Return who a worker is and what it is doing, for a message."""

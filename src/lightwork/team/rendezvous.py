@@ -8,12 +8,7 @@ name. Under torchrun, srun and mpirun the key-value store of torch.distributed s
 from __future__ import annotations
 
 import contextlib
-import functools
-import mmap
-import os
 import socket
-import struct
-import time
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from enum import IntEnum
@@ -27,29 +22,8 @@ from lightwork.team.meeting_point import JOIN_TIMEOUT, LOOPBACK, connect, serve_
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-_JOURNAL = struct.Struct("<qq")
-
-#: Of a worker: its process, and its descriptors of its first run's memory and, less 1, of that on disk.
-_MEMORY = struct.Struct("<qqq")
-
 #: What workers do that wait for rank 0's message of a run.
-_DISTRIBUTE = "call lightwork.distribute"
-
-#: The first bytes of a page, so that another file is not taken for one.
-_MAGIC = b"lightwork rendezvous page"
-
-_MAX_WORKERS = 4096
-
-#: Of a worker's runs, once there are any: all go on without it, or some do not.
-_IS_ELASTIC, _RIGID = 1, 2
-_PROGRESS_AT = 64
-_ELASTIC_AT = _PROGRESS_AT + _MAX_WORKERS
-_RUNS_AT = _ELASTIC_AT + _MAX_WORKERS
-_MEMORY_AT = _RUNS_AT + 8 * _MAX_WORKERS
-_JOURNAL_AT = _MEMORY_AT + _MEMORY.size * _MAX_WORKERS
-_JOURNAL_BYTES = 16 * 1024 * 1024  # takes up what was written; a message is about 1 KiB
-_LINES_AT = _JOURNAL_AT + 16
-_PAGE_BYTES = _LINES_AT + _JOURNAL_BYTES
+DISTRIBUTE = "call lightwork.distribute"
 
 
 class Progress(IntEnum):
@@ -60,6 +34,7 @@ class Progress(IntEnum):
     JOINED = 2  #: the first `distribute` has returned
     TRAINING = 3  #: it is inside `run.steps`
     BETWEEN = 4  #: it has left `run.steps`, or has not entered it again
+    RETIRED = 5  #: it has left the team, as it was told
 
 
 class Rendezvous(ABC):
@@ -85,7 +60,7 @@ class Rendezvous(ABC):
         """Make `message` known under `key`."""
 
     @abstractmethod
-    def wait_for_message(self, key: str, what: str = _DISTRIBUTE, timeout: float | None = None) -> str:
+    def wait_for_message(self, key: str, what: str = DISTRIBUTE, timeout: float | None = None) -> str:
         """Return the message under `key`, which comes when a worker has done `what`.
 
         Blocks: until it is published, at most `timeout` seconds, or `JOIN_TIMEOUT`.
@@ -110,180 +85,16 @@ class Rendezvous(ABC):
     def report_elastic(self, *, elastic: bool) -> None:  # noqa: B027  # other launchers do not look
         """Tell the launcher whether the others of a run that was joined go on if this worker is killed."""
 
-    def show_memory(self, fd: int, disk_fd: int | None) -> None:  # noqa: B027  # ... and nobody joins later
+    def show_memory(self, fd: int, disk_fd: int | None, capacity: int) -> None:  # noqa: B027  # ... and nobody joins later
         """Tell newcomers under which descriptors this process has the memory of its run, and its file on disk."""
 
     def memories(self) -> list[tuple[str, str]]:
         """Return where workers have it: a path of memory, and of the file on disk, empty where there is none."""
         return []
 
-
-@final
-class FileRendezvous(Rendezvous):
-    """A page inherited from `lightwork run`.
-
-    It holds two bytes (progress, and whether its runs go on without it), a count of runs and where it has its memory
-    for each rank, then a journal of `key=message` lines, with a count of how often it was begun anew and its length.
-    """
-
-    def __init__(self, fd: int, rank: int) -> None:
-        """Raises: TeamError when the descriptor is no such page."""
-        try:
-            self._page = mmap.mmap(fd, _PAGE_BYTES)
-            is_page = self._page[: len(_MAGIC)] == _MAGIC
-        except (OSError, ValueError):
-            is_page = False
-        if not is_page:
-            raise TeamError(
-                f"descriptor {fd} (LIGHTWORK_RENDEZVOUS_FD) is not the page that lightwork run leaves to its workers: "
-                "it was closed, or is another file. Leave a worker's descriptors open, or unset the variable for a "
-                "team of one."
-            )
-        self._rank = rank
-        self._times_begun = 0
-        self._length_read = 0
-        self._messages: dict[str, str] = {}  # that were read and not asked for yet
-        self._before = Progress.STARTED  # this run
-
-    @classmethod
-    def create(cls) -> int:
-        """Return a descriptor of a new, empty page, for `lightwork run` to leave to its workers."""
-        try:
-            fd = os.memfd_create("lightwork-rendezvous")
-        except AttributeError:  # no anonymous memory files on this system
-            import tempfile
-
-            fd, path = tempfile.mkstemp(prefix="lightwork-rendezvous-")
-            os.unlink(path)
-        os.ftruncate(fd, _PAGE_BYTES)
-        os.pwrite(fd, _MAGIC, 0)
-        return fd
-
-    def next_run(self) -> int:
-        """Count the runs of this process; for a new one, the first rank makes room for messages.
-
-        By then everyone has read those of the runs before.
-        """
-        self._before = self.progress(self._rank)
-        times_begun, length = self._journal()
-        number = self.num_runs(self._rank) + 1
-        if self._rank == FIRST_RANK and number > 1 and length > _JOURNAL_BYTES // 2:
-            self._write_journal(times_begun + 1, 0)
-        at = _RUNS_AT + 8 * self._rank
-        self._page[at : at + 8] = number.to_bytes(8, "little")
-        self.report(Progress.JOINING)
-        return number
-
-    def num_runs(self, rank: int) -> int:
-        """Return how many runs `rank` has begun to join."""
-        at = _RUNS_AT + 8 * rank
-        return int.from_bytes(self._page[at : at + 8], "little")
-
-    def publish(self, key: str, message: str) -> None:
-        """Append to the journal; only the first rank does, so nothing can collide.
-
-        Raises: TeamError when the messages of one run are too long.
-        """
-        times_begun, length = self._journal()
-        line = f"{key}={message}\n".encode()
-        end = length + len(line)
-        if end > _JOURNAL_BYTES:
-            raise TeamError(
-                f"the message {key!r} to the other workers has {len(line)} bytes, and {_JOURNAL_BYTES - length} are "
-                "left. A spec of this size is a mistake: look at its lists of names."
-            )
-        self._page[_LINES_AT + length : _LINES_AT + end] = line
-        self._write_journal(times_begun, end)
-
-    def wait_for_message(self, key: str, what: str = _DISTRIBUTE, timeout: float | None = None) -> str:
-        """Look at what is new in the journal, a thousand times a second."""
-        timeout = JOIN_TIMEOUT if timeout is None else timeout
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            self._read_new()
-            if key in self._messages:
-                return self._messages.pop(key)
-            time.sleep(0.001)
-        raise TeamError(
-            f"rank {self._rank} waited {timeout:.0f} s for rank 0 to {what}. "
-            "Every worker must reach it; see the log of rank 0."
-        )
-
-    def store(self, key: str) -> Store:
-        """Serve one from rank 0, whose workers are all on this machine."""
-        from torch._C._distributed_c10d import TCPStore
-
-        if self._rank == FIRST_RANK:
-            store = serve_on_loopback(0)
-            self.publish(key, str(store.port))
-            return store
-        timeout = timedelta(seconds=JOIN_TIMEOUT)
-        return TCPStore(LOOPBACK, int(self.wait_for_message(key)), is_master=False, timeout=timeout)
-
-    def address(self) -> str:
-        """Return the loopback's: its workers are all on this machine."""
-        return LOOPBACK
-
-    def report(self, progress: Progress) -> None:
-        """Write this rank's byte. After a further `distribute` it is as it was before: another run may go on."""
-        self._page[_PROGRESS_AT + self._rank] = max(progress, self._before) if progress is Progress.JOINED else progress
-
-    def progress(self, rank: int) -> Progress:
-        """Return how far `rank` got."""
-        return Progress(self._page[_PROGRESS_AT + rank])
-
-    def report_elastic(self, *, elastic: bool) -> None:
-        """Write this rank's byte: of several runs all must go on."""
-        at = _ELASTIC_AT + self._rank
-        self._page[at] = _RIGID if not elastic or self._page[at] == _RIGID else _IS_ELASTIC
-
-    def is_elastic(self, rank: int) -> bool:
-        """Return whether the runs that `rank` has joined go on without it."""
-        return self._page[_ELASTIC_AT + rank] == _IS_ELASTIC
-
-    def show_memory(self, fd: int, disk_fd: int | None) -> None:
-        """Write it down, of the first run: newcomers begin with it, and are let in nowhere else."""
-        if self.num_runs(self._rank) == 1:
-            at = _MEMORY_AT + _MEMORY.size * self._rank
-            _MEMORY.pack_into(self._page, at, os.getpid(), fd, 0 if disk_fd is None else disk_fd + 1)
-
-    def memories(self) -> list[tuple[str, str]]:
-        """Return what was written down, of processes that may have ended."""
-        found = []
-        for rank in range(_MAX_WORKERS):
-            pid, fd, disk_fd = _MEMORY.unpack_from(self._page, _MEMORY_AT + _MEMORY.size * rank)
-            if pid:
-                folder = f"/proc/{pid}/fd"
-                found.append((f"{folder}/{fd}", f"{folder}/{disk_fd - 1}" if disk_fd > 0 else ""))
-        return found
-
-    def clear(self, rank: int) -> None:
-        """Forget all of `rank`, whose process has ended: another one takes its place."""
-        self._page[_PROGRESS_AT + rank] = Progress.STARTED
-        self._page[_ELASTIC_AT + rank] = 0
-        for at, size in ((_RUNS_AT, 8), (_MEMORY_AT, _MEMORY.size)):
-            self._page[at + size * rank : at + size * (rank + 1)] = bytes(size)
-
-    def _read_new(self) -> None:
-        times_begun, length = self._journal()
-        if times_begun != self._times_begun:
-            self._times_begun, self._length_read = times_begun, 0
-            self._messages.clear()
-        lines = self._page[_LINES_AT + self._length_read : _LINES_AT + length]
-        if self._journal()[0] != times_begun:  # they may have been overwritten in between
-            return
-        self._length_read = length
-        for line in lines.decode().splitlines():
-            key, _, message = line.partition("=")
-            self._messages[key] = message
-
-    def _journal(self) -> tuple[int, int]:
-        """Return how often the journal was begun anew, and its length."""
-        times_begun, length = _JOURNAL.unpack_from(self._page, _JOURNAL_AT)
-        return times_begun, length
-
-    def _write_journal(self, times_begun: int, length: int) -> None:
-        _JOURNAL.pack_into(self._page, _JOURNAL_AT, times_begun, length)
+    def is_ending(self) -> bool:
+        """Return whether SIGTERM ends the whole team, and not one worker's part in it."""
+        return True
 
 
 @final
@@ -320,7 +131,7 @@ class StoreRendezvous(Rendezvous):
         """Set the key in the store."""
         self._store.set(self._prefix + key, message)
 
-    def wait_for_message(self, key: str, what: str = _DISTRIBUTE, timeout: float | None = None) -> str:
+    def wait_for_message(self, key: str, what: str = DISTRIBUTE, timeout: float | None = None) -> str:
         """Get the key from the store."""
         timeout = JOIN_TIMEOUT if timeout is None else timeout
         try:
@@ -365,7 +176,7 @@ class SoloRendezvous(Rendezvous):
         """Keep the message."""
         self._messages[key] = message
 
-    def wait_for_message(self, key: str, what: str = _DISTRIBUTE, timeout: float | None = None) -> str:
+    def wait_for_message(self, key: str, what: str = DISTRIBUTE, timeout: float | None = None) -> str:
         """Return the kept message."""
         return self._messages[key]
 
@@ -381,17 +192,3 @@ class SoloRendezvous(Rendezvous):
 
     def report(self, progress: Progress) -> None:
         """Do nothing: nobody looks."""
-
-
-def find(environment: Environment) -> Rendezvous:
-    """Return the rendezvous that this worker's launcher offers: one for all that this process asks for."""
-    if environment.world_size == 1 and environment.rendezvous_fd is None:
-        return SoloRendezvous()
-    return _found(environment, os.getpid())
-
-
-@functools.lru_cache(maxsize=1)
-def _found(environment: Environment, pid: int) -> Rendezvous:
-    if environment.rendezvous_fd is not None:
-        return FileRendezvous(environment.rendezvous_fd, environment.rank)
-    return StoreRendezvous(environment)

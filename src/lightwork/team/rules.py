@@ -153,7 +153,7 @@ def partial_sums(words: Words, seat: Seat, step: int, num_micro_batches: int) ->
     done = bytes(words.done[Kind.COMPUTE])
     stamp = (step + 1).to_bytes(WORD, "little")
     places: dict[Node, tuple[int, int]] = {}
-    for local in range(seat.size.num_workers):  # also of those who died since
+    for local in range(seat.size.capacity):  # also of those who died since
         if words.entered(local) != step:  # its slots are of another step
             continue
         for slot, word in enumerate(words.slots_of(local).tolist()):

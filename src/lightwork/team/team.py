@@ -60,8 +60,9 @@ class Team:
         self.rank = rank
         self.roster = roster  #: as of the last meeting: [Note: who is there]
         self.newcomer: Newcomer | None = None  #: as long as this worker is one
+        self.is_in = True  #: not so a newcomer, and who has left
         self.welcome = Welcome(rank, board, mailboxes)
-        self._first = roster
+        self._first = roster.full
         self.may_lose = False  #: a worker that dies, and go on
         self.lease = 0.0  #: seconds that a worker may be stopped while others wait, before it is ended; 0 for any
         self._stopped_since: dict[int, float] = {}  # by place, as far as this worker has seen
@@ -74,7 +75,7 @@ class Team:
         self.rendezvous = rendezvous
         self._carrier = carrier
         self._host = roster.host_of(rank)
-        self._names = dict(zip(roster.local_ranks(self._host), roster.ranks(self._host), strict=True))
+        self._names = dict(enumerate(roster.full.ranks(self._host)))
         self._peers = Peers()
         self._lateness = Lateness()
 
@@ -105,7 +106,7 @@ class Team:
         """
         self.rendezvous.report_elastic(elastic=self.may_lose)
         if self.newcomer is not None:
-            self.newcomer = None
+            self.newcomer, self.is_in = None, True
             self.report(Progress.TRAINING)
 
     def say(self, text: str) -> None:
@@ -249,7 +250,10 @@ class Team:
     def _lost(self) -> list[int]:
         """Return the places of workers that have ended and will not be buried."""
         ended = self._peers.ended()  # one that was killed just now will be, at the next look
-        return [at for at in ended if not self.may_lose or self.presence.activity(at) is Activity.ENDED]
+        others = self._others()
+        return [
+            at for at in ended if not self.may_lose or (at in others and self.presence.activity(at) is Activity.ENDED)
+        ]
 
     def _end_the_stopped(self, where: str) -> None:
         """End a worker that has been stopped for too long: it would write again, in memory that is the others', too.

@@ -76,7 +76,7 @@ class Kind(IntEnum):
 class BoardSize:
     """What the size of a board depends on."""
 
-    num_workers: int  #: places of the host, taken or not
+    capacity: int  #: places of the host, taken or not
     num_micro_batches: int  #: of a full global batch, on all hosts
     num_parameters: int
     num_buckets: int
@@ -101,7 +101,7 @@ def _pieces(size: BoardSize) -> tuple[int, ...]:
 
 def _sizes(size: BoardSize) -> tuple[int, ...]:
     """Return the bytes of the board's parts, in their order."""
-    n, m = size.num_workers, size.num_micro_batches
+    n, m = size.capacity, size.num_micro_batches
     words = (_HEADER_WORDS, n * PRESENCE_WORDS, n * size.num_slots, m, *_pieces(size), *_pieces(size))
     ledger = (2 * m * 2, size.num_buckets)
     return (*(count * WORD for count in words + ledger), m * size.num_parameters, 2 * m, 2 * m * METRICS_BYTES)

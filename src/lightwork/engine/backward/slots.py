@@ -60,7 +60,7 @@ class Slots:
         self._bucket_of = [(self.layout.buckets_of(index) or (-1,))[0] for index in range(len(self.layout.parameters))]
         self._in_units = memory.in_units(SUMS)
         self.leaf_dtypes = [self._leaf_dtype(index) for index in range(len(self.layout.parameters))]
-        self._slots = [self._make(memory, copy) for copy in range(holdings.num_workers * self._num_slots)]
+        self._slots = [self._make(memory, copy) for copy in range(holdings.capacity * self._num_slots)]
         self._views: dict[tuple[int, int, bool, int], torch.Tensor] = {}
 
     def _leaf_dtype(self, parameter: int) -> torch.dtype:
