@@ -27,8 +27,9 @@ from lightwork.team.board import Board
 from lightwork.team.ledger import Ledger, Outcome
 from lightwork.team.membership import Membership
 from lightwork.team.presence import Activity
+from lightwork.team.proofs import Proof
 from lightwork.team.rules import Action, freed_by_death, partial_sums, phases_of
-from lightwork.team.words import METRICS_BYTES, PRESENCE_WORDS, READY, BoardSize, Kind, slot_word
+from lightwork.team.words import METRICS_BYTES, PRESENCE_WORDS, READY, BoardSize, Kind, Shape, slot_word
 from lightwork.transport.signal import Signal
 
 _SIGNAL_BYTES = 64
@@ -47,9 +48,13 @@ class Setting:
     num_buckets: int = 3
     num_steps: int = 3
     clip: bool = False
+    audit_every: int = 0
     steal: bool = True
     speeds: tuple[int, ...] = ()  #: by rank: turns that it gets for each one of a worker of speed 1
     seed: int = 0
+
+    def audits(self, step: int) -> bool:
+        return self.audit_every > 0 and step % self.audit_every == 0
 
     def size(self) -> BoardSize:
         return BoardSize(
@@ -79,6 +84,7 @@ class StepLog:
 
     entered: set[int] = field(default_factory=set)
     computed: list[tuple[int, int]] = field(default_factory=list)  # micro-batch, rank
+    audited: list[tuple[int, int]] = field(default_factory=list)  # the same
     measured: list[int] = field(default_factory=list)
     updated: list[int] = field(default_factory=list)
     committed: set[int] = field(default_factory=set)
@@ -130,11 +136,14 @@ class Team:
             self.let_in(rank, step)
             log.entered.add(rank)
             held = self.held[rank] = {}
-            action = board.enter(step, count, 77, measure=self.setting.clip)
+            action = board.enter(step, count, 77, measure=self.setting.clip, audit=self.setting.audits(step))
             while action.kind is not Kind.COMMITTED:
                 yield action.kind
                 if action.kind is Kind.WAIT:
                     action = board.visit(step)
+                elif action.kind is Kind.AUDIT:
+                    self.audit(rank, step)
+                    action = board.finished_phase(step, Kind.AUDIT)
                 elif action.kind is Kind.COMPUTE:
                     action = self.compute(rank, step, action.item, held)
                 else:
@@ -165,6 +174,8 @@ class Team:
         held[node] = free[0]
         log.computed.append((index, rank))
         board.ledger.touched(index)[:] = bytes([1, index % 2])
+        if board.proofs.is_wanted(step) and not chain:
+            board.proofs.give(step, Proof(index, 1, 2, (3, 4)))
         metrics = b'{"m": [%d, 2]}' % index
         return board.finished_micro_batch(
             step,
@@ -174,6 +185,15 @@ class Team:
             slot=free[0],
             node=node,
         )
+
+    def audit(self, rank: int, step: int) -> None:
+        """Compare what another worker has computed, if there was another."""
+        board, log = self.boards[rank], self.logs[step]
+        assert not log.updated, "no update begins before the audit is done"
+        proof = board.proofs.of(step)
+        assert proof is not None
+        log.audited.append((proof.micro_batch, rank))
+        assert not board.proofs.is_own() or len(board.roster.living) == 1, "another worker compares"
 
     def update(self, rank: int, step: int, action: Action) -> Action:
         board, count, log = self.boards[rank], self.count(step), self.logs[step]
@@ -192,6 +212,7 @@ class Team:
             assert not log.updated, "no update begins before every norm is known"
             log.measured.append(action.item)
             return board.finished_bucket(step, action, float(action.item))
+        assert bool(log.audited) == self.setting.audits(step)
         if self.setting.clip:
             assert board.ledger.norms_squared() == [float(bucket) for bucket in range(self.setting.num_buckets)]
         log.updated.append(action.item)
@@ -235,7 +256,7 @@ class Team:
         self.living.remove(dead)
         if step < self.setting.num_steps:
             count, seat = self.count(step), reader._seat
-            phases = phases_of(seat, count, measure=self.setting.clip)
+            phases = phases_of(seat, Shape(count, self.setting.clip, self.setting.audits(step)))
             done = [index for index in range(count) if reader._words.done[Kind.COMPUTE][index] == step + 1]
             sums = partial_sums(reader._words, seat, step, count)
             assert sorted(leaf for node in sums for leaf in range(*node)) == done, "what is done is in one sum"
@@ -551,6 +572,7 @@ def random_setting(chance: random.Random) -> Setting:
         num_buckets=chance.randint(0, 3),
         num_steps=chance.randint(1, 4),
         clip=chance.random() < 0.5,
+        audit_every=chance.choice((0, 1, 2)),
         steal=chance.random() < 0.7,
         speeds=tuple(chance.choice((1, 5, 30)) for _ in range(world_size)),
     )

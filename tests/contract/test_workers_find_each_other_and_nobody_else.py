@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from lightwork.errors import TeamError
-from lightwork.team import rendezvous
+from lightwork.team import finding, page
 from lightwork.team.environment import Environment, Launcher, read
-from lightwork.team.page import FileRendezvous
+from lightwork.team.page import FileRendezvous, Page
 from lightwork.team.rendezvous import StoreRendezvous
 
 
 def test_messages_of_any_number_of_runs_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "_JOURNAL_BYTES", 4096)
-    fd = FileRendezvous.create()
+    monkeypatch.setattr(page, "_JOURNAL_BYTES", 4096)
+    fd = Page.create()
     first, second = FileRendezvous(fd, 0), FileRendezvous(fd, 1)
     for _ in range(200):
         number = first.next_run()
@@ -32,14 +32,14 @@ def test_messages_of_any_number_of_runs_are_read(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_message_that_has_no_room_is_refused_before_it_is_written() -> None:
-    fd = FileRendezvous.create()
+    fd = Page.create()
     with pytest.raises(TeamError, match="the message 'spec' to the other workers has 16777222 bytes, and 16777216"):
         FileRendezvous(fd, 0).publish("spec", "x" * 2**24)
     os.close(fd)
 
 
 def test_waiting_reads_only_what_is_new() -> None:
-    fd = FileRendezvous.create()
+    fd = Page.create()
     first, second = FileRendezvous(fd, 0), FileRendezvous(fd, 1)
     for number in range(10_000):
         first.publish(f"memory {number}", "x" * 500)
@@ -61,7 +61,7 @@ def test_a_descriptor_that_is_something_else_is_no_page(tmp_path: Path) -> None:
 
 
 def test_the_page_is_not_left_to_other_programs() -> None:
-    fd = FileRendezvous.create()
+    fd = Page.create()
     assert not os.get_inheritable(fd)
     os.close(fd)
 
@@ -80,9 +80,8 @@ def listening(port: int) -> set[str]:
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="this system has no /proc")
 def test_a_team_on_one_machine_listens_to_that_machine_alone() -> None:
-    fd = FileRendezvous.create()
-    page = FileRendezvous(fd, 0)
-    store = page.store("leaders 1")
+    fd = Page.create()
+    store = FileRendezvous(fd, 0).store("leaders 1")
     assert listening(store.port) == {"0100007F"}  # type: ignore[attr-defined]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -116,7 +115,7 @@ def test_a_job_without_a_name_has_no_port_that_another_one_has_too() -> None:
     environment = read(hydra)
     assert environment.port is None
     with pytest.raises(TeamError, match="the launcher does not name the job"):
-        rendezvous.find(environment)
+        finding.find(environment)
     assert read({**hydra, "MASTER_PORT": "29999"}).port == 29999
     jobs = [read({**hydra, "PMIX_NAMESPACE": name}) for name in ("prterun-1", "prterun-2")]
     assert jobs[0].job != jobs[1].job

@@ -24,6 +24,7 @@ from typing import final
 
 import torch
 
+from lightwork.engine.audits import Audits
 from lightwork.engine.beside import Beside
 from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
@@ -81,6 +82,9 @@ class Engine:
         self._num_micro_batches = 0
         self._num_computed = 0  # by this worker, in this step
         self.looks = Looks()
+        self.audit_every = 0  #: steps; by the plan
+        names = [parameter.name for parameter in parts.holdings.layout.parameters]
+        self.audits = Audits(parts.backward.gradients, parts.state.buffers, names)
         self._map: StepMap | None = None
         self._scale: float | None = None  # of clipping, in this step
         self.beside = Beside(parts.backward.gradients, parts.state.buffers)
@@ -109,7 +113,9 @@ class Engine:
         self._parts.updater.reduce_seconds = 0.0
         self._parts.updater.journal.begin_step(step)
         self._step_start = time.perf_counter()
-        return self._board.enter(step, num_micro_batches, self._settings_hash(), measure=self._norms.come_first)
+        audit = self.audit_every > 0 and step % self.audit_every == 0
+        measure = self._norms.come_first
+        return self._board.enter(step, num_micro_batches, self._settings_hash(), measure=measure, audit=audit)
 
     def begin_micro_batch(self, step: int, index: int) -> None:
         """Set the random state and the buffers from which micro-batch `index` is computed, whoever does."""
@@ -168,11 +174,14 @@ class Engine:
         Returns: the factor of the micro-batch's loss.
         """
         parts = self._parts
+        share = weight / self._spec.micro_batch * self.state.loss_scale.of(step)
+        if self.audits.is_repeating:
+            self.audits.begin(index)
+            return share
         thorough = self.looks.closely
         self.state.buffers.capture(index, of_many=self._num_micro_batches > 1, check=thorough)
         if thorough:
             self._check_forward(step, index)
-        share = weight / self._spec.micro_batch * self.state.loss_scale.of(step)
         consumed = parts.backward.early.begin_step(share)
         if consumed is not None:
             parts.backward.early.follow(parts.backward.gradients.begin_fold(index, self._num_micro_batches, consumed))
@@ -247,7 +256,7 @@ class Engine:
                 case Kind.GATHER:
                     self._gather_weights()
         self._seconds["exchange"] += time.perf_counter() - start
-        return self._board.finished_exchange(step, kind)
+        return self._board.finished_phase(step, kind)
 
     def _gather_weights(self) -> None:
         """Send new weights from their owners to all, but those that stay with them."""

@@ -54,4 +54,6 @@ def _where(progress: Progress) -> str:
         Progress.JOINED: "after lightwork.distribute, before training",
         Progress.TRAINING: "in the middle of training",
         Progress.BETWEEN: "after a loop over run.steps",
+        Progress.RETIRED: "after it had left the team",
+        Progress.TURNED_AWAY: "as it was turned away",
     }[progress]

@@ -17,7 +17,7 @@ from lightwork.launcher.script import Script
 from lightwork.launcher.supervisor import Display, Outcome, Supervisor
 from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.environment import Environment
-from lightwork.team.page import FileRendezvous
+from lightwork.team.page import Page
 
 #: Where torch._compile keeps the version of a function that the compiler leaves alone.
 _COMPILER_KEPT_OUT = "__dynamo_disable"
@@ -72,8 +72,8 @@ def launch(
     Args:
         restarts: how often in succession the place of a worker that was killed is given to another process.
     """
-    rendezvous_fd = FileRendezvous.create()
-    supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), display, restarts=restarts, requests=Requests(run_dir))
+    rendezvous_fd = Page.create()
+    supervisor = Supervisor(Page(rendezvous_fd), display, restarts=restarts, requests=Requests(run_dir))
 
     def start(rank: int, *, joins: bool) -> BaseProcess:
         environment = Environment(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import final
 
-from lightwork.team.page import FileRendezvous
+from lightwork.team.page import Page
 from lightwork.team.rendezvous import Progress
 
 #: How often a place is given to another process, unless told otherwise.
@@ -23,8 +23,8 @@ LONG_ENOUGH = 60.0
 class Replacing:
     """The processes at the places of one team."""
 
-    def __init__(self, rendezvous: FileRendezvous, restarts: int) -> None:
-        self._rendezvous = rendezvous
+    def __init__(self, page: Page, restarts: int) -> None:
+        self._page = page
         self._restarts = restarts
         self._lives: dict[int, int] = {}
         self._begun: dict[int, float] = {}
@@ -37,7 +37,7 @@ class Replacing:
 
     def has_come(self, rank: int) -> bool:
         """Return whether a newcomer has, once: it is a worker as the others are from then on."""
-        if rank in self.coming and self._rendezvous.progress(rank) >= Progress.TRAINING:
+        if rank in self.coming and self._page.progress(rank) >= Progress.TRAINING:
             self.coming.discard(rank)
             return True
         return False
@@ -64,7 +64,7 @@ class Replacing:
 
     def begin(self, rank: int) -> None:
         """Take note that another process begins at a place."""
-        self._rendezvous.clear(rank)
+        self._page.clear(rank)
         self._lives[rank] = self.life(rank) + 1
         self._tries[rank] = self._tries.get(rank, 0) + 1
         self._begun[rank] = time.monotonic()

@@ -26,7 +26,7 @@ from lightwork.launcher.process import group_lives, kill_group
 from lightwork.launcher.replacing import RESTARTS, Replacing
 from lightwork.launcher.requests import Requests
 from lightwork.spec.roster import FIRST_RANK
-from lightwork.team.page import FileRendezvous
+from lightwork.team.page import Page
 from lightwork.team.rendezvous import Progress
 
 #: Seconds between SIGTERM and SIGKILL after a failure, and after an interruption.
@@ -41,6 +41,10 @@ CAUSE_WINDOW = 1.0
 
 #: Seconds between two ticks of the display.
 TICK = 0.25
+
+
+#: Of those who are in the team no more, whatever becomes of them.
+_OUT = (Progress.RETIRED, Progress.TURNED_AWAY)
 
 
 class Start(Protocol):
@@ -77,7 +81,7 @@ class Supervisor:
 
     def __init__(
         self,
-        rendezvous: FileRendezvous,
+        page: Page,
         display: Display,
         *,
         restarts: int = RESTARTS,
@@ -89,12 +93,12 @@ class Supervisor:
             restarts: how often in succession the place of a worker that was killed is given to another process.
             requests: to change the number of workers while they train.
         """
-        self._rendezvous = rendezvous
+        self._page = page
         self._display = display
         self._requests = requests
         self._start: Start | None = None
         self._num_workers = 0
-        self._replacing = Replacing(rendezvous, restarts)
+        self._replacing = Replacing(page, restarts)
         self._running: dict[int, BaseProcess] = {}
         self._leftovers: list[tuple[BaseProcess, float]] = []
         self._ended: list[Ended] = []
@@ -171,8 +175,8 @@ class Supervisor:
                 rank=rank,
                 pid=worker.pid or 0,
                 status=status,
-                progress=self._rendezvous.progress(rank),
-                is_elastic=self._rendezvous.is_elastic(rank),
+                progress=self._page.progress(rank),
+                is_elastic=self._page.is_elastic(rank),
                 life=self._replacing.life(rank),
             )
             if rank in self._replacing.coming and not self._replacing.has_come(rank):
@@ -196,6 +200,9 @@ class Supervisor:
             if ended.progress is Progress.RETIRED:
                 self._lost.add(process)
                 self._tell(f"rank {ended.rank} (pid {ended.pid}) has left, as it was told. The others go on.")
+            elif ended.progress is Progress.TURNED_AWAY:
+                self._lost.add(process)
+                self._tell(f"{ended.describe_end()} The others go on. Its place stays empty; see its log.")
             elif ended.status < 0:
                 self._lost.add(process)
                 text, follows = f"{ended.describe_end()} The others go on.", self._replace(ended.rank)
@@ -219,7 +226,7 @@ class Supervisor:
         """Let another process come to a place, if it can; return what there is to say of it."""
         if self._interrupted is not None or not self._members:
             return ""
-        obstacle = self._replacing.obstacle(rank, max(map(self._rendezvous.num_runs, self._members)))
+        obstacle = self._replacing.obstacle(rank, max(map(self._page.num_runs, self._members)))
         if obstacle is not None:
             return obstacle
         return self._begin(rank) or f"Another (pid {self._running[rank].pid}) is started in its place."
@@ -245,7 +252,7 @@ class Supervisor:
             self._requests.answer(request, refusal, is_refused=True)
             return
         there = [rank for rank in sorted(self._running) if (rank, self.life(rank)) not in self._going]
-        places = [rank for rank in range(self._rendezvous.capacity()) if rank not in self._running]
+        places = [rank for rank in range(self._page.capacity()) if rank not in self._running]
         come, go = places[: max(0, request.num_workers - len(there))], there[request.num_workers :]
         for rank in come:
             self._begin(rank)
@@ -260,13 +267,13 @@ class Supervisor:
 
     def _refusal(self, num_workers: int) -> str:
         """Return why there can not be so many workers, if so."""
-        members, most = self._members, self._rendezvous.capacity()
-        if not members or not all(map(self._rendezvous.is_elastic, members)):
+        members, most = self._members, self._page.capacity()
+        if not members or not all(map(self._page.is_elastic, members)):
             return (
                 "the team can not change now: it has not begun to train or is ending; or it is one that never can: one "
                 "worker alone, workers with memories of their own (--transport group, GPUs), --set elastic=false."
             )
-        if max(map(self._rendezvous.num_runs, members)) > 1:
+        if max(map(self._page.num_runs, members)) > 1:
             return "the team can not change: its script has several runs."
         if num_workers > max(most, len(self._running)):
             return (
@@ -297,14 +304,14 @@ class Supervisor:
 
     def _is_survived(self, ended: Ended) -> bool:
         """Return whether a worker was killed that the others can do without, and any of them does."""
-        well = [other for other in self._ended if other.status == 0 and other.progress is not Progress.RETIRED]
+        well = [other for other in self._ended if other.status == 0 and other.progress not in _OUT]
         others = well or self._members
         if ended.status >= 0 or not others or ended.progress in (Progress.STARTED, Progress.JOINING):
             return False
-        return ended.is_elastic and all(map(self._rendezvous.is_elastic, self._members))
+        return ended.is_elastic and all(map(self._page.is_elastic, self._members))
 
     def _is_failure(self, ended: Ended) -> bool:
-        if ended.progress is Progress.RETIRED:
+        if ended.progress in _OUT:
             return False
         if self._is_survived(ended):
             return self._is_missed(ended)
@@ -314,12 +321,12 @@ class Supervisor:
 
     def _is_missed(self, ended: Ended) -> bool:
         """Return whether others have called `distribute` more often, and wait there for a worker that has ended."""
-        num_runs = self._rendezvous.num_runs(ended.rank)
+        num_runs = self._page.num_runs(ended.rank)
         if ended.life < self._replacing.life(ended.rank):  # who takes its place has not begun, or is called as they are
             num_runs = 1
             if ended.rank in self._members:
                 return False
-        return any(self._rendezvous.num_runs(rank) > num_runs for rank in range(self._num_workers))
+        return any(self._page.num_runs(rank) > num_runs for rank in range(self._num_workers))
 
     def _judge(self) -> None:
         """Name the first failure, if there is one, and end the others."""
@@ -341,7 +348,7 @@ class Supervisor:
                 self._leftovers.remove((worker, deadline))
 
     def _end(self, grace: float) -> None:
-        self._rendezvous.announce_end()
+        self._page.announce_end()
         self._send(signal.SIGTERM)
         self._kill_at = time.monotonic() + grace
 

@@ -19,7 +19,7 @@ from typing import Any
 from lightwork.launcher.process import start_worker
 from lightwork.launcher.supervisor import Supervisor
 from lightwork.team.environment import Environment
-from lightwork.team.page import FileRendezvous
+from lightwork.team.page import Page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def fork_team(
 
     Blocks: until all have ended, at most `timeout` seconds; then they are killed.
     """
-    rendezvous_fd = FileRendezvous.create()
+    rendezvous_fd = Page.create()
     with tempfile.TemporaryDirectory(prefix="lightwork-team-") as folder:
 
         def start(rank: int, *, joins: bool) -> BaseProcess:
@@ -75,7 +75,7 @@ def fork_team(
             )
             return start_worker(environment, _answering(function, Path(folder)), stdout=1, stderr=2)
 
-        supervisor = Supervisor(FileRendezvous(rendezvous_fd, 0), _Silence(), restarts=restarts)
+        supervisor = Supervisor(Page(rendezvous_fd), _Silence(), restarts=restarts)
         try:
             outcome = supervisor.run(start, num_workers, timeout)
         finally:

@@ -21,7 +21,7 @@ from lightwork.device.cuda import open_device
 from lightwork.engine.assembly import attach, make_engine, make_parts
 from lightwork.engine.engine import Engine
 from lightwork.engine.parts import Workplace, take_from_first_host
-from lightwork.errors import DamagedCheckpoint, LightworkError
+from lightwork.errors import DamagedCheckpoint, LightworkError, SpecError
 from lightwork.notice import notice
 from lightwork.planner.fit import fit, offloaded
 from lightwork.random import derive
@@ -234,6 +234,11 @@ def _join_team(
             ),
             depths=TUNING.depths,
         )
+        if plan.audit_every and max(roster.sizes) == 1 < roster.world_size:
+            raise SpecError(
+                f"audit_every={plan.audit_every} compares workers that share a memory, and here each has its own. "
+                "Leave it out; lightwork check compares whole runs."
+            )
         if plan.memory is not None:
             plan = replace(plan, offload=fit(holdings, str(plan.memory), plan.offload))
             holdings = offloaded(holdings, plan.offload)
@@ -273,6 +278,7 @@ def _assemble(description: Description, holdings: Holdings, plan: Plan, joined: 
     if team.newcomer is not None or not team.is_leader:
         attach(description, parts, write=False)
     engine = make_engine(parts, joined.memory, plan.activations)
+    engine.audit_every = plan.audit_every
     if team.newcomer is None and team.is_leader:
         engine.trained.release()
     return engine

@@ -21,19 +21,18 @@ from lightwork.data.feed import Batches
 from lightwork.data.order import Ids, some_of
 from lightwork.engine.beside import Beside
 from lightwork.engine.engine import Engine, StepResult
-from lightwork.errors import NonFiniteLoss, RankLost, TeamError, UsageError
+from lightwork.errors import NonFiniteLoss, RankLost, UsageError
+from lightwork.run.audit import Audit
 from lightwork.run.collected import Part, combined
 from lightwork.run.interrupt import INTERRUPTS
 from lightwork.run.micro_batch import MicroBatch, StepPlace
 from lightwork.team.ledger import STOP, Outcome
+from lightwork.team.proofs import Proof
 from lightwork.team.rules import Action
 from lightwork.team.team import Team
 from lightwork.team.words import Kind
 from lightwork.trace import Trace
 from lightwork.transport.base import Watch
-
-#: Workers that may die over one micro-batch before it is taken for the cause.
-MAX_DEATHS = 3
 
 
 class Step:
@@ -71,6 +70,7 @@ class Step:
         self._trace = trace
         self._updated = updated
         self._others = others
+        self._audit = Audit(team, engine, trace, place.index)
         self._current: MicroBatch | None = None
         self._result: StepResult | None = None
         self._parts: dict[int, dict[str, Part]] = {}  # of this worker's micro-batches
@@ -239,23 +239,13 @@ class Step:
                 continue
             watch = None  # the next wait is another one
             if action.kind is Kind.COMPUTE:
+                yield from self._repeat(self._audit.owed())
                 micro, batch = self._load(action.item)
                 if len(micro.ids):
-                    self._current = micro
-                    with engine.computing():
-                        yield batch
-                    self._current = None
-                    for other in self._others:
-                        other.leave_out()
+                    yield from self._body(micro, batch)
                     del batch
                 else:
                     engine.skip(self.index, micro.index)
-                if not engine.is_folded:
-                    raise UsageError(
-                        f"step.backward was not called for micro-batch {micro.index} of step "
-                        f"{self.index} (rank {self._team.rank}). "
-                        "Call it once in the loop body; for nothing to learn from, with weight=0."
-                    )
                 outcome = Outcome(
                     loss=micro.loss,
                     weight=micro.weight,
@@ -264,7 +254,11 @@ class Step:
                     wishes=self._wish | STOP * INTERRUPTS.is_pending,
                 )
                 self._parts[micro.index] = micro.collected.parts
+                self._audit.prove(micro)
                 action = engine.finish_micro_batch(self.index, micro.index, outcome)
+            elif action.kind is Kind.AUDIT:
+                yield from self._repeat(self._audit.audited())
+                action = self._team.board.finished_phase(self.index, Kind.AUDIT)
             elif action.kind in (Kind.MEASURE, Kind.UPDATE):
                 action = engine.process_bucket(self.index, action)
             else:
@@ -294,6 +288,29 @@ class Step:
             self._team.begin()
         return action
 
+    def _repeat(self, proof: Proof | None) -> Iterator[Any]:
+        """Let the body compute once more what another worker has computed, and compare; of none nothing."""
+        if proof is None:
+            return
+        micro, batch = self._load(proof.micro_batch, is_own=False)
+        with self._engine.audits.repeating():
+            yield from self._body(micro, batch)
+        self._audit.judge(proof, micro)
+
+    def _body(self, micro: MicroBatch, batch: Any) -> Iterator[Any]:
+        """Let the body of the user's loop have a micro-batch in hand, and check that it has called backward."""
+        self._current = micro
+        with self._engine.computing():
+            yield batch
+        self._current = None
+        for other in self._others:
+            other.leave_out()
+        if not self._engine.is_folded:
+            raise UsageError(
+                f"step.backward was not called for micro-batch {micro.index} of step {self.index} (rank "
+                f"{self._team.rank}). Call it once in the loop body; for nothing to learn from, with weight=0."
+            )
+
     def _exchange_parts(self) -> list[dict[int, dict[str, Part]]]:
         payloads = self._team.meet(f"step.gather (step {self.index})", pickle.dumps(self._parts))
         received = [pickle.loads(payload) for payload in payloads]
@@ -305,20 +322,15 @@ class Step:
             )
         return received
 
-    def _load(self, index: int) -> tuple[MicroBatch, Any]:
+    def _load(self, index: int, *, is_own: bool = True) -> tuple[MicroBatch, Any]:
         start = time.perf_counter()
         ids = self._loader.ids(self.epoch, self.step_in_epoch, index)
-        deaths = self._team.board.membership.deaths(self.index, index)
-        if deaths >= MAX_DEATHS:
-            raise TeamError(
-                f"{deaths} workers were killed while they computed micro-batch {index} of step {self.index}, samples "
-                f"{some_of(ids)}: one more would be. Most often memory runs out over long samples (see dmesg): a "
-                "smaller micro_batch, or fewer workers."
-            )
+        self._audit.refuse_deadly(index, ids)
         batch = self._loader.get(self.epoch, self.step_in_epoch, index) if len(ids) else None
-        self._own.append(index)
-        self._num_samples += len(ids)
-        self._num_tokens += count_tokens(batch)
+        if is_own:
+            self._own.append(index)
+            self._num_samples += len(ids)
+            self._num_tokens += count_tokens(batch)
         batch = self._engine.device.bring_batch(batch, map_tensors)
         self._engine.begin_micro_batch(self.index, index)
         now = time.perf_counter()

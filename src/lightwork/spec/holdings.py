@@ -240,13 +240,16 @@ class Holdings:
     dials: Dials = field(default_factory=Dials)
     dials_of: Mapping[int, Dials] = field(default_factory=dict)  #: of buckets for which the plan says something else
     depths: Depths = field(default_factory=Depths)
+    num_workers: int = field(init=False, compare=False)  #: of this host, as the run begins
+    capacity: int = field(init=False, compare=False)  #: the most workers; places that are not taken take no memory
 
     def __post_init__(self) -> None:
-        if max(self.roster.sizes) > 1 and any(self._placement(dials) == "zero3" for dials in self._all_dials()):
+        object.__setattr__(self, "num_workers", self.roster.sizes[self.host])
+        object.__setattr__(self, "capacity", self.roster.capacities[self.host])
+        if max(self.roster.sizes) > 1 and "zero3" in map(self._placement, self._all_dials()):
             raise SpecError(
-                f"placement='zero3' shares weights out among workers with memories of their own, and here up to "
-                f"{max(self.roster.sizes)} workers of a machine share one. Choose transport='group', or "
-                "placement='zero2'."
+                "placement='zero3' shares weights out among workers with memories of their own, and here workers of a "
+                "machine share one. Choose transport='group', or placement='zero2'."
             )
 
     # --- the table --------------------------------------------------------------------------------------------------
@@ -255,16 +258,6 @@ class Holdings:
     def rows(self) -> tuple[Row, ...]:
         """A row for each bucket."""
         return tuple(self._row(bucket) for bucket in range(len(self.layout.buckets)))
-
-    @property
-    def num_workers(self) -> int:
-        """The workers of this host, as the run begins."""
-        return len(self.roster.ranks(self.host))
-
-    @property
-    def capacity(self) -> int:
-        """The most workers that this host may have: each has its place in memory, of which the others take none."""
-        return len(self.roster.places[self.host])
 
     @property
     def num_slots(self) -> int:

@@ -33,6 +33,7 @@ class Plan:
     steal: bool = True  #: a worker that is done takes micro-batches that a late one has not started
     elastic: bool = True  #: lightwork run's workers of a machine go on without one that is killed; costs a little
     lease: float = 2.0  #: seconds after which an elastic team ends a worker that is stopped (SIGSTOP); 0 for never
+    audit_every: int = 0  #: steps after which two workers compute one micro-batch and compare; 0: newcomers alone do
     save_every: str | int | None = None  #: a checkpoint each "10min", "90s", "2h", or so many steps; none by itself
     keep_checkpoints: int = 2  #: in the run directory: the last one, and those before it
     trace: bool = True  #: spans and counters of each worker in the run directory
@@ -45,6 +46,8 @@ class Plan:
                 raise SpecError(f"{name}={switch!r} is neither true nor false.")
         if not isinstance(self.lease, int | float) or not 0 <= self.lease < float("inf"):
             raise SpecError(f"lease={self.lease!r} is not a number of seconds from 0 upwards.")
+        if not isinstance(self.audit_every, int) or self.audit_every < 0:
+            raise SpecError(f"audit_every={self.audit_every!r} is not a whole number of steps from 0 upwards.")
         if not isinstance(self.keep_checkpoints, int) or self.keep_checkpoints < 1:
             raise SpecError(f"keep_checkpoints={self.keep_checkpoints!r} is not a whole number from 1 upwards.")
         if self.save_every is not None:

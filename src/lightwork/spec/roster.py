@@ -32,6 +32,7 @@ class Roster:
     world_size: int = field(init=False, compare=False, repr=False)  #: the number of workers
     num_hosts: int = field(init=False, compare=False, repr=False)
     sizes: tuple[int, ...] = field(init=False, compare=False, repr=False)  #: the workers of each host
+    capacities: tuple[int, ...] = field(init=False, compare=False, repr=False)  #: the most that each may have
     main: int = field(init=False, compare=False, repr=False)  #: who decides for the team; its output is shown
 
     def __post_init__(self) -> None:
@@ -41,6 +42,7 @@ class Roster:
             "world_size": len(living),
             "num_hosts": len(self.places),
             "sizes": tuple(len(ranks) for ranks in self._ranks),
+            "capacities": tuple(map(len, self.places)),
             "main": living[0],
         }
         for name, value in derived.items():
@@ -51,11 +53,6 @@ class Roster:
         """Return the first roster of a team whose hosts have so many workers each, with neighbouring ranks."""
         ends = [sum(sizes[: host + 1]) for host in range(len(sizes))]
         return cls(tuple(tuple(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)))
-
-    @cached_property
-    def full(self) -> Roster:
-        """The roster in which all places are taken; of several hosts, which have no others, this one."""
-        return Roster.of_sizes((len(self.places[0]),)) if self.num_hosts == 1 else self
 
     # --- who is in ------------------------------------------------------------------------------------------------
 
@@ -163,3 +160,9 @@ def with_only(full: Roster, host: int, local_ranks: Collection[int], generation:
     places = list(full.places)
     places[host] = tuple(rank if local in local_ranks else None for local, rank in enumerate(places[host]))
     return Roster(tuple(places), generation)
+
+
+def full(roster: Roster) -> Roster:
+    """Return the roster of a team in which all places are taken: one on several hosts has no others."""
+    places = (tuple(local if rank is None else rank for local, rank in enumerate(of_host)) for of_host in roster.places)
+    return Roster(tuple(places))

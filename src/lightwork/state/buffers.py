@@ -200,6 +200,16 @@ class Buffers:
             ):
                 check_leaf(buffer.name, buffer.start, leaf)
 
+    def differing(self, micro_batch: int) -> str | None:
+        """Return the name of a buffer of which forward has made other values than another worker's of `micro_batch`."""
+        count = len(self._buffers)
+        row = self._changed[micro_batch * count : (micro_batch + 1) * count]
+        for index, buffer in enumerate(self._buffers):
+            changed = self._was_written(buffer)
+            if changed != row[index] or (changed and not _equal(_of_same_form(buffer), self._leaf(index, micro_batch))):
+                return buffer.name
+        return None
+
     def combine(self, step: int, weights: Sequence[float], micro_batch_size: int) -> None:
         """Make the buffers of `step` of what its micro-batches left, in the fixed tree. One worker does, at its end.
 

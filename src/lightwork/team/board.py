@@ -23,6 +23,7 @@ from lightwork.spec.tree import Node
 from lightwork.team.ledger import Ledger, Outcome
 from lightwork.team.membership import Membership
 from lightwork.team.presence import Activity, Presence, Signal
+from lightwork.team.proofs import Proofs
 from lightwork.team.rules import (
     Action,
     Phase,
@@ -42,6 +43,7 @@ from lightwork.team.words import (
     SETTINGS,
     BoardSize,
     Kind,
+    Shape,
     Words,
     claim_word,
     open_word,
@@ -51,6 +53,7 @@ from lightwork.team.words import (
 
 _SHOWN = {
     Kind.COMPUTE: Activity.COMPUTING,
+    Kind.AUDIT: Activity.UPDATING,
     Kind.MEASURE: Activity.UPDATING,
     Kind.UPDATE: Activity.UPDATING,
     Kind.EXCHANGE: Activity.EXCHANGING,
@@ -81,11 +84,12 @@ class Board:
         self._words = Words(size, region)
         self.presence = Presence(self._words, roster, rank, lock, signal)
         self.ledger = Ledger(self._words, self._seat)
+        self.proofs = Proofs(self._words, self._seat.local_rank, lock, signal, steal=steal)
         self.membership = Membership(self._words, self._seat, lock, signal)
         self._local_rank = self._seat.local_rank
         self._no_slots = memoryview(bytes(self._words.slots_of(0).nbytes)).cast("q")
         self._phases: tuple[Phase, ...] = ()
-        self._shape = (0, False)  # of what the phases are: number of micro-batches, and whether norms are measured
+        self._shape = Shape(0, measures=False, is_audited=False)  # of what the phases are
         self._at = self._position = 0  # where the last action was found
         self.compares_settings = False  #: with those who are in a step, before it enters: a newcomer does
         self._changes = 0  # of who is in, that the seat knows of
@@ -97,29 +101,30 @@ class Board:
 
     # --- a step, in the order of its visits -------------------------------------------------------------------------
 
-    def enter(self, step: int, num_micro_batches: int, settings: int, *, measure: bool) -> Action:
+    def enter(self, step: int, num_micro_batches: int, settings: int, *, measure: bool, audit: bool = False) -> Action:
         """Enter `step`, opening it if this is the first worker to, and return what to do.
 
         `settings` is a hash of all that must be the same everywhere, such as learning rates; `measure` says that the
-        norm of the whole gradient must be known before the update.
+        norm of the whole gradient must be known before the update, `audit` that one micro-batch is computed twice.
 
         Raises: Disagreement when the workers differ in it or in the number of micro-batches.
         """
         words, rank = self._words, self._seat.rank
         with self._lock:
             self._follow()
-            open_step, count, measures = opened(words.header[OPEN])
+            open_step, shape = opened(words.header[OPEN])
             if open_step != step:
-                count, measures = num_micro_batches, measure
-                words.header[OPEN] = open_word(step, num_micro_batches, measure=measure)
-            elif count != num_micro_batches:
+                shape = Shape(num_micro_batches, measure, audit)
+                words.header[OPEN] = open_word(step, shape)
+            elif shape.num_micro_batches != num_micro_batches:
                 raise Disagreement(
-                    f"step {step} has {num_micro_batches} micro-batches for rank {rank} and {count} for another "
-                    "worker. Every worker must pass the same data set to run.steps."
+                    f"step {step} has {num_micro_batches} micro-batches for rank {rank} and "
+                    f"{shape.num_micro_batches} for another worker. Every worker must pass the same data set to "
+                    "run.steps."
                 )
-            if self._shape != (count, measures):
-                self._shape = count, measures
-                self._phases = phases_of(self._seat, count, measure=measures)
+            if self._shape != shape:
+                self._shape = shape
+                self._phases = phases_of(self._seat, shape)
             self._at = self._position = 0
             if self.compares_settings:
                 self._compare_settings(step, settings)
@@ -162,8 +167,8 @@ class Board:
             self._words.done[kind][item] = step + 1
             return self._next(step, wrote=True)
 
-    def finished_exchange(self, step: int, kind: Kind) -> Action:
-        """Record that the leader has exchanged what the phase `kind` is for, and return what to do.
+    def finished_phase(self, step: int, kind: Kind) -> Action:
+        """Record that the phase `kind`, which is one piece of work, is done, and return what to do next.
 
         After `Kind.EXCHANGE` the sum over all hosts lies in the leader's last slot, in place of all partial sums.
         """
@@ -213,8 +218,7 @@ class Board:
         self._changes = changes
         self._seat = replace(self._seat, roster=self.membership.roster())
         if self._phases:
-            count, measures = self._shape
-            self._phases = phases_of(self._seat, count, measure=measures)
+            self._phases = phases_of(self._seat, self._shape)
         self._position = 0  # what the dead had in hand is free
 
     # --- what there is ----------------------------------------------------------------------------------------------
@@ -237,7 +241,7 @@ class Board:
 
     def partial_sums(self, step: int) -> dict[Node, tuple[int, int]]:
         """Return where the partial sums of this host lie: place of the worker and slot, by node."""
-        return partial_sums(self._words, self._seat, step, self._shape[0])
+        return partial_sums(self._words, self._seat, step, self._shape.num_micro_batches)
 
     def take_evaluation(self, round_number: int) -> int:
         """Return the next batch of the evaluation `round_number` that nobody has. Hosts take them in turn."""

@@ -29,7 +29,7 @@ from lightwork.notice import notice
 from lightwork.spec.footprint import expected_bytes, regions_of
 from lightwork.spec.holdings import Holdings
 from lightwork.spec.plan import Plan
-from lightwork.spec.roster import FIRST_RANK, Roster, with_only
+from lightwork.spec.roster import FIRST_RANK, Roster, full, with_only
 from lightwork.spec.tree import max_partial_sums
 from lightwork.store.elements import Units
 from lightwork.store.mapped import MappedStore, check_room, create_disk_store, create_store, open_store
@@ -157,7 +157,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
     )
     local_rank = roster.local_rank(rank)
     mailboxes = HostTransport(
-        local_rank, roster.full.ranks(host), memory.region("mailboxes"), lock, signal, board.membership.is_expected
+        local_rank, full(roster).ranks(host), memory.region("mailboxes"), lock, signal, board.membership.is_expected
     )
     transport = mailboxes if roster.num_hosts == 1 else LayeredTransport(mailboxes, holdings.num_workers, carrier)
     team = Team(rank, roster, board, mailboxes, transport, rendezvous, [store, disk] if disk else [store], carrier)

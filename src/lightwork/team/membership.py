@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import final
 
-from lightwork.spec.roster import Roster, with_only
+from lightwork.spec.roster import Roster, full, with_only
 from lightwork.team.presence import Activity, Signal
 from lightwork.team.rules import Seat, freed_by_death, phases_of
 from lightwork.team.words import (
@@ -21,6 +21,7 @@ from lightwork.team.words import (
     OPEN,
     PID,
     PRESENCE_WORDS,
+    PROVEN,
     READY,
     SINCE,
     Kind,
@@ -40,7 +41,7 @@ class Membership:
         """`seat` is that of this worker as the team begins."""
         self._words = words
         self._founders = seat.roster
-        self._first = replace(seat, roster=seat.roster.full)
+        self._first = replace(seat, roster=full(seat.roster))
         self._lock = lock
         self._signal = signal
 
@@ -137,6 +138,7 @@ class Membership:
                     self._bury(local)
                 at = local * PRESENCE_WORDS
                 words.header[HANDOVER] = handover
+                words.header[PROVEN] = step + 1
                 words.presence[at + SINCE] = since
                 words.presence[at + ACTIVITY] = Activity.OUTSIDE
                 words.presence[at + ARRIVED] = step
@@ -153,9 +155,9 @@ class Membership:
 
     def _bury(self, local_rank: int) -> None:
         words, at = self._words, local_rank * PRESENCE_WORDS
-        step, count, measure = opened(words.header[OPEN])
+        step, shape = opened(words.header[OPEN])
         if step >= words.header[COMMITTED]:
-            phases = phases_of(self._first, count, measure=measure)
+            phases = phases_of(self._first, shape)
             for kind, item in freed_by_death(words, local_rank, step, phases):
                 if kind is Kind.COMPUTE:
                     words.count_death(step, item)

@@ -7,7 +7,8 @@ on before the newcomer has: so weights and state stay as they are while it goes 
 resumed.
 
 Until it has entered that step, nothing that it does may touch the team. What goes wrong in it ends it alone, and the
-others, who may have been waiting for it, find it dead.
+others, who may have been waiting for it, find it dead. Before it computes anything of its own it shows that it
+computes what they do (`proofs`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Newcomer:
         self._board = board
         self._mailboxes = mailboxes
         self._signal = signal
-        board.compares_settings = True
+        board.compares_settings = board.proofs.is_owed = True
 
     def wait_until_let_in(self) -> str:
         """Return the path of the file in which it is handed over what it needs to know.

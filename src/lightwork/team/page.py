@@ -41,18 +41,16 @@ _PAGE_BYTES = _LINES_AT + _JOURNAL_BYTES
 
 
 @final
-class FileRendezvous(Rendezvous):
-    """A page inherited from `lightwork run`.
-
-    It holds of each rank two bytes (progress, and whether its runs go on without it), a count of runs and where it has
-    its memory; then a journal of `key=message` lines, with a count of how often it was begun anew and its length.
+class Page:
+    """It, as the launcher sees it: of each rank two bytes (progress, and whether its runs go on without it), a count of
+    runs, and where it has its memory. Behind that lies the journal (`FileRendezvous`).
     """
 
-    def __init__(self, fd: int, rank: int) -> None:
+    def __init__(self, fd: int) -> None:
         """Raises: TeamError when the descriptor is no such page."""
         try:
-            self._page = mmap.mmap(fd, _PAGE_BYTES)
-            is_page = self._page[: len(_MAGIC)] == _MAGIC
+            self.bytes = mmap.mmap(fd, _PAGE_BYTES)
+            is_page = self.bytes[: len(_MAGIC)] == _MAGIC
         except (OSError, ValueError):
             is_page = False
         if not is_page:
@@ -61,11 +59,6 @@ class FileRendezvous(Rendezvous):
                 "it was closed, or is another file. Leave a worker's descriptors open, or unset the variable for a "
                 "team of one."
             )
-        self._rank = rank
-        self._times_begun = 0
-        self._length_read = 0
-        self._messages: dict[str, str] = {}  # that were read and not asked for yet
-        self._before = Progress.STARTED  # this run
 
     @classmethod
     def create(cls) -> int:
@@ -81,25 +74,79 @@ class FileRendezvous(Rendezvous):
         os.pwrite(fd, _MAGIC, 0)
         return fd
 
+    def progress(self, rank: int) -> Progress:
+        """Return how far `rank` got."""
+        return Progress(self.bytes[_PROGRESS_AT + rank])
+
+    def num_runs(self, rank: int) -> int:
+        """Return how many runs `rank` has begun to join."""
+        at = _RUNS_AT + 8 * rank
+        return int.from_bytes(self.bytes[at : at + 8], "little")
+
+    def is_elastic(self, rank: int) -> bool:
+        """Return whether the runs that `rank` has joined go on without it."""
+        return self.bytes[_ELASTIC_AT + rank] == _IS_ELASTIC
+
+    def memories(self) -> list[tuple[str, str]]:
+        """Return what was written down, of processes that may have ended."""
+        found = []
+        for pid, fd, disk_fd, _ in _MEMORY.iter_unpack(self.bytes[_MEMORY_AT:_JOURNAL_AT]):
+            if pid:
+                folder = f"/proc/{pid}/fd"
+                found.append((f"{folder}/{fd}", f"{folder}/{disk_fd - 1}" if disk_fd > 0 else ""))
+        return found
+
+    def capacity(self) -> int:
+        """Return how many places the team has, as far as any worker that is there has said."""
+        return max(int(row[3]) for row in _MEMORY.iter_unpack(self.bytes[_MEMORY_AT:_JOURNAL_AT]))
+
+    def announce_end(self) -> None:
+        """Tell the workers that SIGTERM ends the team from now on, not one worker's part in it."""
+        self.bytes[_ENDS_AT] = 1
+
+    def is_ending(self) -> bool:
+        """Return whether that was told."""
+        return bool(self.bytes[_ENDS_AT])
+
+    def clear(self, rank: int) -> None:
+        """Forget all of `rank`, whose process has ended: another one takes its place."""
+        self.bytes[_PROGRESS_AT + rank] = Progress.STARTED
+        self.bytes[_ELASTIC_AT + rank] = 0
+        for at, size in ((_RUNS_AT, 8), (_MEMORY_AT, _MEMORY.size)):
+            self.bytes[at + size * rank : at + size * (rank + 1)] = bytes(size)
+
+
+@final
+class FileRendezvous(Rendezvous):
+    """A worker's use of the page: its own bytes, and a journal of `key=message` lines.
+
+    Before the lines stand how often the journal was begun anew, and its length.
+    """
+
+    def __init__(self, fd: int, rank: int) -> None:
+        """Raises: TeamError when the descriptor is no such page."""
+        self.page = Page(fd)
+        self._page = self.page.bytes
+        self._rank = rank
+        self._times_begun = 0
+        self._length_read = 0
+        self._messages: dict[str, str] = {}  # that were read and not asked for yet
+        self._before = Progress.STARTED  # this run
+
     def next_run(self) -> int:
         """Count the runs of this process; for a new one, the first rank makes room for messages.
 
         By then everyone has read those of the runs before.
         """
-        self._before = self.progress(self._rank)
+        self._before = self.page.progress(self._rank)
         times_begun, length = self._journal()
-        number = self.num_runs(self._rank) + 1
+        number = self.page.num_runs(self._rank) + 1
         if self._rank == FIRST_RANK and number > 1 and length > _JOURNAL_BYTES // 2:
             self._write_journal(times_begun + 1, 0)
         at = _RUNS_AT + 8 * self._rank
         self._page[at : at + 8] = number.to_bytes(8, "little")
         self.report(Progress.JOINING)
         return number
-
-    def num_runs(self, rank: int) -> int:
-        """Return how many runs `rank` has begun to join."""
-        at = _RUNS_AT + 8 * rank
-        return int.from_bytes(self._page[at : at + 8], "little")
 
     def publish(self, key: str, message: str) -> None:
         """Append to the journal; only the first rank does, so nothing can collide.
@@ -150,52 +197,24 @@ class FileRendezvous(Rendezvous):
         """Write this rank's byte. After a further `distribute` it is as it was before: another run may go on."""
         self._page[_PROGRESS_AT + self._rank] = max(progress, self._before) if progress is Progress.JOINED else progress
 
-    def progress(self, rank: int) -> Progress:
-        """Return how far `rank` got."""
-        return Progress(self._page[_PROGRESS_AT + rank])
-
     def report_elastic(self, *, elastic: bool) -> None:
         """Write this rank's byte: of several runs all must go on."""
         at = _ELASTIC_AT + self._rank
         self._page[at] = _RIGID if not elastic or self._page[at] == _RIGID else _IS_ELASTIC
 
-    def is_elastic(self, rank: int) -> bool:
-        """Return whether the runs that `rank` has joined go on without it."""
-        return self._page[_ELASTIC_AT + rank] == _IS_ELASTIC
-
     def show_memory(self, fd: int, disk_fd: int | None, capacity: int) -> None:
         """Write it down, of the first run: newcomers begin with it, and are let in nowhere else."""
-        if self.num_runs(self._rank) == 1:
+        if self.page.num_runs(self._rank) == 1:
             at = _MEMORY_AT + _MEMORY.size * self._rank
             _MEMORY.pack_into(self._page, at, os.getpid(), fd, 0 if disk_fd is None else disk_fd + 1, capacity)
 
     def memories(self) -> list[tuple[str, str]]:
         """Return what was written down, of processes that may have ended."""
-        found = []
-        for pid, fd, disk_fd, _ in _MEMORY.iter_unpack(self._page[_MEMORY_AT:_JOURNAL_AT]):
-            if pid:
-                folder = f"/proc/{pid}/fd"
-                found.append((f"{folder}/{fd}", f"{folder}/{disk_fd - 1}" if disk_fd > 0 else ""))
-        return found
-
-    def capacity(self) -> int:
-        """Return how many places the team has, as far as any worker that is there has said."""
-        return max(int(row[3]) for row in _MEMORY.iter_unpack(self._page[_MEMORY_AT:_JOURNAL_AT]))
-
-    def announce_end(self) -> None:
-        """Tell the workers that SIGTERM ends the team from now on, not one worker's part in it."""
-        self._page[_ENDS_AT] = 1
+        return self.page.memories()
 
     def is_ending(self) -> bool:
-        """Return whether that was told."""
-        return bool(self._page[_ENDS_AT])
-
-    def clear(self, rank: int) -> None:
-        """Forget all of `rank`, whose process has ended: another one takes its place."""
-        self._page[_PROGRESS_AT + rank] = Progress.STARTED
-        self._page[_ELASTIC_AT + rank] = 0
-        for at, size in ((_RUNS_AT, 8), (_MEMORY_AT, _MEMORY.size)):
-            self._page[at + size * rank : at + size * (rank + 1)] = bytes(size)
+        """Return whether the launcher has said so."""
+        return self.page.is_ending()
 
     def _read_new(self) -> None:
         times_begun, length = self._journal()

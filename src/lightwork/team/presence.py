@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import Protocol, final
 
 from lightwork.errors import RankFailed
-from lightwork.spec.roster import Roster
+from lightwork.spec.roster import Roster, full
 from lightwork.team.words import ACTIVITY, ARRIVED, COMMITTED, FAILED, LEFT, PID, PRESENCE_WORDS, Words
 
 
@@ -20,6 +20,9 @@ class Signal(Protocol):
 
     def notify(self) -> None:
         """Change it and wake the waiting."""
+
+    def wait_for_change(self, seen: int, timeout: float) -> bool:
+        """Wait until it is not `seen` any more, at most `timeout` seconds; return whether it is not."""
 
 
 class Activity(IntEnum):
@@ -43,7 +46,7 @@ class Presence:
         self, words: Words, roster: Roster, rank: int, lock: AbstractContextManager[bool | None], signal: Signal
     ) -> None:
         self._words = words
-        self._roster = roster.full
+        self._roster = full(roster)
         self._host = roster.host_of(rank)
         self._own = roster.local_rank(rank)
         self._at = self._own * PRESENCE_WORDS

@@ -35,6 +35,7 @@ class Progress(IntEnum):
     TRAINING = 3  #: it is inside `run.steps`
     BETWEEN = 4  #: it has left `run.steps`, or has not entered it again
     RETIRED = 5  #: it has left the team, as it was told
+    TURNED_AWAY = 6  #: it was let into the team, and could not be in it
 
 
 class Rendezvous(ABC):

@@ -3,6 +3,7 @@
 A step goes through these phases; each ends when all of its pieces are done:
 
     COMPUTE   micro-batches are claimed, computed and folded. Ends only when every worker has entered the step, too.
+    AUDIT     (only in a step that is audited) another worker computes one of them again, and compares.
     EXCHANGE  (only with several hosts) the leader exchanges records and partial sums with the other hosts' leaders.
     MEASURE   (only with clipping or loss scaling) the norm of each bucket's gradient.
     AGREE     (only where each host updates buckets of its own) the leader exchanges these norms.
@@ -28,7 +29,7 @@ from lightwork.errors import Disagreement
 from lightwork.spec.roster import Roster
 from lightwork.spec.tree import Node, fold
 from lightwork.team.presence import is_excused
-from lightwork.team.words import MAX_WORKERS, OPEN, WORD, BoardSize, Kind, Words, node_of, opened
+from lightwork.team.words import MAX_WORKERS, OPEN, WORD, BoardSize, Kind, Shape, Words, node_of, opened
 
 
 class Action(NamedTuple):
@@ -76,18 +77,19 @@ class Phase(NamedTuple):
     stretch: slice  #: of the words of this kind: the pieces, but for the buffers
 
 
-def phases_of(seat: Seat, num_micro_batches: int, *, measure: bool) -> tuple[Phase, ...]:
+def phases_of(seat: Seat, shape: Shape) -> tuple[Phase, ...]:
     """Return the phases of a step on the visitor's host."""
     roster, size = seat.roster, seat.size
-    micro_batches = roster.micro_batches(seat.host, num_micro_batches)
+    micro_batches = roster.micro_batches(seat.host, shape.num_micro_batches)
     own = roster.own_buckets(seat.host, size.num_buckets) if seat.sharded else range(size.num_buckets)
     buckets = slice(own.start, own.stop, own.step)
     several = roster.num_hosts > 1
     phases = (
         (True, Phase(Kind.COMPUTE, micro_batches, slice(micro_batches.start, micro_batches.stop))),
+        (shape.is_audited, Phase(Kind.AUDIT, (0,), slice(1))),
         (several, Phase(Kind.EXCHANGE, (0,), slice(1))),
-        (measure, Phase(Kind.MEASURE, own, buckets)),
-        (measure and seat.sharded, Phase(Kind.AGREE, (0,), slice(1))),
+        (shape.measures, Phase(Kind.MEASURE, own, buckets)),
+        (shape.measures and seat.sharded, Phase(Kind.AGREE, (0,), slice(1))),
         (True, Phase(Kind.UPDATE, (*own, size.num_buckets), buckets)),
         (seat.sharded, Phase(Kind.GATHER, (0,), slice(1))),
     )
@@ -116,6 +118,9 @@ def next_action(
             if not (is_complete(words, phase, step) and _all_entered(words, seat, step)):
                 return _WAIT, at, 0
             _check_settings(words, seat, step)
+        elif kind is Kind.AUDIT and _has_company_in_audit(words, seat):
+            if not is_complete(words, phase, step):
+                return _WAIT, at, 0
         elif kind in _LEADERS and not seat.roster.is_leader(seat.rank):
             if not is_complete(words, phase, step):
                 _check_leader_comes(words, seat, step)
@@ -199,7 +204,7 @@ def _micro_batch_for(words: Words, seat: Seat, step: int, phase: Phase) -> int |
     claims = words.claims[Kind.COMPUTE]
     if min(claims[phase.stretch].tolist(), default=base) >= base:
         return None
-    _, count, _ = opened(words.header[OPEN])
+    _, (count, _, _) = opened(words.header[OPEN])
     is_claimed = [word >= base for word in claims[:count].tolist()]
     candidates = seat.roster.choose(seat.rank, is_claimed, steal=seat.steal)
     if not candidates:
@@ -213,6 +218,11 @@ def _micro_batch_for(words: Words, seat: Seat, step: int, phase: Phase) -> int |
     if folds is None and seat.roster.generation and num_free > 0:  # who died leaves more than others would have taken
         return candidates[0]
     return folds
+
+
+def _has_company_in_audit(words: Words, seat: Seat) -> bool:
+    """Return whether the visitor has computed what is to be computed again, and another worker is there to do so."""
+    return bool(words.proof[1] == seat.local_rank) and len(seat.locals) > 1
 
 
 def _all_entered(words: Words, seat: Seat, step: int) -> bool:

@@ -19,7 +19,7 @@ from typing import final
 
 from lightwork.errors import Disagreement, RankLost, TeamError
 from lightwork.notice import notice
-from lightwork.spec.roster import Roster, with_only
+from lightwork.spec.roster import Roster, full, with_only
 from lightwork.store.mapped import MappedStore
 from lightwork.team.board import Board
 from lightwork.team.meeting_point import JOIN_TIMEOUT
@@ -62,7 +62,7 @@ class Team:
         self.newcomer: Newcomer | None = None  #: as long as this worker is one
         self.is_in = True  #: not so a newcomer, and who has left
         self.welcome = Welcome(rank, board, mailboxes)
-        self._first = roster.full
+        self._first = full(roster)
         self.may_lose = False  #: a worker that dies, and go on
         self.lease = 0.0  #: seconds that a worker may be stopped while others wait, before it is ended; 0 for any
         self._stopped_since: dict[int, float] = {}  # by place, as far as this worker has seen
@@ -75,7 +75,7 @@ class Team:
         self.rendezvous = rendezvous
         self._carrier = carrier
         self._host = roster.host_of(rank)
-        self._names = dict(enumerate(roster.full.ranks(self._host)))
+        self._names = dict(enumerate(self._first.ranks(self._host)))
         self._peers = Peers()
         self._lateness = Lateness()
 

@@ -4,11 +4,14 @@ A word is 8 bytes and is written at once. What a step has come to is derived fro
 nothing is counted.
 
     committed           steps that are done. Who finds every piece of a step done writes it; another would, too
-    open                the step that is open, its micro-batches, and whether norms are measured, in one word
+    open                the step that is open, its micro-batches, whether it is audited and norms are measured: one word
     failed              1 + the place of a worker that can not go on; the first one stays
     evaluation          the evaluation that goes on, and how many of its batches are claimed, in one word
     changes             how often a worker was found dead, or was let in
     handover            where what a newcomer needs to know lies: a process and its descriptor, in one word
+    proven              1 + the step of which what one micro-batch comes to is to be written down, for a newcomer
+    proof               what the first of them came to: the micro-batch, in which step, in one word; loss, weight, and a
+                        number for each parameter's gradient
     presence            of each worker, its own to write (`presence`); whether it is dead, and which process is in,
                         written by who finds it so, or lets it in
     claim   of a piece  who has it, in which step: written under the lock, before the work
@@ -38,7 +41,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import final
+from typing import NamedTuple, final
 
 from lightwork.spec.tree import Node, max_partial_sums
 
@@ -51,7 +54,7 @@ WORD = 8
 MAX_WORKERS = 4096
 
 # Words of the header.
-COMMITTED, OPEN, FAILED, EVALUATION, CHANGES, HANDOVER = range(6)
+COMMITTED, OPEN, FAILED, EVALUATION, CHANGES, HANDOVER, PROVEN = range(7)
 _HEADER_WORDS = 8
 
 # Words of a worker. `READY` is the process that waits to come to its place; `SINCE` the last exchange without it.
@@ -59,17 +62,30 @@ PID, ACTIVITY, SETTINGS, ENTERED, LEFT, DEAD, ARRIVED, READY, SINCE = range(9)
 PRESENCE_WORDS = 16
 
 
+#: Words of a proof before those of the parameters: which it is, who has computed it, loss, weight.
+PROOF_WORDS = 4
+
+
 class Kind(IntEnum):
-    """What a worker should do next. The first six are also the phases of a step, in order, and its kinds of pieces."""
+    """What a worker should do next. Those before `WAIT` are the phases of a step, in order, and its kinds of pieces."""
 
     COMPUTE = 0  #: micro-batch `item`
-    EXCHANGE = 1  #: records and partial sums, with the other hosts; the leader's work
-    MEASURE = 2  #: the norm of bucket `item`
-    AGREE = 3  #: ... and exchange these norms; the leader's work
-    UPDATE = 4  #: bucket `item`, or the buffers if it is the number of buckets
-    GATHER = 5  #: the new weights from the other hosts; the leader's work
-    WAIT = 6  #: until the signal is not `item` any more
-    COMMITTED = 7  #: nothing: the step is done
+    AUDIT = 1  #: a micro-batch that another worker has computed, once more
+    EXCHANGE = 2  #: records and partial sums, with the other hosts; the leader's work
+    MEASURE = 3  #: the norm of bucket `item`
+    AGREE = 4  #: ... and exchange these norms; the leader's work
+    UPDATE = 5  #: bucket `item`, or the buffers if it is the number of buckets
+    GATHER = 6  #: the new weights from the other hosts; the leader's work
+    WAIT = 7  #: until the signal is not `item` any more
+    COMMITTED = 8  #: nothing: the step is done
+
+
+class Shape(NamedTuple):
+    """What must be known of a step that is open, to know its phases."""
+
+    num_micro_batches: int
+    measures: bool  #: norms, before the update
+    is_audited: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +112,14 @@ class BoardSize:
 
 def _pieces(size: BoardSize) -> tuple[int, ...]:
     """Return the number of pieces of each kind."""
-    return size.num_micro_batches, 1, size.num_buckets, 1, size.num_buckets + 1, 1
+    return size.num_micro_batches, 1, 1, size.num_buckets, 1, size.num_buckets + 1, 1
 
 
 def _sizes(size: BoardSize) -> tuple[int, ...]:
     """Return the bytes of the board's parts, in their order."""
     n, m = size.capacity, size.num_micro_batches
-    words = (_HEADER_WORDS, n * PRESENCE_WORDS, n * size.num_slots, m, *_pieces(size), *_pieces(size))
+    proof = PROOF_WORDS + size.num_parameters
+    words = (_HEADER_WORDS, n * PRESENCE_WORDS, n * size.num_slots, m, proof, *_pieces(size), *_pieces(size))
     ledger = (2 * m * 2, size.num_buckets)
     return (*(count * WORD for count in words + ledger), m * size.num_parameters, 2 * m, 2 * m * METRICS_BYTES)
 
@@ -121,7 +138,8 @@ class Words:
     def __init__(self, size: BoardSize, region: memoryview) -> None:
         self.size = size
         parts = _cut(region, _sizes(size))
-        self.header, self.presence, self.slots, self._deaths = (next(parts).cast("q") for _ in range(4))
+        self.header, self.presence, self.slots = (next(parts).cast("q") for _ in range(3))
+        self._deaths, self.proof = (next(parts).cast("q") for _ in range(2))
         self.claims = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
         self.done = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
         # By parity of the step: [Note: what a late worker may read].
@@ -180,14 +198,14 @@ def claim_word(step: int, local_rank: int) -> int:
     return (step + 1) * MAX_WORKERS + local_rank
 
 
-def open_word(step: int, num_micro_batches: int, *, measure: bool) -> int:
+def open_word(step: int, shape: Shape) -> int:
     """Return the word that opens a step."""
-    return (step + 1) << 32 | num_micro_batches << 1 | measure
+    return (step + 1) << 32 | shape.num_micro_batches << 2 | shape.is_audited << 1 | shape.measures
 
 
-def opened(word: int) -> tuple[int, int, bool]:
-    """Return the step (-1 for none), number of micro-batches and whether norms are measured, of a word `open`."""
-    return (word >> 32) - 1, (word & 0xFFFFFFFF) >> 1, bool(word & 1)
+def opened(word: int) -> tuple[int, Shape]:
+    """Return the step (-1 for none), and what it is like, of a word `open`."""
+    return (word >> 32) - 1, Shape((word & 0xFFFFFFFF) >> 2, bool(word & 1), bool(word & 2))
 
 
 def slot_word(node: Node) -> int:

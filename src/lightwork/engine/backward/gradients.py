@@ -26,6 +26,9 @@ from lightwork.spec.tree import Node, fold
 from lightwork.state.parameters import like
 from lightwork.state.weights import Weights
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_LOW = (1 << 61) - 1
+
 
 @dataclass
 class Fold:
@@ -124,6 +127,29 @@ class Gradients:
         if outbox is not None:
             outbox.expect(i for i, parameter in enumerate(self._weights.parameters) if parameter.requires_grad)
         return self._fold
+
+    def begin_alone(self, index: int) -> bool:
+        """Begin to take the gradients of micro-batch `index` for a look at them; return whether there is room."""
+        node = Node(index, index + 1)
+        used = {slot for slot, _ in self._held.values()}
+        slot = next((s for s in range(self._num_slots) if s not in used), None)
+        if slot is None:
+            return False
+        self._slots.take_room(slot, node)
+        target = self._parameter_views(slot, node)
+        self._fold = Fold(node, slot, (), False, target, [], bytearray(len(self._names)))
+        return True
+
+    def signature(self) -> list[int] | None:
+        """Return a number for the bits of each gradient of the micro-batch in hand; None where others are added."""
+        now = self.in_hand
+        if now.siblings or now.leaves_at_once:
+            return None
+        return [_number_of(view) if there else 0 for view, there in zip(now.target, now.touched, strict=True)]
+
+    def drop(self) -> None:
+        """Leave nothing of the micro-batch in hand."""
+        self._fold = None
 
     def places(self) -> dict[Node, int]:
         """Return the slot of each partial sum that is held, as it will be after the fold in progress."""
@@ -280,3 +306,9 @@ class Gradients:
                 for index, parameter in enumerate(self._weights.parameters)
             ]
         return views
+
+
+def _number_of(values: torch.Tensor) -> int:
+    """Return a positive number for the bits of a tensor: of their sum as integers."""
+    bits = values.detach().contiguous().view(_INTEGERS[values.element_size()])
+    return (int(bits.sum(dtype=torch.int64)) & _LOW) << 1 | 1
