@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightwork.errors import TeamError
-from lightwork.team import finding, page
+from lightwork.team import finding, page, rendezvous
 from lightwork.team.environment import Environment, Launcher, read
 from lightwork.team.page import FileRendezvous, Page
 from lightwork.team.rendezvous import StoreRendezvous
