@@ -66,6 +66,7 @@ def test_workers_come_and_go_and_the_bits_are_the_same(tmp_path: Path, undisturb
 
 def test_a_team_shrinks_to_one_and_grows_again(tmp_path: Path, undisturbed: str) -> None:
     process = begin(tmp_path, script(SLOW, max_steps=STEPS, end=END), workers="3")
+    assert (tmp_path / "runs" / "1").stat().st_mode & 0o777 == 0o700, "who can write there can change the team"
     pids = pids_of(tmp_path / "runs" / "1")
     assert ask(tmp_path / "runs" / "1", 1) == "1 workers: going after their step 1, 2."
     wait_until(lambda: left_running(pids[1:], 0.0) == [])

@@ -1,7 +1,7 @@
 """What a loop body collects of each batch by name, and what it comes to: means, sums, values in the order of the data.
 
 Numbers travel with the loss of a batch. Tensors and lists do not fit there: of a name that has them, everyone knows by
-an empty record, and all meet to exchange them (by pickle, between the workers of one team).
+an empty record, and all meet to exchange them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any, NoReturn, final
 import numpy as np
 import torch
 
-from lightwork.errors import UsageError
+from lightwork.checkpoint.packing import pack, unpack
+from lightwork.checkpoint.values import take_apart
+from lightwork.errors import CheckpointError, UsageError
 from lightwork.spec.means import weighted_mean
 from lightwork.spec.tree import combine
 
@@ -68,6 +70,7 @@ class Collected:
             value = torch.from_numpy(value)
         if isinstance(value, list | tuple):
             kept: Any = [_taken(one) if isinstance(one, torch.Tensor) else one for one in value]
+            self._check_can_travel(name, kept)
         elif isinstance(value, torch.Tensor) and value.ndim:
             kept = _taken(value)
         else:
@@ -78,12 +81,32 @@ class Collected:
         self.numbers[name] = ()
         self.parts[name] = Part(False, kept)
 
+    def _check_can_travel(self, name: str, values: list[Any]) -> None:
+        try:
+            take_apart(values, {}, name)
+        except CheckpointError as error:
+            kinds = ", ".join(sorted({type(one).__name__ for one in values}))
+            raise UsageError(
+                f"{self.call}.gather({name!r}, ...) takes lists of numbers, texts, tensors and containers of them, "
+                f"which travel to the other workers; here are {kinds}."
+            ) from error
+
     def _refuse_again(self, name: str, method: str) -> None:
         if name in self.numbers:
             raise UsageError(
                 f"{self.call}.{method}({name!r}, ...) was called twice for one batch, or after another call with "
                 "this name. Choose another name, or put the values together first."
             )
+
+
+def packed(parts: Mapping[int, Mapping[str, Part]]) -> bytes:
+    """Return the parts of some batches as bytes."""
+    return pack({index: {name: [part.is_sum, part.value] for name, part in of.items()} for index, of in parts.items()})
+
+
+def unpacked(parts: bytes) -> dict[int, dict[str, Part]]:
+    """Return what `packed` was given."""
+    return {index: {name: Part(*part) for name, part in of.items()} for index, of in unpack(parts).items()}
 
 
 def as_metric(name: str, value: float | torch.Tensor, weight: float) -> tuple[float, float]:
@@ -161,7 +184,7 @@ def _refuse(name: str, why: str) -> NoReturn:
 def _taken(value: torch.Tensor) -> torch.Tensor:
     """Return a tensor of its own on the host, without a graph."""
     on_host = value.detach().cpu()
-    # A view's pickle would hold all of what it is a view of.
+    # A view would keep all of what it is a view of.
     return on_host.clone() if on_host.untyped_storage().nbytes() > on_host.nbytes or on_host is value else on_host
 
 

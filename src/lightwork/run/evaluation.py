@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
@@ -10,13 +9,14 @@ from typing import Any, final
 
 import torch
 
+from lightwork.checkpoint.packing import pack, unpack
 from lightwork.data.batch import map_tensors
 from lightwork.data.feed import Batches, Feed
 from lightwork.data.order import Ids
 from lightwork.engine.engine import Engine
 from lightwork.errors import RankLost, UsageError
 from lightwork.random import RandomState
-from lightwork.run.collected import Collected, Numbers, Part, combined
+from lightwork.run.collected import Collected, Numbers, Part, combined, packed, unpacked
 from lightwork.store import heap
 from lightwork.team.team import Team
 
@@ -148,14 +148,17 @@ class Evaluation:
 
         Raises: RankLost where they can not be read again.
         """
-        own = {i: (one.numbers, one.parts) for i, one in self._collected.items() if i not in self._numbers}
+        new = {i: one for i, one in self._collected.items() if i not in self._numbers}
+        numbers = pack([self._end, {i: one.numbers for i, one in new.items()}])
+        own = len(numbers).to_bytes(8, "little") + numbers + packed({i: one.parts for i, one in new.items()})
         total = self._feed.order.total_steps(1)
         ends = []
-        for payload in self._team.meet("evaluate (results)", pickle.dumps((self._end, own))):
-            end, of_worker = pickle.loads(payload)
+        for payload in self._team.meet("evaluate (results)", own):
+            at = 8 + int.from_bytes(payload[:8], "little")
+            end, theirs = unpack(payload[8:at])
             ends.append(end)
-            for index, (numbers, parts) in of_worker.items():
-                self._numbers[index], self._parts[index] = numbers, parts
+            self._numbers.update(theirs)
+            self._parts.update(unpacked(payload[at:]))
         of_stream = min((end for end in ends if end is not None), default=0)
         left = [index for index in range(of_stream if total is None else total) if index not in self._numbers]
         if left and total is None:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from lightwork.team.team import Team
 
 
+#: Of a run directory that is made here: it holds weights, and is where a launcher is asked to change its team.
+_OWNER_ALONE = 0o700
+
+
 def create_run_dir(parent: Path) -> Path:
     """Return a new folder in `parent`, named by the next free number. Making it is the claim.
 
@@ -39,7 +43,7 @@ def create_run_dir(parent: Path) -> Path:
         while True:
             try:
                 folder = parent / str(number)
-                folder.mkdir()
+                folder.mkdir(_OWNER_ALONE)
             except FileExistsError:
                 number += 1
             else:
@@ -57,6 +61,8 @@ def prepare_run_dir(folder: Path) -> None:
     Raises: UsageError when they can not be made.
     """
     try:
+        if not folder.exists():
+            folder.mkdir(_OWNER_ALONE, parents=True, exist_ok=True)
         for name in ("trace", "log"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import nn
 from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint import foreign
 from lightwork.checkpoint.checkpoint import Checkpoint
-from lightwork.checkpoint.description import Description
+from lightwork.checkpoint.description import Description, from_values, to_values
 from lightwork.checkpoint.foreign import Format
+from lightwork.checkpoint.packing import pack, unpack
 from lightwork.engine.engine import Engine
 from lightwork.errors import CanNotJoin, CheckpointError, DamagedCheckpoint, RankLost, UsageError
 from lightwork.run.saves import Saves
@@ -130,15 +130,17 @@ class StateCalls:
     def _of(self, rank: int, description: Description) -> Description:
         """Return the description that a worker has, to all."""
         team = self._team
-        received = team.meet("save (settings)", pickle.dumps(description) if team.rank == rank else b"")
+        tensors: dict[str, torch.Tensor] = {}
+        own = pack([to_values(description, tensors), tensors]) if team.rank == rank else b""
+        received = team.meet("save (settings)", own)
         if rank not in team.roster.living:
             raise RankLost(
                 f"rank {rank} has died, which was a step ahead of the others: they left their loop before it. What its "
                 "schedulers and kept objects came to is lost. Start again, to go on from the last checkpoint.",
                 rank,
             )
-        found: Description = pickle.loads(received[team.roster.living.index(rank)])
-        return found
+        values, tensors = unpack(received[team.roster.living.index(rank)])
+        return from_values(values, tensors)
 
     def load(self, saved: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
         """Take everything from a checkpoint, and return it.

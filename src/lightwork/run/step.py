@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from lightwork.engine.beside import Beside
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, RankLost, UsageError
 from lightwork.run.audit import Audit
-from lightwork.run.collected import Part, combined
+from lightwork.run.collected import Part, combined, packed, unpacked
 from lightwork.run.interrupt import INTERRUPTS
 from lightwork.run.micro_batch import MicroBatch, StepPlace
 from lightwork.team.ledger import STOP, Outcome
@@ -312,8 +311,8 @@ class Step:
             )
 
     def _exchange_parts(self) -> list[dict[int, dict[str, Part]]]:
-        payloads = self._team.meet(f"step.gather (step {self.index})", pickle.dumps(self._parts))
-        received = [pickle.loads(payload) for payload in payloads]
+        payloads = self._team.meet(f"step.gather (step {self.index})", packed(self._parts))
+        received = list(map(unpacked, payloads))
         lost = set(range(self._num_micro_batches)).difference(*received)
         if lost:
             raise RankLost(
