@@ -29,7 +29,7 @@ from torch.utils.data import TensorDataset
 import lightwork
 from lightwork.launcher.team import fork_team
 from lightwork.state.journal import Journal
-from lightwork.team.board import Board
+from lightwork.team.membership import Membership
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench import markdown, preamble, print_table
@@ -65,13 +65,13 @@ def train(case: Case, num_steps: int, *, dies_in: int | None = None, killed_at: 
     data = TensorDataset(*make_data(case.model, case.batch, num_steps))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     seen: dict[str, Any] = {"seconds": [], "committed": [], "buried": None}
-    bury = Board.bury
+    bury = Membership.bury
 
-    def noted(self: Board, local_rank: int) -> None:
+    def noted(self: Membership, local_rank: int, pid: int) -> None:
         seen["buried"] = time.monotonic()
-        bury(self, local_rank)
+        bury(self, local_rank, pid)
 
-    Board.bury = noted  # type: ignore[method-assign]
+    Membership.bury = noted  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         run = lightwork.distribute(
             model, optimizer, global_batch=case.batch, micro_batch=case.micro_batch, run_dir=folder
