@@ -90,12 +90,19 @@ def _answering(function: Callable[[], Any], folder: Path) -> Callable[[], int]:
             value, error = function(), None
         except BaseException as problem:
             value, error = None, traceback.format_exc()
-            answer.write_bytes(pickle.dumps((value, error)))
+            _write(answer, (value, error))
             sys.excepthook(type(problem), problem, problem.__traceback__)
-        answer.write_bytes(pickle.dumps((value, error)))
+        _write(answer, (value, error))
         return int(error is not None)
 
     return main
+
+
+def _write(answer: Path, result: object) -> None:
+    """Write an answer at once: who is killed over it has given none."""
+    fresh = answer.with_suffix(".fresh")
+    fresh.write_bytes(pickle.dumps(result))
+    fresh.replace(answer)
 
 
 def _result(rank: int, status: int, answer: Path) -> WorkerResult:
