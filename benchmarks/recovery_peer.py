@@ -59,7 +59,10 @@ def share(data: tuple[Tensor, ...], step: int, batch: int, part: int) -> list[Te
 
 def ddp(name: str, batch: int, folder: Path, dies: bool) -> None:
     """Train by DDP; go on from the last checkpoint, if there is one."""
-    dist.init_process_group("gloo")
+    # A store of this attempt's own: in that of all attempts it finds where the killed worker was, and fails.
+    shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", shared)
+    dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     rank = dist.get_rank()
     model = make_model(name)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
@@ -90,7 +93,6 @@ def ddp(name: str, batch: int, folder: Path, dies: bool) -> None:
 
 def torchft(name: str, batch: int, folder: Path, dies: bool) -> None:
     """Train as one of two replica groups of torchft, each of one process."""
-    from torchft import DistributedDataParallel as Parallel
     from torchft import Manager, Optimizer, ProcessGroupGloo
 
     group = int(os.environ["REPLICA_GROUP_ID"])
@@ -111,17 +113,23 @@ def torchft(name: str, batch: int, folder: Path, dies: bool) -> None:
         replica_id=f"train_{group}",
         timeout=timedelta(seconds=10),
     )
-    parallel = Parallel(manager, model)
     optimizer = Optimizer(manager, inner)
+    parameters = list(model.parameters())
     data, log = make_data(name, batch, STEPS), Log(folder)
     while (step := manager.current_step()) < STEPS:
         optimizer.zero_grad()
-        loss = parallel(*share(data, step, batch, group))
+        loss = model(*share(data, step, batch, group))
         if dies and group == 1 and step == DIES_IN:
             die(folder, log)
         loss.backward()
+        # By hand: the hook of its DistributedDataParallel (0.2.0) fails an assertion in torch 2.13 when a group dies.
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        manager.allreduce(flat).wait()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
         optimizer.step()
-        if manager.current_step() > step:
+        if manager.current_step() == step + 1:
             log.write(step=step, workers=manager.num_participants())
     log.write(digest=digest(model))
     manager.shutdown(wait=False)
