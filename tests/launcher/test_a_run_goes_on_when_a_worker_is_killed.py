@@ -50,7 +50,7 @@ def test_without_the_main_worker_the_output_of_the_next_one_is_shown(tmp_path: P
 
 
 def test_when_all_are_killed_the_run_has_failed(tmp_path: Path) -> None:
-    result = lightwork_run(tmp_path, killed_at((0, 2), (1, 4)), workers="2")
+    result = lightwork_run(tmp_path, killed_at((0, 2), (1, 4)), "--restarts", "0", workers="2")
     assert result.status == 128 + signal.SIGKILL, result.text
     assert "was killed by SIGKILL in the middle of training" in result.err
 
@@ -135,6 +135,12 @@ def test_a_place_where_one_after_the_other_is_killed_stays_empty(tmp_path: Path)
     assert result.status == 0, result.text
     assert result.err.count("is started in its place") == 2
     assert "Its place stays empty: 2 others were killed there, each within 60 s (--restarts)." in result.err
+
+
+def test_when_all_are_killed_though_others_come_the_run_has_failed(tmp_path: Path) -> None:
+    result = lightwork_run(tmp_path, killed_at((0, 2), (1, 4)), workers="2")
+    assert result.status in (1, 128 + signal.SIGKILL), result.text
+    assert "was killed by SIGKILL in the middle of training" in result.err
 
 
 def test_a_place_for_which_the_script_fails_stays_empty(tmp_path: Path, long_undisturbed: str) -> None:

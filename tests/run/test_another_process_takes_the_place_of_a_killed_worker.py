@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import lightwork
 from lightwork.engine.engine import Engine
 from lightwork.launcher.team import WorkerResult, fork_team
 from lightwork.run.handover import HandOver
+from lightwork.run.run import Run
 from lightwork.team.membership import Membership
 from lightwork.team.newcomer import Newcomer, Welcome
 from tests.run.test_a_team_goes_on_without_a_worker_that_is_killed import DATA, POINTS, Point
@@ -358,3 +359,135 @@ def test_a_micro_batch_over_which_three_were_killed_is_named() -> None:
     assert len(killed) == 3
     assert "3 workers were killed while they computed micro-batch" in end
     assert re.search(r"samples (\d+, 17|17, \d+): one more would be", end), end
+
+
+class Unsavable:
+    """Something with a state that is neither number nor tensor."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"opaque": object()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing."""
+
+
+def keeps_what_can_not_be_saved(arm: Callable[[int], None], folder: Path) -> str:
+    torch.manual_seed(3)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    arm(int(os.environ["LIGHTWORK_RANK"]))
+    run = lightwork.distribute(model, optimizer, global_batch=12, micro_batch=3, run_dir=folder)
+    run.keep(opaque=Unsavable())
+    for step in run.steps(torch.randn(240, 6, generator=torch.Generator().manual_seed(1)), epochs=2):
+        for xs in step:
+            time.sleep(0.01)
+            step.backward(model(xs).square().mean())
+    return run.digest()
+
+
+def test_where_nothing_can_be_handed_over_nobody_comes_and_training_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+    arm = partial(dies_in_step, 1, 2)
+    results = fork_team(2, partial(keeps_what_can_not_be_saved, arm, new_folder()), restarts=3)
+    assert [(result.rank, result.status) for result in results] == [(0, 0), (1, -signal.SIGKILL)]
+    error = capfd.readouterr().err
+    assert "nobody can be let in: opaque.opaque is a object, which can not be saved without pickle" in error
+    assert "CanNotJoin: rank 1 can not come" in error
+
+
+# --- every way to write epochs, at every step of one -----------------------------------------------------------------
+
+
+def epochs_of(run: Run, num: int, style: str) -> Iterator[object]:
+    """Go through epochs as scripts do."""
+    if style == "run.epochs":
+        yield from run.epochs(num)
+    elif style == "range(run.epoch)":
+        yield from range(run.epoch, num)
+    elif style == "while run.step_index":
+        while run.step_index < 4 * num:
+            yield None
+    elif style == "range":
+        yield from range(num)
+
+
+def in_epochs(style: str, lets_in_at: int, arm: Callable[[int], None], folder: Path) -> list[tuple[int, int, str]]:
+    """Train 12 epochs of 4 steps; newcomers are let in before one of these alone."""
+    let_in = Welcome.let_in
+
+    def at_times(self: Welcome, step: int, hand_over: Callable[[int], int]) -> None:
+        if step % 4 == lets_in_at:
+            let_in(self, step, hand_over)
+
+    Welcome.let_in = at_times  # type: ignore[method-assign]
+    torch.manual_seed(3)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    arm(int(os.environ["LIGHTWORK_RANK"]))
+    run = lightwork.distribute(model, optimizer, global_batch=12, micro_batch=3, run_dir=folder)
+    x = torch.randn(48, 6)
+    seen = []
+    for _ in epochs_of(run, 12, style):
+        for step in run.steps(TensorDataset(x)):
+            for (xs,) in step:
+                time.sleep(0.01)
+                step.backward(model(xs).square().mean())
+            seen.append((step.index, step.epoch, run.digest()))
+    return seen
+
+
+@pytest.mark.parametrize("lets_in_at", range(4))
+@pytest.mark.parametrize("style", ["run.epochs", "range(run.epoch)", "while run.step_index"])
+def test_a_newcomer_finds_its_place_however_epochs_are_written(style: str, lets_in_at: int) -> None:
+    (alone,) = fork_team(1, partial(in_epochs, style, 0, nobody, new_folder()))
+    assert alone.error is None, alone.error
+    assert len(alone.value) == 48
+    job = partial(in_epochs, style, lets_in_at, partial(dies_in_step, 1, 2), new_folder())
+    results = fork_team(2, job, restarts=3)
+    (newcomer,) = [result for result in results if result.rank == 1 and result.status == 0]
+    assert newcomer.value == alone.value[-len(newcomer.value) :]
+    assert newcomer.value[0][0] % 4 == lets_in_at
+    assert results[0].value == alone.value
+
+
+def test_where_a_script_does_not_say_where_it_is_nobody_comes_and_training_goes_on() -> None:
+    (alone,) = fork_team(1, partial(in_epochs, "range", 0, nobody, new_folder()))
+    job = partial(in_epochs, "range", 2, partial(dies_in_step, 1, 10), new_folder())
+    results = fork_team(2, job, restarts=3)
+    assert [(result.rank, result.status) for result in results] == [(0, 0), (1, -signal.SIGKILL)]
+    assert results[0].value == alone.value
+
+
+def founders_die(folder: Path, num_founders: int) -> list[tuple[int, str]]:
+    """Train; every process of the first moment is killed once another one has come to each place but the last's."""
+    torch.manual_seed(3)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run = lightwork.distribute(model, optimizer, global_batch=12, micro_batch=3, run_dir=folder)
+    seen = []
+    for step in run.steps(torch.randn(120, 6, generator=torch.Generator().manual_seed(1)), epochs=8):
+        if not is_newcomer() and run.rank < num_founders - 1 and step.index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        come = len(list(folder.glob("come *")))
+        for xs in step:
+            if is_newcomer() and not (folder / f"come {run.rank}").exists():
+                (folder / f"come {run.rank}").touch()
+                if come < num_founders - 1:
+                    time.sleep(0.3)  # nobody has proven anything to it yet
+            if not is_newcomer() and come == num_founders - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
+            step.backward(model(xs).square().mean())
+        seen.append((step.index, run.digest()))
+    return seen
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_newcomers_go_on_when_all_who_could_prove_anything_to_them_are_killed(num_workers: int) -> None:
+    (alone,) = fork_team(1, partial(founders_die, new_folder(), -1))
+    assert alone.error is None, alone.error
+    results = fork_team(num_workers, partial(founders_die, new_folder(), num_workers), restarts=3)
+    living = [result for result in results if result.status != -signal.SIGKILL]
+    assert len(living) == num_workers
+    for result in living:
+        assert result.error is None, result.error
+        assert result.value == alone.value[-len(result.value) :]

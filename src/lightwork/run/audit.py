@@ -52,7 +52,7 @@ class Audit:
         if not proofs.is_owed:
             return None
         proof = proofs.wait(self._step, self._team.watch_step(self._step))
-        if proof is None:  # all else was done before: it shows in the next step
+        if proof is None and proofs.is_owed:  # all else was done before: it shows in the next step
             proofs.want(self._step + 1)
         return proof
 
@@ -77,12 +77,12 @@ class Audit:
                 "deterministic (lightwork check finds it), or what the loop does depends on the worker, or a processor "
                 "or its memory fails."
             )
-        proofs.is_owed = False
+        proofs.pay()
         self._trace.event("compared", step=self._step, micro_batch=micro.index)
 
     def refuse_deadly(self, index: int, ids: Ids) -> None:
         """Raise TeamError for a micro-batch over which workers have died again and again."""
-        deaths = self._team.board.membership.deaths(self._step, index)
+        deaths = self._proofs.deaths(self._step, index)
         if deaths >= MAX_DEATHS:
             raise TeamError(
                 f"{deaths} workers were killed while they computed micro-batch {index} of step {self._step}, samples "

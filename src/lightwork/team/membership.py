@@ -19,6 +19,7 @@ from lightwork.team.words import (
     HANDOVER,
     LEFT,
     OPEN,
+    OWES,
     PID,
     PRESENCE_WORDS,
     PROVEN,
@@ -79,10 +80,6 @@ class Membership:
         since = self._words.presence[local_rank * PRESENCE_WORDS + SINCE]
         return not self._words.is_dead(local_rank) and bool(since < number)
 
-    def deaths(self, step: int, micro_batch: int) -> int:
-        """Return how many workers died while they had a micro-batch of `step`, which is open."""
-        return self._words.deaths(step, micro_batch)
-
     def has_company(self, step: int) -> bool:
         """Return whether any other worker has entered `step`, or all have left their loops."""
         words, others = self._words, self.others()
@@ -115,6 +112,16 @@ class Membership:
         """Say that this process waits to be let in at its place."""
         self._words.presence[self._first.local_rank * PRESENCE_WORDS + READY] = os.getpid()
 
+    def refuse(self, step: int) -> None:
+        """Send away who waits: it can not be told what it needs to know."""
+        for local in self.newcomers(step):
+            self._words.presence[local * PRESENCE_WORDS + READY] = 0
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether this process, which has waited, was sent away."""
+        return not self._words.presence[self._first.local_rank * PRESENCE_WORDS + READY]
+
     def newcomers(self, step: int) -> list[int]:
         """Return the places to which a process waits to come, and can before `step`."""
         words = self._words  # what one that died in this step has left is still needed
@@ -140,6 +147,7 @@ class Membership:
                 words.header[HANDOVER] = handover
                 words.header[PROVEN] = step + 1
                 words.presence[at + SINCE] = since
+                words.presence[at + OWES] = 1
                 words.presence[at + ACTIVITY] = Activity.OUTSIDE
                 words.presence[at + ARRIVED] = step
                 words.presence[at + PID] = words.newcomer(local)

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from typing import final
 
-from lightwork.errors import CanNotJoin, RankLost
+from lightwork.errors import CanNotJoin, LightworkError, RankLost
 from lightwork.notice import notice
 from lightwork.team.board import Board
 from lightwork.team.peers import Peers
@@ -41,7 +41,7 @@ class Newcomer:
         self._board = board
         self._mailboxes = mailboxes
         self._signal = signal
-        board.compares_settings = board.proofs.is_owed = True
+        board.compares_settings = True
 
     def wait_until_let_in(self) -> str:
         """Return the path of the file in which it is handed over what it needs to know.
@@ -54,6 +54,11 @@ class Newcomer:
             while presence.pid(self._local_rank) != os.getpid():
                 seen = self._signal.value
                 self._look_after_others(peers)
+                if self._board.membership.is_refused:
+                    raise CanNotJoin(
+                        f"rank {self._rank} can not come: what the script keeps can not be handed over (a notice of "
+                        "the others says why)."
+                    )
                 if presence.pid(self._local_rank) != os.getpid():
                     self._signal.wait_for_change(seen, _LOOK)
         finally:
@@ -125,7 +130,12 @@ class Welcome:
                 os.close(fd)
         if self._rank != self._board.roster.main or not membership.newcomers(step):
             return
-        fd = hand_over(self._mailboxes.count)
+        try:
+            fd = hand_over(self._mailboxes.count)
+        except (LightworkError, OSError) as error:  # as a save would; training goes on
+            notice(f"nobody can be let in: {error}")
+            membership.refuse(step)
+            return
         places = membership.admit(step, self._mailboxes.count, os.getpid() * _FDS + fd)
         self._given.append((fd, step, places))
         for local in places:

@@ -15,7 +15,7 @@ from typing import NamedTuple, final
 
 from lightwork.errors import TeamError
 from lightwork.team.presence import Signal
-from lightwork.team.words import OPEN, PROOF_WORDS, PROVEN, Kind, Words, opened
+from lightwork.team.words import LEFT, OPEN, OWES, PRESENCE_WORDS, PROOF_WORDS, PROVEN, Kind, Words, opened
 
 _MICRO_BATCHES = 1 << 32
 
@@ -47,10 +47,19 @@ class Proofs:
     ) -> None:
         self._words = words
         self._local_rank = local_rank
+        self._at = local_rank * PRESENCE_WORDS + OWES
         self._lock = lock
         self._signal = signal
         self._steal = steal
-        self.is_owed = False  #: by this worker, before it computes: a newcomer's
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether this worker has to compare before it computes: a newcomer."""
+        return bool(self._words.presence[self._at])
+
+    def pay(self) -> None:
+        """Take note that this worker computes what others do."""
+        self._words.presence[self._at] = 0
 
     def want(self, step: int) -> None:
         """Let somebody write down what a micro-batch of `step` comes to, also where the step is not audited."""
@@ -87,17 +96,39 @@ class Proofs:
     def wait(self, step: int, look: Callable[[], TeamError | None]) -> Proof | None:
         """Return the proof of `step` when there is one; None where nobody is left who would give it.
 
+        Where all who are there owe one, the first of them has nobody to compare with, and the others do with it.
+
         Raises: what `look` returns, called now and then.
         """
         while True:
             seen = self._signal.value
             proof = self.of(step)
-            if proof is not None or not self._may_come(step):
+            if proof is not None:
                 return proof
+            others = self._others()
+            if min(others, default=self._local_rank) >= self._local_rank and all(map(self._owes, others)):
+                self.want(step)
+                self.pay()
+                return None
+            if not self._may_come(step):
+                return None
             if not self._signal.wait_for_change(seen, _LOOK):
                 reason = look()
                 if reason is not None:
                     raise reason
+
+    def deaths(self, step: int, micro_batch: int) -> int:
+        """Return how many workers died while they had a micro-batch of `step`, which is open."""
+        return self._words.deaths(step, micro_batch)
+
+    def _others(self) -> list[int]:
+        """Return the places of the others that are in, and in their loops."""
+        words, there = self._words, range(self._words.size.capacity)
+        left = [bool(words.presence[local * PRESENCE_WORDS + LEFT]) for local in there]
+        return [at for at in there if at != self._local_rank and not words.is_dead(at) and not left[at]]
+
+    def _owes(self, local_rank: int) -> bool:
+        return bool(self._words.presence[local_rank * PRESENCE_WORDS + OWES])
 
     def _may_come(self, step: int) -> bool:
         """Return whether another worker has, or may still take, a micro-batch of `step`."""

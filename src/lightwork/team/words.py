@@ -57,8 +57,9 @@ MAX_WORKERS = 4096
 COMMITTED, OPEN, FAILED, EVALUATION, CHANGES, HANDOVER, PROVEN = range(7)
 _HEADER_WORDS = 8
 
-# Words of a worker. `READY` is the process that waits to come to its place; `SINCE` the last exchange without it.
-PID, ACTIVITY, SETTINGS, ENTERED, LEFT, DEAD, ARRIVED, READY, SINCE = range(9)
+# Words of a worker. `READY` is the process that waits to come to its place; `SINCE` the last exchange without it;
+# `OWES` whether it has still to show that it computes what others do.
+PID, ACTIVITY, SETTINGS, ENTERED, LEFT, DEAD, ARRIVED, READY, SINCE, OWES = range(10)
 PRESENCE_WORDS = 16
 
 
