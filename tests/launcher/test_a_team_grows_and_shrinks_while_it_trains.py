@@ -50,9 +50,9 @@ def there(folder: Path, text: str) -> bool:
 
 def test_workers_come_and_go_and_the_bits_are_the_same(tmp_path: Path, undisturbed: str) -> None:
     process = begin(tmp_path, script(SLOW, max_steps=STEPS, end=END), workers="2")
-    assert scale(tmp_path, "4") == (0, "lightwork: 4 workers: coming 2, 3.\n")
+    assert scale(tmp_path, "4") == (0, "lightwork: 4 workers: ranks 2, 3 come.\n")
     wait_until(lambda: all(there(tmp_path, f"rank {rank} (pid") for rank in (2, 3)))
-    assert ask(tmp_path / "runs" / "1", 3) == "3 workers: going after their step 3."
+    assert ask(tmp_path / "runs" / "1", 3) == "3 workers: ranks 3 go after their step."
     assert ask(tmp_path / "runs" / "1", 3) == "3 workers, as there are."
     result = finish(process, tmp_path / "runs" / "1")
     assert result.status == 0, result.text
@@ -68,9 +68,9 @@ def test_a_team_shrinks_to_one_and_grows_again(tmp_path: Path, undisturbed: str)
     process = begin(tmp_path, script(SLOW, max_steps=STEPS, end=END), workers="3")
     assert (tmp_path / "runs" / "1").stat().st_mode & 0o777 == 0o700, "who can write there can change the team"
     pids = pids_of(tmp_path / "runs" / "1")
-    assert ask(tmp_path / "runs" / "1", 1) == "1 workers: going after their step 1, 2."
+    assert ask(tmp_path / "runs" / "1", 1) == "1 worker: ranks 1, 2 go after their step."
     wait_until(lambda: left_running(pids[1:], 0.0) == [])
-    assert ask(tmp_path / "runs" / "1", 3) == "3 workers: coming 1, 2."
+    assert ask(tmp_path / "runs" / "1", 3) == "3 workers: ranks 1, 2 come."
     result = finish(process, tmp_path / "runs" / "1")
     assert result.status == 0, result.text
     assert {digests(result.log(rank))[str(rank)] for rank in range(3)} == {undisturbed}

@@ -262,8 +262,9 @@ class Supervisor:
                 os.kill(self._running[rank].pid or 0, number)
             self._going.add((rank, self.life(rank)))
         named = ", ".join(map(str, come or go))
-        change = f": {'coming' if come else 'going after their step'} {named}" if named else ", as there are"
-        self._requests.answer(request, f"{request.num_workers} workers{change}.", is_refused=False)
+        change = f": ranks {named} {'come' if come else 'go after their step'}" if named else ", as there are"
+        workers = f"{request.num_workers} worker{'s' if request.num_workers > 1 else ''}"
+        self._requests.answer(request, f"{workers}{change}.", is_refused=False)
 
     def _refusal(self, num_workers: int) -> str:
         """Return why there can not be so many workers, if so."""
