@@ -26,9 +26,10 @@ from lightwork.engine.engine import Engine
 from lightwork.launcher.team import WorkerResult, fork_team
 from lightwork.run.handover import HandOver
 from lightwork.run.run import Run
+from lightwork.spec.plan import Plan
 from lightwork.team.membership import Membership
 from lightwork.team.newcomer import Newcomer, Welcome
-from tests.run.test_a_team_goes_on_without_a_worker_that_is_killed import DATA, POINTS, Point
+from tests.run.test_a_team_goes_on_without_a_worker_that_is_killed import DATA, POINTS, Point, stop
 from tests.training import in_small_pieces, new_folder
 
 #: What one step came to: its number first.
@@ -491,3 +492,12 @@ def test_newcomers_go_on_when_all_who_could_prove_anything_to_them_are_killed(nu
     for result in living:
         assert result.error is None, result.error
         assert result.value == alone.value[-len(result.value) :]
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_a_newcomer_that_is_stopped_in_the_lock_is_ended(turn: int, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = new_folder()
+    point = replace(POINTS["choosing work, in the lock"], turn=turn, end=stop, only=folder / "stopped")
+    job = partial(train, partial(dies_twice, point), folder, plan=Plan(lease=0.5))
+    check(fork_team(2, job, restarts=3), undisturbed(), 2)
+    assert "is ended: it was stopped for" in capfd.readouterr().err

@@ -276,6 +276,7 @@ class Team:
 
     def lock_is_held(self, pid: int, seconds: float) -> None:
         """Name the worker that holds the lock of the team's memory for so long, and end it if it is stopped."""
+        self._watch_others()  # it may have come since this worker last waited for something else
         local = next((local for local in self._others() if self.presence.pid(local) == pid), None)
         if local is not None and self._peers.stopped(local):
             self._end_the_stopped("for the lock of the team's memory, which it holds")
