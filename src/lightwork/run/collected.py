@@ -14,7 +14,6 @@ from typing import Any, NoReturn, final
 import numpy as np
 import torch
 
-from lightwork.checkpoint.packing import pack, unpack
 from lightwork.checkpoint.values import take_apart
 from lightwork.errors import CheckpointError, UsageError
 from lightwork.spec.means import weighted_mean
@@ -99,14 +98,14 @@ class Collected:
             )
 
 
-def packed(parts: Mapping[int, Mapping[str, Part]]) -> bytes:
-    """Return the parts of some batches as bytes."""
-    return pack({index: {name: [part.is_sum, part.value] for name, part in of.items()} for index, of in parts.items()})
+def to_values(parts: Mapping[int, Mapping[str, Part]]) -> dict[int, dict[str, list[Any]]]:
+    """Return the parts of some batches as containers and tensors, which can be packed."""
+    return {index: {name: [part.is_sum, part.value] for name, part in of.items()} for index, of in parts.items()}
 
 
-def unpacked(parts: bytes) -> dict[int, dict[str, Part]]:
-    """Return what `packed` was given."""
-    return {index: {name: Part(*part) for name, part in of.items()} for index, of in unpack(parts).items()}
+def from_values(values: Mapping[int, Mapping[str, Sequence[Any]]]) -> dict[int, dict[str, Part]]:
+    """Return what `to_values` was given."""
+    return {index: {name: Part(*part) for name, part in of.items()} for index, of in values.items()}
 
 
 def as_metric(name: str, value: float | torch.Tensor, weight: float) -> tuple[float, float]:

@@ -270,16 +270,17 @@ def _assemble(description: Description, holdings: Holdings, plan: Plan, joined: 
         weights_carrier=joined.weights_carrier,
     )
     parts = make_parts(description, holdings, workplace)
-    if team.newcomer is None and team.is_leader:
+    leads = team.newcomer is None and team.is_leader
+    if leads:
         attach(description, parts, write=True)
         take_from_first_host(parts)
     if team.newcomer is None:
         team.meet("distribute (weights)")
-    if team.newcomer is not None or not team.is_leader:
+    if not leads:
         attach(description, parts, write=False)
     engine = make_engine(parts, joined.memory, plan.activations)
     engine.audit_every = plan.audit_every
-    if team.newcomer is None and team.is_leader:
+    if leads:
         engine.trained.release()
     return engine
 

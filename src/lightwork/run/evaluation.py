@@ -16,7 +16,7 @@ from lightwork.data.order import Ids
 from lightwork.engine.engine import Engine
 from lightwork.errors import RankLost, UsageError
 from lightwork.random import RandomState
-from lightwork.run.collected import Collected, Numbers, Part, combined, packed, unpacked
+from lightwork.run.collected import Collected, Numbers, Part, combined, from_values, to_values
 from lightwork.store import heap
 from lightwork.team.team import Team
 
@@ -149,16 +149,14 @@ class Evaluation:
         Raises: RankLost where they can not be read again.
         """
         new = {i: one for i, one in self._collected.items() if i not in self._numbers}
-        numbers = pack([self._end, {i: one.numbers for i, one in new.items()}])
-        own = len(numbers).to_bytes(8, "little") + numbers + packed({i: one.parts for i, one in new.items()})
+        numbers, parts = {i: one.numbers for i, one in new.items()}, {i: one.parts for i, one in new.items()}
         total = self._feed.order.total_steps(1)
         ends = []
-        for payload in self._team.meet("evaluate (results)", own):
-            at = 8 + int.from_bytes(payload[:8], "little")
-            end, theirs = unpack(payload[8:at])
+        for payload in self._team.meet("evaluate (results)", pack([self._end, numbers, to_values(parts)])):
+            end, numbers_there, parts_there = unpack(payload)
             ends.append(end)
-            self._numbers.update(theirs)
-            self._parts.update(unpacked(payload[at:]))
+            self._numbers.update(numbers_there)
+            self._parts.update(from_values(parts_there))
         of_stream = min((end for end in ends if end is not None), default=0)
         left = [index for index in range(of_stream if total is None else total) if index not in self._numbers]
         if left and total is None:

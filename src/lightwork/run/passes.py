@@ -151,13 +151,12 @@ class Passes:
         elif not course.is_in_epochs:
             self._saves.body_ended()
         following = course.enter(feed, self._saves.check_unchanged)
-        if joins and following is not Following.FINISHED:
-            self._handover.calls.check_all_were_made()
         if was_resuming and course.is_in_epochs and following is not Following.NEW:
             self._saves.put_all_back()
         if following is Following.FINISHED:
             return False
         if joins:
+            self._handover.calls.check_all_were_made()
             return True
         self._team.presence.set_left(left=False)
         fingerprint = course.data.known[course.at.data].fingerprint

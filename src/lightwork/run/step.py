@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lightwork.checkpoint.packing import pack, unpack
 from lightwork.data.batch import count_tokens, map_tensors
 from lightwork.data.feed import Batches
 from lightwork.data.order import Ids, some_of
@@ -22,7 +23,7 @@ from lightwork.engine.beside import Beside
 from lightwork.engine.engine import Engine, StepResult
 from lightwork.errors import NonFiniteLoss, RankLost, UsageError
 from lightwork.run.audit import Audit
-from lightwork.run.collected import Part, combined, packed, unpacked
+from lightwork.run.collected import Part, combined, from_values, to_values
 from lightwork.run.interrupt import INTERRUPTS
 from lightwork.run.micro_batch import MicroBatch, StepPlace
 from lightwork.team.ledger import STOP, Outcome
@@ -311,8 +312,8 @@ class Step:
             )
 
     def _exchange_parts(self) -> list[dict[int, dict[str, Part]]]:
-        payloads = self._team.meet(f"step.gather (step {self.index})", packed(self._parts))
-        received = list(map(unpacked, payloads))
+        payloads = self._team.meet(f"step.gather (step {self.index})", pack(to_values(self._parts)))
+        received = [from_values(unpack(payload)) for payload in payloads]
         lost = set(range(self._num_micro_batches)).difference(*received)
         if lost:
             raise RankLost(

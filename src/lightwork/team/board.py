@@ -84,8 +84,8 @@ class Board:
         self._words = Words(size, region)
         self.presence = Presence(self._words, roster, rank, lock, signal)
         self.ledger = Ledger(self._words, self._seat)
-        self.proofs = Proofs(self._words, self._seat.local_rank, lock, signal, steal=steal)
         self.membership = Membership(self._words, self._seat, lock, signal)
+        self.proofs = Proofs(self._words, self.membership, self._seat.local_rank, lock, signal, steal=steal)
         self._local_rank = self._seat.local_rank
         self._no_slots = memoryview(bytes(self._words.slots_of(0).nbytes)).cast("q")
         self._phases: tuple[Phase, ...] = ()

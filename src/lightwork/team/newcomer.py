@@ -22,12 +22,10 @@ from lightwork.notice import notice
 from lightwork.team.board import Board
 from lightwork.team.peers import Peers
 from lightwork.team.presence import Activity
-from lightwork.transport.mailboxes import HostTransport
+from lightwork.transport.mailboxes import WATCH_SECONDS, HostTransport
 from lightwork.transport.signal import Signal
 
-#: Seconds between two looks whether the others are still there.
-_LOOK = 0.05
-
+#: More descriptors than a process has: a process and one of its descriptors are one word.
 _FDS = 1 << 32
 
 
@@ -46,23 +44,11 @@ class Newcomer:
     def wait_until_let_in(self) -> str:
         """Return the path of the file in which it is handed over what it needs to know.
 
-        Raises: RankLost, RankFailed when nobody is there any more who could let it in.
+        Raises: RankLost, RankFailed when nobody is there any more who could let it in; CanNotJoin when they can not.
         """
-        presence, peers = self._board.presence, Peers()
+        presence = self._board.presence
         self._board.membership.wait_to_come()
-        try:
-            while presence.pid(self._local_rank) != os.getpid():
-                seen = self._signal.value
-                self._look_after_others(peers)
-                if self._board.membership.is_refused:
-                    raise CanNotJoin(
-                        f"rank {self._rank} can not come: what the script keeps can not be handed over (a notice of "
-                        "the others says why)."
-                    )
-                if presence.pid(self._local_rank) != os.getpid():
-                    self._signal.wait_for_change(seen, _LOOK)
-        finally:
-            peers.close()
+        self._wait_until(lambda: presence.pid(self._local_rank) == os.getpid())
         pid, fd = divmod(self._board.membership.handover, _FDS)
         return f"/proc/{pid}/fd/{fd}"
 
@@ -71,16 +57,7 @@ class Newcomer:
 
         Raises: RankLost, RankFailed as `wait_until_let_in`.
         """
-        peers = Peers()
-        try:
-            while True:
-                seen = self._signal.value
-                if self._board.membership.has_company(step):
-                    return
-                self._look_after_others(peers)
-                self._signal.wait_for_change(seen, _LOOK)
-        finally:
-            peers.close()
+        self._wait_until(lambda: self._board.membership.has_company(step))
 
     def take_count(self, exchanges: int) -> None:
         """Take part in exchanges from the one after these on."""
@@ -93,8 +70,25 @@ class Newcomer:
             "comes to the loop in which the others are. They made that call before, and do not make it again."
         )
 
+    def _wait_until(self, is_so: Callable[[], bool]) -> None:
+        peers = Peers()
+        try:
+            while True:
+                seen = self._signal.value
+                if is_so():
+                    return
+                self._look_after_others(peers)
+                self._signal.wait_for_change(seen, WATCH_SECONDS)
+        finally:
+            peers.close()
+
     def _look_after_others(self, peers: Peers) -> None:
-        """Raise an error when nobody is there any more."""
+        """Raise an error when nobody is there any more, or wants this process."""
+        if self._board.membership.is_refused:
+            raise CanNotJoin(
+                f"rank {self._rank} can not come: what the script keeps can not be handed over (a notice of the others "
+                "says why)."
+            )
         presence, others = self._board.presence, self._board.membership.others()
         failure = presence.failure()
         if failure is not None:

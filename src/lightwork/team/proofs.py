@@ -14,13 +14,13 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, final
 
 from lightwork.errors import TeamError
+from lightwork.team.membership import Membership
 from lightwork.team.presence import Signal
 from lightwork.team.words import LEFT, OPEN, OWES, PRESENCE_WORDS, PROOF_WORDS, PROVEN, Kind, Words, opened
+from lightwork.transport.mailboxes import WATCH_SECONDS
 
+#: More micro-batches than a step has: a step and one of them are one word.
 _MICRO_BATCHES = 1 << 32
-
-#: Seconds between two looks whether the others live.
-_LOOK = 0.05
 
 
 class Proof(NamedTuple):
@@ -39,6 +39,7 @@ class Proofs:
     def __init__(
         self,
         words: Words,
+        membership: Membership,
         local_rank: int,
         lock: AbstractContextManager[bool | None],
         signal: Signal,
@@ -46,6 +47,7 @@ class Proofs:
         steal: bool,
     ) -> None:
         self._words = words
+        self._membership = membership
         self._local_rank = local_rank
         self._at = local_rank * PRESENCE_WORDS + OWES
         self._lock = lock
@@ -112,7 +114,7 @@ class Proofs:
                 return None
             if not self._may_come(step):
                 return None
-            if not self._signal.wait_for_change(seen, _LOOK):
+            if not self._signal.wait_for_change(seen, WATCH_SECONDS):
                 reason = look()
                 if reason is not None:
                     raise reason
@@ -123,9 +125,8 @@ class Proofs:
 
     def _others(self) -> list[int]:
         """Return the places of the others that are in, and in their loops."""
-        words, there = self._words, range(self._words.size.capacity)
-        left = [bool(words.presence[local * PRESENCE_WORDS + LEFT]) for local in there]
-        return [at for at in there if at != self._local_rank and not words.is_dead(at) and not left[at]]
+        presence = self._words.presence
+        return [local for local in self._membership.others() if not presence[local * PRESENCE_WORDS + LEFT]]
 
     def _owes(self, local_rank: int) -> bool:
         return bool(self._words.presence[local_rank * PRESENCE_WORDS + OWES])

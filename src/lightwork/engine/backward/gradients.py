@@ -109,8 +109,7 @@ class Gradients:
         `outbox` is told of each parameter, for who sends buckets that are complete.
         """
         chain, node = fold(index, num_micro_batches, self._held)
-        used = {slot for slot, _ in self._held.values()}
-        slot = next(s for s in range(self._num_slots) if s not in used)
+        slot = self._free_slot()
         leaves_at_once = outbox is not None and not chain
         if not leaves_at_once:
             self._slots.take_room(slot, node)
@@ -128,17 +127,19 @@ class Gradients:
             outbox.expect(i for i, parameter in enumerate(self._weights.parameters) if parameter.requires_grad)
         return self._fold
 
-    def begin_alone(self, index: int) -> bool:
-        """Begin to take the gradients of micro-batch `index` for a look at them; return whether there is room."""
-        node = Node(index, index + 1)
-        used = {slot for slot, _ in self._held.values()}
-        slot = next((s for s in range(self._num_slots) if s not in used), None)
-        if slot is None:
-            return False
+    def begin_alone(self, index: int) -> None:
+        """Begin to take the gradients of micro-batch `index` for a look at them, added to none; then `drop`."""
+        node, slot = Node(index, index + 1), self._free_slot()
         self._slots.take_room(slot, node)
-        target = self._parameter_views(slot, node)
-        self._fold = Fold(node, slot, (), False, target, [], bytearray(len(self._names)))
-        return True
+        self._fold = Fold(
+            node=node,
+            slot=slot,
+            freed=(),
+            leaves_at_once=False,
+            target=self._parameter_views(slot, node),
+            siblings=[],
+            touched=bytearray(len(self._names)),
+        )
 
     def signature(self) -> list[int] | None:
         """Return a number for the bits of each gradient of the micro-batch in hand; None where others are added."""
@@ -195,6 +196,11 @@ class Gradients:
         self._held[now.node] = (now.slot, present)
         self._fold = None
         return now
+
+    def _free_slot(self) -> int:
+        """Return a slot that holds no sum: there always is one, for the sum being made."""
+        used = {slot for slot, _ in self._held.values()}
+        return next(slot for slot in range(self._num_slots) if slot not in used)
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         """Return what is called with a parameter whose gradient is there; see [Note: the order of a hook]."""
