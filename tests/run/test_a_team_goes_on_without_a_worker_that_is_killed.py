@@ -45,6 +45,7 @@ from lightwork.team.membership import Membership
 from lightwork.team.presence import Presence
 from lightwork.team.team import Team
 from lightwork.transport.mailboxes import HostTransport
+from tests.launcher.command import wait_until
 from tests.training import in_small_pieces, new_folder
 
 Seen = dict[str, Any]
@@ -431,8 +432,8 @@ def test_both_runs_of_a_script_go_on() -> None:
     assert results[0].value == alone.value
 
 
-def evaluate_on(data: Callable[[], Any], deaths: dict[int, int]) -> tuple[float, list[float]]:
-    """Evaluate; a worker is killed with a batch in hand."""
+def evaluate_on(data: Callable[[], Any], deaths: dict[int, int], died: Path) -> tuple[float, list[float]]:
+    """Evaluate; a worker is killed with a batch in hand, while the others hold their first one."""
     torch.manual_seed(3)
     model = nn.Linear(6, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -442,7 +443,10 @@ def evaluate_on(data: Callable[[], Any], deaths: dict[int, int]) -> tuple[float,
         for x in ev:
             calls += 1
             if deaths.get(run.rank) == calls:
+                died.touch()
                 die()
+            if deaths and run.rank not in deaths:  # or they may leave it nothing: who is done takes the next batch
+                wait_until(died.exists)
             ev.add("loss", model(x).square().mean())
             ev.gather("out", model(x)[:, 0])
     return ev["loss"], ev["out"].tolist()
@@ -450,9 +454,9 @@ def evaluate_on(data: Callable[[], Any], deaths: dict[int, int]) -> tuple[float,
 
 @pytest.mark.parametrize("data", ["samples, fetched ahead", "a stream"])
 def test_the_batches_that_a_killed_worker_had_are_evaluated_by_others_or_named(data: str) -> None:
-    (alone,) = fork_team(1, partial(evaluate_on, DATA[data], {}))
+    (alone,) = fork_team(1, partial(evaluate_on, DATA[data], {}, Path()))
     assert alone.error is None, alone.error
-    results = fork_team(3, partial(evaluate_on, DATA[data], {1: 2}))
+    results = fork_team(3, partial(evaluate_on, DATA[data], {1: 2}, new_folder() / "died"))
     assert results[1].status == -signal.SIGKILL
     for result in (results[0], results[2]):
         if data == "a stream":
