@@ -38,7 +38,7 @@ from lightwork.transport.signal import Signal
 T = TypeVar("T")
 
 #: Where the code under test makes the carriers between hosts.
-_CARRIER_IS_MADE_IN = "lightwork.team.join.GlooCarrier"
+_CARRIER_IS_MADE_IN = "lightwork.team.hosts.connect_hosts"
 
 _SLOW, _FAST = 0.03, 1.0
 
@@ -307,7 +307,7 @@ class Network:
 class FakeCarrier(Carrier):
     """A host's end of a network."""
 
-    def __init__(self, network: Network, host: int, leaders: list[int], *_more: object, **_named: object) -> None:
+    def __init__(self, network: Network, host: int, leaders: list[int]) -> None:
         super().__init__(host, leaders)
         self._network = network
 
@@ -340,6 +340,12 @@ class FakeCarrier(Carrier):
 
     def close(self) -> None:
         pass
+
+
+def _fake_carrier(
+    purpose: str, host: int, leaders: list[int], _environment: Environment, rendezvous: FakeRendezvous, _silence: float
+) -> Carrier:
+    return FakeCarrier(rendezvous.store(purpose), host, leaders)
 
 
 # --- what is put in place of waiting ----------------------------------------------------------------------------------
@@ -411,7 +417,7 @@ def _in_place(baton: Baton) -> Iterator[None]:
             (finding, "find", lambda _environment: process().rendezvous),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        stack.enter_context(mock.patch(_CARRIER_IS_MADE_IN, FakeCarrier))
+        stack.enter_context(mock.patch(_CARRIER_IS_MADE_IN, _fake_carrier))
         yield
 
 

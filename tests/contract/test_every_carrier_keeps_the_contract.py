@@ -1,4 +1,4 @@
-"""One suite for what brings tensors from host to host: torch.distributed over Gloo, and the fake of fake ranks."""
+"""One suite for what brings tensors from host to host: sockets, and the fake of fake ranks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore
 
 from lightwork.device.cpu import Rehearsal
 from lightwork.errors import Disagreement, RankLost
 from lightwork.transport import late
 from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier
-from lightwork.transport.gloo import GlooCarrier
 from lightwork.transport.null import NullCarrier
 from lightwork.transport.relay import ByHosts, Relay
+from lightwork.transport.sockets import SocketCarrier
 from tests.fake_ranks import Baton, FakeCarrier, Network, Process
+from tests.loopback import connected
 
 Job = Callable[[Carrier], Any]
 
@@ -57,17 +57,16 @@ def of_fakes(seed: int, num_hosts: int, job: Job) -> list[Any]:
     return results
 
 
-def of_gloo(num_hosts: int, job: Job) -> list[Any]:
-    store = HashStore()
-    return run_all(lambda host: GlooCarrier(store, host, [10 * h for h in range(num_hosts)]), num_hosts, job)
+def of_sockets(num_hosts: int, job: Job, **settings: Any) -> list[Any]:
+    ends, leaders = connected(num_hosts), [10 * h for h in range(num_hosts)]
+    return run_all(lambda host: SocketCarrier(host, leaders, ends[host], **settings), num_hosts, job)
 
 
 def of_relays(num_hosts: int, job: Job) -> list[Any]:
-    store = HashStore()
-    leaders = [10 * h for h in range(num_hosts)]
+    ends, leaders = connected(num_hosts), [10 * h for h in range(num_hosts)]
 
     def make(host: int) -> Carrier:
-        network = GlooCarrier(store, host, leaders)
+        network = SocketCarrier(host, leaders, ends[host])
         return Relay(Rehearsal(), network, ByHosts(Rehearsal(), network))
 
     return run_all(make, num_hosts, job)
@@ -76,8 +75,8 @@ def of_relays(num_hosts: int, job: Job) -> list[Any]:
 Hosts = Callable[[int, Job], list[Any]]
 every_carrier = pytest.mark.parametrize(
     "hosts",
-    [*(functools.partial(of_fakes, seed) for seed in range(4)), of_gloo, of_relays],
-    ids=[*(f"fakes {seed}" for seed in range(4)), "gloo", "relays"],
+    [*(functools.partial(of_fakes, seed) for seed in range(4)), of_sockets, of_relays],
+    ids=[*(f"fakes {seed}" for seed in range(4)), "sockets", "relays"],
 )
 
 
@@ -154,7 +153,7 @@ def test_a_host_whose_connections_are_gone_is_named() -> None:
         else:
             carrier.receive(1, torch.zeros(4), FIRST_TAG).wait()
 
-    waiting, _ = of_gloo(2, job)
+    waiting, _ = of_sockets(2, job)
     assert isinstance(waiting, RankLost)
     assert "rank 0 lost its connection to rank 10" in str(waiting)
 
@@ -184,7 +183,7 @@ def test_whoever_sends_first_is_received_from_and_named(hosts: Hosts) -> None:
 
 def test_a_host_that_keeps_others_waiting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(late, "NAME_AFTER_SECONDS", 0.5)
-    store, named = HashStore(), []
+    named: list[tuple[int, float]] = []
 
     def job(carrier: Carrier) -> None:
         tensor = torch.zeros(4)
@@ -195,6 +194,6 @@ def test_a_host_that_keeps_others_waiting_is_named(monkeypatch: pytest.MonkeyPat
             carrier.receive(1, tensor, FIRST_TAG).wait()
         carrier.close()
 
-    run_all(lambda host: GlooCarrier(store, host, [0, 10], late=lambda *late: named.append(late)), 2, job)
+    of_sockets(2, job, late=lambda *late: named.append(late))
     assert [rank for rank, _ in named] == [10]
     assert 0.5 < named[0][1] < 2.5

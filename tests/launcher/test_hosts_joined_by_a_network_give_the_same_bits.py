@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +23,14 @@ def can_make_namespaces() -> bool:
     return False
 
 
+#: The ends of the cable.
+CABLE = [f"lw{os.getpid() % 100_000}{side}" for side in "ab"]
+
+
 @pytest.fixture
 def namespaces() -> Iterator[list[str]]:
     """Make two network namespaces, 10.77.0.1 and 10.77.0.2, joined by a pair of interfaces."""
     names = [f"lightwork-{os.getpid()}-{side}" for side in "ab"]
-    cable = [f"lw{os.getpid() % 100_000}{side}" for side in "ab"]
 
     def ip(*arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True, capture_output=True)
@@ -34,8 +38,8 @@ def namespaces() -> Iterator[list[str]]:
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
-        for index, (name, end) in enumerate(zip(names, cable, strict=True)):
+        ip("link", "add", CABLE[0], "type", "veth", "peer", "name", CABLE[1])
+        for index, (name, end) in enumerate(zip(names, CABLE, strict=True)):
             ip("link", "set", end, "netns", name)
             ip("-n", name, "addr", "add", f"10.77.0.{index + 1}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
@@ -60,3 +64,24 @@ def test_workers_of_two_hosts_have_the_digest_of_one_worker(tmp_path: Path, name
     assert first.status == second.status == 0, first.text + second.text
     alone = finish(start(tmp_path, "train.py"), tmp_path / "runs" / "2")
     assert first.out == alone.out.replace("(1,)", "(2, 2)"), first.text
+
+
+@pytest.mark.skipif(not can_make_namespaces(), reason="this user may not make network namespaces")
+def test_a_cable_that_is_pulled_out_ends_both_sides_by_name(tmp_path: Path, namespaces: list[str]) -> None:
+    """No connection is closed, and nothing comes any more: five leases later that is noticed."""
+    (tmp_path / "train.py").write_text(script("print('here', step.index, flush=True); time.sleep(0.1)", max_steps=400))
+    started = []
+    for rank, name in enumerate(namespaces):
+        variables = (f"RANK={rank}", f"GROUP_RANK={rank}", "WORLD_SIZE=2", "MASTER_ADDR=10.77.0.1", "MASTER_PORT=29124")
+        settings = 'LIGHTWORK_SETTINGS={"lease": 0.4}'
+        started.append(start(tmp_path, "train.py", within=("ip", "netns", "exec", name, "env", *variables, settings)))
+    stdout = started[0].stdout  # the main worker's; that of the other is not shown
+    assert stdout is not None
+    assert stdout.readline().startswith("here")
+    pulled = time.monotonic()
+    subprocess.run(["ip", "-n", namespaces[0], "link", "set", CABLE[0], "down"], check=True)
+    results = [finish(process, tmp_path / "runs" / "1") for process in started]
+    assert time.monotonic() - pulled < 15
+    for rank, result in enumerate(results):
+        assert result.status == 76, result.text
+        assert f"rank {rank} lost its connection to rank {1 - rank} (nothing came from it for 2." in result.err

@@ -109,7 +109,7 @@ def distribute(
         buffers: how the values that micro-batches leave in a buffer become one, by the buffer's name: "mean", "sum",
             "first", "last", "maximum" or "minimum". Left out: the mean of floating ones, the sum of integer ones'
             increments.
-        transport: "host": workers of a machine share memory, and machines are joined by torch.distributed (Gloo);
+        transport: "host": workers of a machine share memory, and machines are joined by sockets;
             "group": each worker has a memory of its own. Left out: as the plan says, which is "host" by default.
         placement: "replicate": every host holds everything; "zero1": masters and optimizer state are shared out
             among the hosts; "zero2": gradients too; "zero3": weights too, each brought from its owner when it is

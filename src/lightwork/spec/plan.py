@@ -23,7 +23,7 @@ class Plan:
     """How a spec is carried out. JSON both ways, diffable."""
 
     world_size: int = 1  #: workers; the launcher's business alone
-    transport: Carriage = "host"  #: host: workers of a machine share memory; group: each has its own, joined by Gloo
+    transport: Carriage = "host"  #: host: workers of a machine share memory; group: each has its own, joined by sockets
     shared_memory: Memory = "anonymous"  #: an anonymous memory file, or an unlinked temporary one where there are none
     placement: Placement = "replicate"  #: what is shared out: nothing, optimizer state, gradients too, weights too
     offload: Mapping[str, Place] = field(default_factory=dict)  #: what lies where, if not on the worker's device

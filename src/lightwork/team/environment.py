@@ -45,7 +45,8 @@ class Environment:
     address: str | None = None  #: host of the rendezvous store, where others started us
     port: int | None = None
     store_is_served: bool = False  #: by torchrun's agent
-    interface: str | None = None  #: the network that Gloo was told to use
+    interface: str | None = None  #: the network between hosts, as Gloo and other libraries are told it
+    token: str = field(default="", repr=False)  #: what the workers of several hosts prove to each other that they know
     machine: str = ""  #: an identity of the memory that workers can share
     job: str = ""  #: what the launcher calls the job, so that two on one machine do not meet
     attempt: str = "0"  #: of torchrun, which starts all workers anew after a failure
@@ -108,6 +109,7 @@ def read(variables: Mapping[str, str] | None = None) -> Environment:
     env = _own(os.environ if variables is None else variables)
     common = Environment(
         interface=env.get("GLOO_SOCKET_IFNAME"),
+        token=env.get("LIGHTWORK_TOKEN", ""),
         machine=_machine(env),
         run_dir=env.get("LIGHTWORK_RUN_DIR"),
         joins="LIGHTWORK_JOINS" in env,

@@ -25,7 +25,6 @@ import torch
 
 from lightwork.device.base import Device
 from lightwork.errors import TeamError
-from lightwork.notice import notice
 from lightwork.spec.footprint import expected_bytes, regions_of
 from lightwork.spec.holdings import Holdings
 from lightwork.spec.plan import Plan
@@ -36,13 +35,12 @@ from lightwork.store.mapped import MappedStore, check_room, create_disk_store, c
 from lightwork.store.regions import MemoryMap, Regions, map_regions
 from lightwork.team.board import Board
 from lightwork.team.environment import Environment, Launcher
+from lightwork.team.hosts import between_devices, connect_hosts
 from lightwork.team.newcomer import Newcomer
 from lightwork.team.rendezvous import Rendezvous
 from lightwork.team.team import Team, compare
 from lightwork.team.words import BoardSize
-from lightwork.transport import nccl
-from lightwork.transport.base import Carrier, PointToPoint
-from lightwork.transport.gloo import PATIENCE, GlooCarrier
+from lightwork.transport.base import Carrier
 from lightwork.transport.layered import LayeredTransport
 from lightwork.transport.lock import FileLock
 from lightwork.transport.mailboxes import HostTransport
@@ -53,6 +51,9 @@ from lightwork.units import format_bytes
 
 #: Places that a team has at least, for workers who may come.
 _LEAST_CAPACITY = 8
+
+#: How much longer a host may be silent than a worker may be stopped whose process others see, in leases.
+_SILENCE = 5.0
 
 #: Bytes at the start of the memory for the signal's number, a cache line of its own.
 _SIGNAL_BYTES = 64
@@ -139,7 +140,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
         store, disk = _open_of_anyone(memory_map, fingerprint, rank, rendezvous, key)
     else:
         store, disk = _make_or_open(holdings, memory_map, fingerprint, plan, rank, rendezvous, key)
-    carrier, weights_carrier = _connect(holdings, device, environment, rendezvous, run_number)
+    carrier, weights_carrier = _connect(holdings, plan, device, environment, rendezvous, run_number)
     units = Units(holdings.layout) if device.has_own_memory else None
     memory = Regions(store.buffer, memory_map, device, disk=disk.fileno() if disk else None, units=units)
     signal = Signal(store.buffer, memory.offset("signal"))
@@ -255,7 +256,7 @@ def _make_or_open(
 
 
 def _connect(
-    holdings: Holdings, device: Device, environment: Environment, rendezvous: Rendezvous, run_number: int
+    holdings: Holdings, plan: Plan, device: Device, environment: Environment, rendezvous: Rendezvous, run_number: int
 ) -> tuple[Carrier, Carrier]:
     """Return carriers to the other hosts, for gradients and for weights: a leader's, as far as there is such a need."""
     rank, roster, host = environment.rank, holdings.roster, holdings.host
@@ -264,31 +265,14 @@ def _connect(
     if roster.num_hosts == 1 or not roster.is_leader(rank):
         return carrier, weights_carrier
     leaders = [roster.leader(other) for other in range(roster.num_hosts)]
-    address = rendezvous.address()
-
-    def late(other: int, seconds: float) -> None:
-        notice(f"rank {rank} has been waiting for rank {other} for {seconds:.0f} s.")
-
-    carrier = GlooCarrier(rendezvous.store(f"leaders {run_number}"), host, leaders, address, late=late)
+    silence = _SILENCE * plan.lease
+    carrier = connect_hosts(f"leaders {run_number}", host, leaders, environment, rendezvous, silence)
     if holdings.shares_weights:
-        weights_carrier = GlooCarrier(rendezvous.store(f"weights {run_number}"), host, leaders, address, PATIENCE)
+        weights_carrier = connect_hosts(f"weights {run_number}", host, leaders, environment, rendezvous, silence)
     if device.has_own_memory:
-        carrier = Relay(device, carrier, _direct(carrier, device, environment, rendezvous, run_number))
+        carrier = Relay(device, carrier, between_devices(carrier, device, environment, rendezvous, run_number))
         weights_carrier = Relay(device, weights_carrier, ByHosts(device, weights_carrier))
     return carrier, weights_carrier
-
-
-def _direct(
-    carrier: Carrier, device: Device, environment: Environment, rendezvous: Rendezvous, run_number: int
-) -> PointToPoint:
-    """Return the way between devices: by the hosts where they are no GPUs, or two workers share one."""
-    if device.place.type != "cuda":
-        return ByHosts(device, carrier)
-    own = f"{environment.machine} {device.place}"
-    seen = carrier.exchange("devices", own.encode())
-    if len(set(seen)) < len(seen):
-        return ByHosts(device, carrier)
-    return nccl.connect(rendezvous.store(f"devices {run_number}"), carrier.host, carrier.num_hosts, device.place)
 
 
 def _check_room(holdings: Holdings, plan: Plan) -> None:

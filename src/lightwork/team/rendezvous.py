@@ -7,12 +7,13 @@ name. Under torchrun, srun and mpirun the key-value store of torch.distributed s
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING, final
+
+import psutil
 
 from lightwork.errors import TeamError
 from lightwork.spec.roster import FIRST_RANK
@@ -76,8 +77,11 @@ class Rendezvous(ABC):
         """
 
     @abstractmethod
-    def address(self) -> str | None:
-        """Return this machine's address as the other hosts reach it; None leaves it to torch.distributed."""
+    def address(self) -> str:
+        """Return this machine's address as the other hosts reach it.
+
+        Raises: TeamError when it has none.
+        """
 
     @abstractmethod
     def report(self, progress: Progress) -> None:
@@ -149,17 +153,43 @@ class StoreRendezvous(Rendezvous):
 
         return PrefixStore(f"{self._prefix}{key}/", self._store)
 
-    def address(self) -> str | None:
-        """Return the address from which the store is reached, unless Gloo was told its interface."""
+    def address(self) -> str:
+        """Return the address of the interface that was named, or that from which the store is reached."""
         if self._interface is not None:
-            return None
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((self._store.host, self._store.port))  # sends nothing, and chooses a route
-            return str(probe.getsockname()[0])
-        return None
+            return _address_of(self._interface)
+        reason = ""
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            self._store.host, self._store.port, type=socket.SOCK_DGRAM
+        ):
+            try:
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.connect(place)  # sends nothing, and chooses a route
+                    return str(probe.getsockname()[0])
+            except OSError as error:
+                reason = error.strerror or str(error)
+        raise TeamError(
+            f"this machine has no way to {self._store.host} ({reason}). Name the network that the hosts share: "
+            "GLOO_SOCKET_IFNAME=eth0, say."
+        )
 
     def report(self, progress: Progress) -> None:
         """Do nothing: these launchers look at exit statuses only."""
+
+
+def _address_of(interface: str) -> str:
+    """Return the address of a network interface of this machine, one of version 4 if it has any."""
+    found = psutil.net_if_addrs()
+    of_versions = [
+        [one.address for one in found.get(interface, ()) if one.family is family]
+        for family in (socket.AF_INET, socket.AF_INET6)
+    ]
+    addresses = [address for of_version in of_versions for address in of_version]
+    if not addresses:
+        raise TeamError(
+            f"GLOO_SOCKET_IFNAME={interface} is no network of this machine that has an address. It has "
+            f"{', '.join(sorted(found))}."
+        )
+    return str(addresses[0])
 
 
 @final
