@@ -38,7 +38,7 @@ from lightwork.transport.signal import Signal
 T = TypeVar("T")
 
 #: Where the code under test makes the carriers between hosts.
-_CARRIER_IS_MADE_IN = "lightwork.team.hosts.connect_hosts"
+_CARRIER_IS_MADE_IN = "lightwork.team.join.connect_hosts"
 
 _SLOW, _FAST = 0.03, 1.0
 

@@ -87,7 +87,7 @@ def test_no_worker_waits_for_one_that_waits_for_it(
         groups.append(StrictGroup(FakeCarrier(store, carrier.host, carrier.leaders)))
         return NcclMessages(groups[-1])
 
-    monkeypatch.setattr(join, "_direct", direct)
+    monkeypatch.setattr(join, "between_devices", direct)
     settings = {"device": "rehearsal", "placement": placement, "offload": offload}
     for num_workers, seed in ((2, 0), (3, 1)):
         groups.clear()

@@ -30,6 +30,7 @@ from lightwork.engine.update import Updater
 from lightwork.spec.holdings import MASTERS, WORKING, Holdings
 from lightwork.state.buffers import Buffers
 from lightwork.state.description import Description
+from lightwork.state.hashes import BucketHashes, StateHashes
 from lightwork.state.journal import Journal, UndoJournal
 from lightwork.state.materialise import load, reset
 from lightwork.state.moments import Moments
@@ -77,9 +78,10 @@ def make_parts(description: Description, holdings: Holdings, workplace: Workplac
         journal=_journal(description, holdings, workplace),
         masters_are_weights=are_one,
     )
+    hashes = updater.hashes = _hashes(description, holdings, memory, state.optimizer)
     exchange = Exchange()
     if workplace.carrier.others:
-        exchange = BetweenHosts(holdings, workplace.carrier, workplace.board.ledger, slots, state.buffers)
+        exchange = BetweenHosts(holdings, workplace.carrier, workplace.board.ledger, slots, state.buffers, hashes)
     return Parts(
         description=description,
         holdings=holdings,
@@ -188,6 +190,13 @@ def _journal(description: Description, holdings: Holdings, workplace: Workplace)
     if not holdings.dials.elastic:
         return Journal(layout)
     return UndoJournal(layout, description.state_layout, memory, workplace.local_rank, holdings.capacity)
+
+
+def _hashes(description: Description, holdings: Holdings, memory: Regions, optimizer: BlockOptimizer) -> StateHashes:
+    if holdings.roster.world_size == 1:
+        return StateHashes()
+    copied = [row.bucket for row in holdings.rows if not row.is_shared_out]
+    return BucketHashes(holdings.layout, description.state_layout, memory, optimizer, copied)
 
 
 def _early(weights: Weights, holdings: Holdings, slots: Slots, updater: Updater, fetching: Fetching) -> Early:

@@ -56,6 +56,7 @@ class StepResult:
     metrics: Sequence[Mapping[str, Sequence[float]]]  #: what each micro-batch collected by name, as numbers
     goes_on: bool | None  #: by the votes of the micro-batches, whether more steps follow; None where none votes
     wishes: int  #: of the workers, for its end
+    state_before: int | None  #: a hash of a part of the state from which it began
 
 
 @final
@@ -110,8 +111,7 @@ class Engine:
         self._num_computed = 0
         self._map, self._scale = None, None
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        self._parts.updater.reduce_seconds = 0.0
-        self._parts.updater.journal.begin_step(step)
+        self._parts.updater.begin_step(step)
         self._step_start = time.perf_counter()
         audit = self.audit_every > 0 and step % self.audit_every == 0
         measure = self._norms.come_first
@@ -323,6 +323,7 @@ class Engine:
             metrics=metrics,
             goes_on=self._board.ledger.goes_on(step, self._num_micro_batches),
             wishes=self._board.ledger.wishes(step, self._num_micro_batches),
+            state_before=self._parts.updater.hashes.before(step),
         )
 
     def _settings_hash(self) -> int:

@@ -112,6 +112,7 @@ def check_untouched(parts: Parts, when: str) -> None:
 def forget_steps(parts: Parts) -> None:
     """Forget what is known of single steps, as some may come again. Nobody is in one; the leaders do."""
     parts.updater.journal.forget()
+    parts.updater.hashes.forget()
     parts.state.buffers.forget()
 
 

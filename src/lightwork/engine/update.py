@@ -19,6 +19,7 @@ from lightwork.engine.exchange.sums import Adder
 from lightwork.engine.forward.fetching import Fetching
 from lightwork.spec.layout import ALIGNMENT, Span, span_of, spans_of
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
+from lightwork.state.hashes import StateHashes
 from lightwork.state.journal import Journal
 from lightwork.state.optimizer import BlockOptimizer
 from lightwork.state.places import Visits
@@ -58,6 +59,7 @@ class Updater:
         """`parts` brings masters and state that have their home elsewhere, `fetching` working weights that do."""
         self._clipping = clipping
         self.journal = journal
+        self.hashes = StateHashes()  #: of nothing, unless others are given
         device = self._device = slots.device
         self._parts = parts
         self._fetching = fetching
@@ -79,6 +81,12 @@ class Updater:
         self._everywhere = b""  # by parameter: whether every micro-batch touched it
         self._anywhere = b""  # ... any one
         self._has_leaves = True  # whether a worker holds the gradient of a single micro-batch
+
+    def begin_step(self, step: int) -> None:
+        """Be in `step`."""
+        self.reduce_seconds = 0.0
+        self.journal.begin_step(step)
+        self.hashes.begin_step(step)
 
     def begin(self, step_map: StepMap) -> None:
         """Use `step_map` from now on. Clipping alone leaves the sums as they are."""
@@ -158,6 +166,7 @@ class Updater:
             if self.journal.begin(granule):
                 self._apply_to(bucket, range(first + granule.first, first + granule.end), gradients)
                 self.journal.end(granule)
+        self.hashes.take(bucket)
         self._parts.leave(bucket, written=True)
         self._fetching.leave_updated(bucket)
         return squared

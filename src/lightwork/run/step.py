@@ -273,6 +273,7 @@ class Step:
             loss=self._result.loss,
             grad_norm=self._result.grad_norm,
             **({"skipped": True} if self._result.skipped else {}),
+            **({} if self._result.state_before is None else {"state": f"{self._result.state_before:016x}"}),
             samples=self._num_samples,
             tokens=self._num_tokens,
             micro_batches=self._own,

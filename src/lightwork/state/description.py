@@ -14,6 +14,7 @@ from lightwork.spec.holdings import Holdings, StateShape
 from lightwork.spec.layout import Cut, Layout, lay_out
 from lightwork.spec.spec import Spec
 from lightwork.state.buffers import Buffers, refuse_odd_buffers
+from lightwork.state.hashes import hashes_bytes
 from lightwork.state.journal import journal_bytes
 from lightwork.state.materialise import check_can_reset, give_buffers_memory
 from lightwork.state.observation import observe
@@ -60,7 +61,9 @@ class Description:
     def flag_bytes(self, holdings: Holdings) -> Mapping[str, int]:
         """Return the bytes of the regions of flags and numbers, which lie with the host, and of its journal."""
         journal = journal_bytes(self.layout, self.state_layout, holdings.capacity) if holdings.dials.elastic else {}
-        return {**Buffers.flag_bytes(self.model, self.spec.num_micro_batches), **LossScale.region_bytes(), **journal}
+        hashes = hashes_bytes(len(self.layout.buckets))
+        buffers = Buffers.flag_bytes(self.model, self.spec.num_micro_batches)
+        return {**buffers, **LossScale.region_bytes(), **hashes, **journal}
 
 
 def describe(

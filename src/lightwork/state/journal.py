@@ -82,7 +82,7 @@ class UndoJournal(Journal):
 
     def __init__(self, layout: Layout, state: StateLayout, memory: Regions, local_rank: int, num_workers: int) -> None:
         super().__init__(layout)
-        self._granules = list(_granules(layout))
+        self._granules = granules(layout)
         self._own = local_rank
         self._num_workers = num_workers
         self._step = 0
@@ -90,7 +90,7 @@ class UndoJournal(Journal):
         words = memory.region(_WORDS).cast("q")
         self._done, self._marks = words[:num_granules], words[num_granules:]
         self._memory = memory
-        self._kept = [_kept(layout, state, bucket, granule) for bucket, granule in _in_order(self._granules)]
+        self._kept = [changed_ranges(layout, state, bucket, granule) for bucket, granule in _in_order(self._granules)]
         self._record_bytes = _record_bytes(self._kept)
         self._copies: dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
@@ -142,27 +142,29 @@ class UndoJournal(Journal):
 
 def journal_bytes(layout: Layout, state: StateLayout, num_workers: int) -> dict[str, int]:
     """Return the bytes of the regions of a journal for so many workers, by name."""
-    granules = list(_granules(layout))
-    kept = [_kept(layout, state, bucket, granule) for bucket, granule in _in_order(granules)]
+    kept = [changed_ranges(layout, state, bucket, granule) for bucket, granule in _in_order(granules(layout))]
     return {_WORDS: _WORD * (len(kept) + num_workers), _RECORDS: num_workers * _record_bytes(kept)}
 
 
-def _granules(layout: Layout) -> Iterator[list[Granule]]:
+def granules(layout: Layout) -> list[list[Granule]]:
+    """Return the granules of each bucket."""
+    found: list[list[Granule]] = []
     number = 0
     for bucket in layout.buckets:
-        found, first = [], 0
+        first, of_bucket = 0, []
         for span in spans_of(layout, bucket):
-            found.append(Granule(number, first, first + len(span.blocks)))
+            of_bucket.append(Granule(number, first, first + len(span.blocks)))
             first += len(span.blocks)
             number += 1
-        yield found
+        found.append(of_bucket)
+    return found
 
 
 def _in_order(granules: Sequence[Sequence[Granule]]) -> Iterator[tuple[int, Granule]]:
     return ((bucket, granule) for bucket, of_bucket in enumerate(granules) for granule in of_bucket)
 
 
-def _kept(layout: Layout, state: StateLayout, bucket: int, granule: Granule) -> list[_Range]:
+def changed_ranges(layout: Layout, state: StateLayout, bucket: int, granule: Granule) -> list[_Range]:
     """Return where everything lies that an update of a granule changes, but for working weights."""
     first_block = layout.buckets[bucket].first_block
     blocks = range(first_block + granule.first, first_block + granule.end)

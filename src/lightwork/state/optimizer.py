@@ -237,6 +237,14 @@ class BlockOptimizer:
                 "run, so that there is no room for it. Use an optimizer that makes its state in its first steps."
             )
 
+    def tensors_of(self, blocks: range) -> list[torch.Tensor]:
+        """Return some blocks and what is kept of them by now, where an update sees them."""
+        tensors = [self._block_tensor(self._layout.blocks[index]) for index in blocks]
+        for index in blocks:
+            made = self.moments.flags(range(index, index + 1))
+            tensors += [view for (_, view), is_made in zip(self.moments.views_of(index), made, strict=True) if is_made]
+        return tensors
+
     def _lists_of(self, indices: range) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
         """Return some blocks and each entry of their state, block by block."""
         lists = self._lists.get(indices)

@@ -6,6 +6,8 @@ new weights from the owners of buckets that are shared out, and whatever is gath
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,12 +15,16 @@ import torch
 from lightwork.engine.backward.outbox import Outbox
 from lightwork.engine.backward.slots import Slots
 from lightwork.engine.exchange.turns import NEXT_TAG, Held, Turns
+from lightwork.errors import Disagreement
 from lightwork.spec.holdings import Holdings
 from lightwork.state.buffers import Buffers
+from lightwork.state.hashes import StateHashes
 from lightwork.team.ledger import Ledger
 from lightwork.transport.base import Carrier, Pending
 
 _SHARED, _FROM_FIRST = NEXT_TAG, NEXT_TAG + 1
+
+_HEAD = struct.Struct("<QQ")  # a hash of the state, bytes of the ledger's share
 
 #: Bytes of a message of a broadcast.
 _CHUNK_BYTES = 64 * 1024 * 1024
@@ -73,13 +79,22 @@ class BetweenHosts(Exchange):
 
     phases = ("exchange", "exchange behind backward")
 
-    def __init__(self, holdings: Holdings, carrier: Carrier, ledger: Ledger, slots: Slots, buffers: Buffers) -> None:
+    def __init__(
+        self,
+        holdings: Holdings,
+        carrier: Carrier,
+        ledger: Ledger,
+        slots: Slots,
+        buffers: Buffers,
+        hashes: StateHashes,
+    ) -> None:
         self._holdings = holdings
         self._carrier = carrier
         self._host = carrier.host
         self._others = carrier.others
         self._ledger = ledger
         self._buffers = buffers
+        self._hashes = hashes
         self._turns = Turns(holdings, carrier, slots)
         self.outbox = self._turns.outbox
 
@@ -105,18 +120,40 @@ class BetweenHosts(Exchange):
     def records(self, step: int, num_micro_batches: int) -> None:
         """Exchange records, metrics, which parameters were touched, and what forward left in the buffers.
 
-        Raises: Disagreement when another host is elsewhere or has other settings; RankLost.
+        And hashes of what the step before has written: all hosts have a copy of it.
+
+        Raises: Disagreement when another host is elsewhere, has other settings or another copy; RankLost.
         """
         roster = self._holdings.roster
         own = roster.micro_batches(self._host, num_micro_batches)
         share = self._ledger.share_of_step(step, num_micro_batches)
-        payload = len(share).to_bytes(8, "little") + share + self._buffers.changes(own)
-        for host, received in enumerate(self._carrier.exchange(f"step {step}", payload)):
+        head = _HEAD.pack(self._hashes.before(step) or 0, len(share))
+        all_received = self._carrier.exchange(f"step {step}", head + share + self._buffers.changes(own))
+        if len({_HEAD.unpack_from(received)[0] for received in all_received}) > 1:
+            raise self._other_copies(step - 1)
+        for host, received in enumerate(all_received):
             if host == self._host:
                 continue
-            end = 8 + int.from_bytes(received[:8], "little")
-            self._ledger.take_share(step, num_micro_batches, host, received[8:end])
+            end = _HEAD.size + _HEAD.unpack_from(received)[1]
+            self._ledger.take_share(step, num_micro_batches, host, received[_HEAD.size : end])
             self._buffers.take_changes(roster.micro_batches(host, num_micro_batches), received[end:])
+
+    def _other_copies(self, step: int) -> Disagreement:
+        """Return the error of copies that differ after `step`, with the first bucket that does. Every host calls it."""
+        own = self._hashes.of_buckets()
+        received = self._carrier.exchange("hashes of state", json.dumps(list(own.values())).encode())
+        by_bucket = zip(own, zip(*map(json.loads, received), strict=True), strict=True)
+        bucket, values = next((bucket, values) for bucket, values in by_bucket if len(set(values)) > 1)
+        layout, leaders = self._holdings.layout, self._carrier.leaders
+        names = dict.fromkeys(layout.parameters[block.parameter].name for block in layout.blocks_of(bucket))
+        most = max(values, key=values.count)
+        others = [rank for rank, value in zip(leaders, values, strict=True) if value != most]
+        where = f"rank {others[0]}" if values.count(most) > 1 else f"rank {leaders[0]} than on rank {others[0]}"
+        return Disagreement(
+            f"the copies of the model differ: after step {step} {', '.join(list(names)[:3])}, or what the optimizer "
+            f"keeps of it, has other bits on {where}. Memory or a processor fails, or an operation is not "
+            "deterministic (lightwork check finds it). Start again, to go on from the last checkpoint."
+        )
 
     def norms(self) -> None:
         """Exchange the norms; a barrier, too."""
