@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import lightwork
-from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint import folder as folders
+from lightwork.checkpoint import writing
 from lightwork.checkpoint.checkpoint import Description
 from lightwork.checkpoint.settings import Bookmark, Settings
 from lightwork.state.items import Item, Plain
@@ -57,7 +57,7 @@ def save(path: Path, step: int) -> str:
     settings = Settings(Bookmark(step=step), [{"lr": torch.tensor(0.1)}], {})
     description = Description(spec, settings, [], name=f"of step {step}", unfinished=None, beside={}, extra={})
     state: Any = OneTensor(step)
-    return checkpoints.save(path, state, description, lambda what, payload=b"": [payload], is_leader=True)
+    return writing.save(path, state, description, lambda what, payload=b"": [payload], is_leader=True)
 
 
 def step_in(path: Path) -> int:

@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lightwork
-from lightwork.checkpoint import checkpoint as checkpoints
 from lightwork.checkpoint import folder as folders
+from lightwork.checkpoint import writing
 from lightwork.checkpoint.tensors import TensorWriter
 from lightwork.engine.backward.gradients import Gradients
 from lightwork.engine.engine import Engine
@@ -173,11 +173,11 @@ POINTS = {
     "in an edit": Point(Buffers, "publish", 1),
     "attaching in an edit": Point(Weights, "attach", 1, "after"),
     "doing the leader's part": Point(Team, "by_leader", 1, "after"),
-    "before a save": Point(checkpoints, "save", 1),
+    "before a save": Point(writing, "save", 1),
     "writing tensors": Point(TensorWriter, "write", 3),
-    "writing the manifest": Point(checkpoints, "_write_rest", 1, "after"),
+    "writing the manifest": Point(writing, "_with_rest", 1, "after"),
     "putting a checkpoint in its place": Point(folders, "_put", 1, "after"),
-    "having saved": Point(checkpoints, "save", 1, "after"),
+    "having saved": Point(writing, "save", 1, "after"),
     "before arriving where all save": Point(Team, "wait_for_arrivals", 1),
     "having arrived where all save": Point(Presence, "arrive", 2, "after"),
     "saving by itself": Point(Automatic, "save", 2),

@@ -41,6 +41,7 @@ def train(folder: Path, *, stops_after: int | None = None, leaves: int | None = 
         if step.index == leaves and run.rank == 1:
             break
         if step.index == stops_after:
+            run._state.saving.wait()  # what is being written would be lost, and the one before it found
             os.kill(os.getpid(), signal.SIGKILL)
     return seen
 

@@ -15,11 +15,9 @@ and the objects, and leaves the tensors where they are until they are asked for.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,20 +26,15 @@ import torch
 
 from lightwork.checkpoint import folder as folders
 from lightwork.checkpoint import foreign
-from lightwork.checkpoint.description import Description, from_values, to_values
+from lightwork.checkpoint.description import Description, from_values
 from lightwork.checkpoint.folder import MANIFEST, TENSOR_FILES, file_of
+from lightwork.checkpoint.manifest import FORMAT, HASHES, OWN_HASH, hash_of
 from lightwork.checkpoint.settings import Settings
-from lightwork.checkpoint.tensors import TensorFile, TensorWriter, in_file_order, sha256_of
+from lightwork.checkpoint.tensors import TensorFile, sha256_of
 from lightwork.errors import CheckpointError, DamagedCheckpoint
-from lightwork.notice import notice
 from lightwork.spec.spec import Spec, differences
-from lightwork.state.items import SEPARATOR, Item, Piece, Plain, windows
-from lightwork.state.state import Meet, TrainedState
-
-FORMAT = 4
-
-#: Entries of the manifest: the hashes of the other files by name, and that of all that stands before it.
-_HASHES, _OWN_HASH = "sha256_of_files", "sha256"
+from lightwork.state.items import SEPARATOR
+from lightwork.state.state import TrainedState
 
 _OLDER = "Use an older one."
 
@@ -120,108 +113,6 @@ class Checkpoint(Mapping[str, Any]):
         return found
 
 
-def save(
-    path: Path, state: TrainedState, description: Description | None, meet: Meet, *, is_leader: bool, keep: int = 1
-) -> str:
-    """Write a checkpoint to the folder `path`, in place of one that is there; return what went wrong, if anything did.
-
-    Every worker calls it and goes through the state; the one that has a `description` writes. The last `keep` stay.
-    """
-    problem = ""
-    with state.reading("save", meet, is_leader=is_leader) as walk:
-        model, aliases, rest = state.of_model()
-        moments: list[Item] = [*state.of_optimizer()]
-        files = {
-            "model": in_file_order(model),
-            "buffers": in_file_order(rest),
-            "optimizer": in_file_order(moments),
-        }
-        pieces = walk.through(item for items in files.values() for item in items)
-        if description is not None:
-            try:
-                with folders.replaced(path, keep=keep) as folder:
-                    hashes = {
-                        file_of(name): _write_file(folder / file_of(name), items, pieces)
-                        for name, items in files.items()
-                    }
-                    loss_scale = state.loss_scale(description.settings.position.step)
-                    _write_rest(folder, description, hashes, aliases, loss_scale)
-            except CheckpointError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{path} could not be written ({error}). The checkpoint that was there is kept."
-        for _ in pieces:  # what the others still bring for one that reads
-            pass
-    return problem
-
-
-def _write_file(path: Path, items: Sequence[Item], pieces: Iterator[Piece]) -> str:
-    """Write a file of tensors, as they come, and return its SHA-256."""
-    writer = TensorWriter(path, items)
-    try:
-        for item in items:
-            for piece in pieces:
-                writer.write(piece.read())
-                if piece.end == item.numel:
-                    break
-        writer.close()
-        return writer.sha256
-    finally:
-        writer.abandon()
-
-
-def complete(path: Path, description: Description) -> None:
-    """Write anew what a checkpoint says beside the trained state, if it is still the one that was saved."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("name") != description.name:
-            return
-        with folders.replaced(path) as folder:
-            names = [file_of(name) for name in ("model", "buffers", "optimizer")]
-            for name in names:
-                _link(path / name, folder / name)
-            hashes = {name: manifest[_HASHES][name] for name in names}
-            _write_rest(folder, description, hashes, manifest["aliases"], manifest["loss_scale"])
-    except (OSError, ValueError, CheckpointError) as error:
-        notice(f"what changed after {path} was saved could not be added to it ({error}).")
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)
-
-
-def _write_rest(
-    folder: Path,
-    description: Description,
-    hashes: Mapping[str, str],
-    aliases: Mapping[str, str],
-    loss_scale: Sequence[float],
-) -> None:
-    """Write the objects and, last, the manifest; `hashes` are those of the files that are there."""
-    tensors: dict[str, torch.Tensor] = {}
-    manifest = {
-        "format": FORMAT,
-        **to_values(description, tensors),
-        "loss_scale": list(loss_scale),
-        "aliases": dict(aliases),
-    }
-    items = in_file_order(Plain(name, tensor) for name, tensor in tensors.items())
-    kept = _write_file(folder / file_of("kept"), items, (piece for window in windows(items) for piece in window))
-    manifest[_HASHES] = {**hashes, file_of("kept"): kept}
-    manifest[_OWN_HASH] = _hash_of(manifest)
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _hash_of(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-
-
 def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Return the checkpoint in the folder `path`, or in the `checkpoint` folder of a run directory: a `Checkpoint`.
 
@@ -267,7 +158,7 @@ def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {manifest['format']}; this version reads format {FORMAT}.")
-        if manifest.pop(_OWN_HASH) != _hash_of(manifest):
+        if manifest.pop(OWN_HASH) != hash_of(manifest):
             raise ValueError("it is not as it was written")
     files = {}
     for name in TENSOR_FILES:
@@ -283,7 +174,7 @@ def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
             description=description,
             loss_scale=tuple(manifest["loss_scale"]),
             folder=folder,
-            hashes=manifest[_HASHES],
+            hashes=manifest[HASHES],
         )
 
 

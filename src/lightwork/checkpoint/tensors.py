@@ -85,8 +85,11 @@ class TensorWriter:
     Owns: the file, until `close` or `abandon`.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[Named]) -> None:
-        """Raises: OSError; CheckpointError for a type that the format does not have."""
+    def __init__(self, path: Path, tensors: Iterable[Named], *, hashed: bool = True) -> None:
+        """Unless `hashed`, its SHA-256 is left to another time.
+
+        Raises: OSError; CheckpointError for a type that the format does not have.
+        """
         header: dict[str, object] = {_METADATA: {"format": "pt"}}
         at = 0
         for tensor in tensors:
@@ -106,6 +109,7 @@ class TensorWriter:
         self._path = path
         self._left = at  # bytes of data that are still to come
         self._hash = hashlib.sha256()
+        self._is_hashed = hashed
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             self._put(len(text).to_bytes(8, "little") + text)
@@ -139,7 +143,8 @@ class TensorWriter:
 
     def _put(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
-        self._hash.update(rest)
+        if self._is_hashed:
+            self._hash.update(rest)
         while rest:
             rest = rest[os.write(self._fd, rest) :]
 

@@ -30,6 +30,7 @@ class Automatic:
         self._calls = calls
         self._model = model
         self._folder = folder
+        self._has_room = plan.memory is None and not plan.offload  # else it was told to do with little
         self._last = time.monotonic()
 
     @property
@@ -49,7 +50,9 @@ class Automatic:
     def save(self, beside: Mapping[str, int], of: int | None) -> None:
         """Save, as `StateCalls.save` does; where that can not be, say so and go on. Collective."""
         try:
-            self._calls.save(self._folder, "lightwork", self._model, beside, within_loop=False, of=of)
+            self._calls.save(
+                self._folder, "lightwork", self._model, beside, within_loop=False, of=of, beside_the_run=self._has_room
+            )
         except CheckpointError as error:
             self._team.say(f"no checkpoint was saved, and training goes on: {error}")
         self.saved()

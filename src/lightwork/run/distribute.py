@@ -125,8 +125,9 @@ def distribute(
             "recompute" it (the same bits, for about a third more compute), keep it in "int8" (other bits), or
             "offload" it from a device to host memory. Left out: as the plan says, which is "keep" by default.
         save_every: a checkpoint by itself, each "10min" (or "90s", "2h") or each so many steps, where the loop's body
-            has ended. One that can not be written is told of, and training goes on. Left out: as the plan says, which
-            is none by default.
+            has ended. It is taken into memory, and written while training goes on; at once where memory is short, or
+            `memory=` or `offload=` is given. One that can not be written is told of, and training goes on. Left out:
+            as the plan says, which is none by default.
         keep_checkpoints: how many stay in the run directory: the last one, `checkpoint`, and those before it, by their
             steps. A run goes on from the newest that is sound. Left out: as the plan says, 2 by default.
         weights: a safetensors file with the values that the model begins with, by the names of its state dict. A model

@@ -323,6 +323,7 @@ class Run:
         EXITS.remove(self)
         self._guard.close()
         written = self._engine.close(gives_back=gives_back)
+        self._state.saving.wait()
         self._trace.event("end", step=self._course.at.step)
         self._trace.close()
         self._team.close()

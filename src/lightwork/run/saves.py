@@ -19,7 +19,7 @@ from typing import Any, final
 
 import torch
 
-from lightwork.checkpoint import checkpoint as checkpoints
+from lightwork.checkpoint import writing
 from lightwork.checkpoint.description import Description
 from lightwork.checkpoint.settings import Settings, Unfinished
 from lightwork.checkpoint.values import take_apart
@@ -86,7 +86,7 @@ class Saves:
         unfinished, self._unfinished = self._unfinished, []
         for path, description in unfinished:
             settings = Settings(description.settings.position, self._state.groups(), self._kept.state())
-            checkpoints.complete(path, description._replace(settings=settings, unfinished=None))
+            writing.complete(path, description._replace(settings=settings, unfinished=None))
 
     def script_ended(self) -> None:
         """Complete what could not be gone on with otherwise; the rest may run its last code again."""

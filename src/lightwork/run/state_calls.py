@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,25 @@ import torch
 from torch import nn
 
 from lightwork.checkpoint import checkpoint as checkpoints
-from lightwork.checkpoint import foreign
+from lightwork.checkpoint import foreign, writing
 from lightwork.checkpoint.checkpoint import Checkpoint
 from lightwork.checkpoint.description import Description, from_values, to_values
+from lightwork.checkpoint.draft import Draft, Saving
 from lightwork.checkpoint.foreign import Format
 from lightwork.checkpoint.packing import pack, unpack
 from lightwork.engine.engine import Engine
 from lightwork.errors import CanNotJoin, CheckpointError, DamagedCheckpoint, RankLost, UsageError
+from lightwork.notice import notice
 from lightwork.run.saves import Saves
 from lightwork.spec.spec import Spec
 from lightwork.state.optimizer_state import take_settings
 from lightwork.state.state import TrainedState
+from lightwork.team.join import available_memory
 from lightwork.team.team import Team
 from lightwork.trace import Trace
+
+#: How much more memory must be left than a checkpoint takes, so that it may be there for a while.
+_ROOM = 3
 
 
 class StateCalls:
@@ -40,6 +48,7 @@ class StateCalls:
         self._trained = trained
         self._saves = saves
         self._keep, self._keep_at = keep, at
+        self.saving = Saving()
         self._trace = trace
 
     @contextlib.contextmanager
@@ -90,11 +99,13 @@ class StateCalls:
         *,
         within_loop: bool,
         of: int | None,
+        beside_the_run: bool = False,
     ) -> None:
         """Write a checkpoint, when all have met.
 
         Args:
             beside: the steps of the script's other runs.
+            beside_the_run: only take it into memory now, where there is room, and write it while the run goes on.
             of: the worker whose settings and kept objects are saved, where another one is behind: it has left its loop
                 a step before.
 
@@ -106,13 +117,17 @@ class StateCalls:
             team.meet_equal("run.save (what modules say by get_extra_state)", extra)
         said = self._saves.describe(beside, within_loop=within_loop)
         said = said if of is None else self._of(of, said)
+        self.saving.wait()
+        draft = None
         while True:
             writer = team.roster.main
             description = said if team.rank == writer else None
             if form == "lightwork":
                 keep = self._keep if path == self._keep_at else 1
-                problem = checkpoints.save(
-                    path, self._trained, description, team.meet, is_leader=team.is_leader, keep=keep
+                if description is not None and beside_the_run:
+                    draft = self._draft(description)
+                problem = writing.save(
+                    path, self._trained, description, team.meet, is_leader=team.is_leader, keep=keep, draft=draft
                 )
             else:
                 settings = None if description is None else description.settings
@@ -120,12 +135,34 @@ class StateCalls:
             problem = team.meet_main("save (result)", problem.encode()).decode()
             if writer in team.roster.living:  # else it has died over it
                 break
+        if problem and draft is not None:
+            draft.close()
         if problem:
             raise CheckpointError(problem)
-        if description is not None:
+        if description is not None and draft is not None:
+            self.saving.start(partial(self._finish, draft, path, description.settings.position.step))
+        elif description is not None:
             if form == "lightwork":
                 self._saves.saved(path, description)
             self._trace.event("save", path=str(path), step=description.settings.position.step)
+
+    def _draft(self, description: Description) -> Draft | None:
+        """Return where to write a checkpoint in memory, if that is possible.
+
+        Not one that the code that runs now will complete; and where memory is short it would be too much.
+        """
+        if description.unfinished is not None or sys.platform != "linux":
+            return None
+        needed = writing.size_of(self._trained)
+        return Draft() if _ROOM * needed < available_memory() else None
+
+    def _finish(self, draft: Draft, path: Path, step: int) -> None:
+        """Write a draft to the disk, in a thread beside the run."""
+        problem = writing.finish(draft, path, self._keep)
+        if problem:
+            notice(f"no checkpoint was saved, and training goes on: {problem}")
+        else:
+            self._trace.event("save", path=str(path), step=step)
 
     def _of(self, rank: int, description: Description) -> Description:
         """Return the description that a worker has, to all."""
@@ -148,6 +185,7 @@ class StateCalls:
         Raises: CheckpointError when it is of another model, optimizer or spec; DamagedCheckpoint on every worker.
         """
         trained, team = self._trained, self._team
+        self.saving.wait()
         while True:
             there = team.roster
             own = there.ranks(there.host_of(team.rank))

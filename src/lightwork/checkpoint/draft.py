@@ -1,0 +1,82 @@
+"""A checkpoint in memory, on its way to the disk: a team waits until it is here, and no longer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any, final
+
+#: Bytes that are copied at a time.
+_PIECE = 1 << 20
+
+
+@final
+class Draft:
+    """Its files, by name.
+
+    Owns: their memory, each until it is copied, or `close`.
+    """
+
+    def __init__(self) -> None:
+        self.manifest: dict[str, Any] = {}  #: without hashes
+        self._files: dict[str, int] = {}
+
+    def place(self, name: str) -> Path:
+        """Return where to write a new file."""
+        self._files[name] = fd = os.memfd_create(f"lightwork-{name}")
+        return Path(f"/proc/self/fd/{fd}")
+
+    def copy_to(self, folder: Path) -> dict[str, str]:
+        """Write the files to the disk, giving their memory back; return the SHA-256 of each. Raises: OSError."""
+        return {name: self._copy(name, folder / name) for name in list(self._files)}
+
+    def close(self) -> None:
+        """Let go of all memory that is left."""
+        for name in list(self._files):
+            self._drop(name)
+
+    def _copy(self, name: str, path: Path) -> str:
+        found = hashlib.sha256()
+        room = memoryview(bytearray(_PIECE))
+        at, source = 0, self._files[name]
+        with open(path, "wb", buffering=0) as file:
+            while count := os.preadv(source, [room], at):
+                found.update(room[:count])
+                rest = room[:count]
+                while rest:
+                    rest = rest[file.write(rest) :]
+                at += count
+            os.fsync(file.fileno())
+        self._drop(name)
+        return found.hexdigest()
+
+    def _drop(self, name: str) -> None:
+        fd = self._files.pop(name)
+        os.ftruncate(fd, 0)  # also where a child has the descriptor, too
+        os.close(fd)
+
+
+@final
+class Saving:
+    """What is written beside the run, one after the other.
+
+    Owns: a thread while it is. A process that comes to its end waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin `work`, when what was begun before is done."""
+        self.wait()
+        self._thread = Thread(target=work, name="lightwork saving")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
