@@ -106,6 +106,31 @@ def test_a_run_that_has_to_do_with_little_memory_takes_none_for_it(settings: dic
     assert run_team(1, partial(train, new_folder(), **settings))[0][4] == (4, True)
 
 
+def test_who_reads_one_waits_until_it_is_written() -> None:
+    """Every worker, and every other program."""
+    folder = new_folder()
+
+    def job() -> tuple[int, float]:
+        copy_to = Draft.copy_to
+
+        def slow_copy(self: Draft, place: Path) -> dict[str, str]:
+            time.sleep(1)
+            return copy_to(self, place)
+
+        Draft.copy_to = slow_copy  # type: ignore[method-assign]
+        run, scheduler = distributed(CASE, run_dir=str(folder), save_every=3)
+        for step in run.steps(CASE.dataset(), epochs=9, max_steps=6):
+            for batch in step:
+                step.backward(*CASE.loss(run.model, batch))
+            scheduler.step()
+        start = time.monotonic()
+        return lightwork.load(folder / "checkpoint").step, time.monotonic() - start  # type: ignore[attr-defined]
+
+    for step, seconds in run_team(2, job):
+        assert step == 6
+        assert 0.3 < seconds < 20
+
+
 def test_one_that_the_script_asks_for_is_there_when_the_call_returns() -> None:
     folder, slow = new_folder(), new_folder() / "go on"
     for seen in run_team(2, partial(train, folder, slow=slow, end="save")):
@@ -136,16 +161,18 @@ def train_to(folder: Path, num_steps: int) -> None:
 
 def test_its_memory_is_given_back_also_where_a_child_has_it() -> None:
     draft = Draft()
+    folder = new_folder()
+    draft.begin(contextlib.nullcontext(folder))
     path = draft.place("model.safetensors")
     path.write_bytes(bytes(1024 * 1024))
     own = os.open(path, os.O_RDONLY)  # as a child has it
-    folder = new_folder()
     assert draft.copy_to(folder)["model.safetensors"]
     assert (folder / "model.safetensors").stat().st_size == 1024 * 1024
     assert os.fstat(own).st_size == 0
     os.close(own)
     draft.place("more").write_bytes(b"x")
-    draft.close()
+    with draft as place:
+        assert place == folder
     assert drafts_of(os.getpid()) == []
 
 

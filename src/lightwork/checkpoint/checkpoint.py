@@ -121,6 +121,7 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
     Raises: CheckpointError when there is none, or it is damaged.
     """
+    _wait_until_written(path)
     if not (folders.exists(Path(path)) or folders.exists(Path(path) / "checkpoint")):
         weights = foreign.load_weights(Path(path))
         if weights is not None:
@@ -137,6 +138,7 @@ def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises: CheckpointError when there is none, or it is damaged.
     """
+    _wait_until_written(path)
     folder = folders.find(Path(path))
     if not (folder / MANIFEST).exists() and folders.exists(folder / "checkpoint"):
         folder = folders.find(folder / "checkpoint")
@@ -176,6 +178,12 @@ def load_whole(path: str | os.PathLike[str]) -> Checkpoint:
             folder=folder,
             hashes=manifest[HASHES],
         )
+
+
+def _wait_until_written(path: str | os.PathLike[str]) -> None:
+    """Wait for a checkpoint that is on its way from memory to the disk."""
+    for folder in (Path(path), Path(path) / "checkpoint"):
+        folders.wait_until_written(folder)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from threading import Thread, get_native_id
 from typing import Any, final
@@ -20,14 +21,32 @@ _NICE = 19
 
 @final
 class Draft:
-    """Its files, by name.
+    """Its files, by name, and the folder that they are for.
 
-    Owns: their memory, each until it is copied, or `close`.
+    Owns: their memory, each until it is copied, and the folder, until it is closed: as a context, which puts the folder
+    in its place if the body succeeds.
     """
 
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}  #: without hashes
         self._files: dict[str, int] = {}
+        self._place = ExitStack()
+        self._folder = Path()
+
+    def begin(self, place: AbstractContextManager[Path]) -> None:
+        """Take the folder that `place` gives: who reads the checkpoint waits from now on.
+
+        Raises: as `place` does.
+        """
+        self._folder = self._place.enter_context(place)
+
+    def __enter__(self) -> Path:
+        return self._folder
+
+    def __exit__(self, *error: Any) -> None:
+        for name in list(self._files):
+            self._drop(name)
+        self._place.__exit__(*error)
 
     def place(self, name: str) -> Path:
         """Return where to write a new file."""
@@ -37,11 +56,6 @@ class Draft:
     def copy_to(self, folder: Path) -> dict[str, str]:
         """Write the files to the disk, giving their memory back; return the SHA-256 of each. Raises: OSError."""
         return {name: self._copy(name, folder / name) for name in list(self._files)}
-
-    def close(self) -> None:
-        """Let go of all memory that is left."""
-        for name in list(self._files):
-            self._drop(name)
 
     def _copy(self, name: str, path: Path) -> str:
         found = hashlib.sha256()

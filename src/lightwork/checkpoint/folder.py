@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def find(path: Path) -> Path:
     return aside if not (path / MANIFEST).exists() and (aside / MANIFEST).exists() else path
 
 
+def wait_until_written(path: Path, seconds: float = 60.0) -> None:
+    """Wait for the process that is writing a checkpoint to `path`, if one is: at most so many seconds."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(OSError, ValueError):  # nobody is writing there, or nobody can
+        fd = os.open(_fresh(path.resolve()), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            while time.monotonic() < deadline:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return
+                time.sleep(0.01)
+        finally:
+            os.close(fd)
+
+
 def exists(path: Path) -> bool:
     """Return whether there is a checkpoint."""
     return (find(path) / MANIFEST).exists()
@@ -66,7 +82,7 @@ def replaced(path: Path, mark: str | None = None, keep: int = 1) -> Iterator[Pat
     path = path.resolve()
     _check_may_replace(path, mark)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.writing")
+    fresh = _fresh(path)
     with _alone(fresh):
         try:
             yield fresh
@@ -224,6 +240,10 @@ def swap(one: Path, other: Path) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(number, os.strerror(number), str(other))
+
+
+def _fresh(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")
 
 
 def _aside(path: Path) -> Path:

@@ -37,7 +37,7 @@ def save(
     """Write a checkpoint to the folder `path`, in place of one that is there; return what went wrong, if anything did.
 
     Every worker calls it and goes through the state; the one that has a `description` writes. The last `keep` stay.
-    With a `draft` it is written there, and nothing to `path`.
+    With a `draft` it is written there, and not put in its place.
     """
     problem = ""
     with state.reading("save", meet, is_leader=is_leader) as walk:
@@ -64,6 +64,7 @@ def save(
                     with folders.replaced(path, keep=keep) as folder:
                         write_manifest(folder, write(folder.joinpath))
                 else:
+                    draft.begin(folders.replaced(path, keep=keep))
                     draft.manifest = write(draft.place)
             problem = "".join(problems)
         for _ in pieces:  # what the others still bring for one that reads
@@ -71,9 +72,9 @@ def save(
     return problem
 
 
-def finish(draft: Draft, path: Path, keep: int = 1) -> str:
-    """Write a draft to the folder `path`, as `save` does; return what went wrong, if anything did."""
-    with _told(path) as problems, contextlib.closing(draft), folders.replaced(path, keep=keep) as folder:
+def finish(draft: Draft, path: Path) -> str:
+    """Write a draft to its folder, and put it in the place of `path`; return what went wrong, if anything did."""
+    with _told(path) as problems, draft as folder:
         write_manifest(folder, {**draft.manifest, HASHES: draft.copy_to(folder)})
     return "".join(problems)
 

@@ -135,10 +135,11 @@ class StateCalls:
             problem = team.meet_main("save (result)", problem.encode()).decode()
             if writer in team.roster.living:  # else it has died over it
                 break
-        if problem and draft is not None:
-            draft.close()
         if problem:
-            raise CheckpointError(problem)
+            error = CheckpointError(problem)
+            if draft is not None:
+                draft.__exit__(CheckpointError, error, None)
+            raise error
         if description is not None and draft is not None:
             self.saving.start(partial(self._finish, draft, path, description.settings.position.step))
         elif description is not None:
@@ -158,7 +159,7 @@ class StateCalls:
 
     def _finish(self, draft: Draft, path: Path, step: int) -> None:
         """Write a draft to the disk, in a thread beside the run."""
-        problem = writing.finish(draft, path, self._keep)
+        problem = writing.finish(draft, path)
         if problem:
             notice(f"no checkpoint was saved, and training goes on: {problem}")
         else:

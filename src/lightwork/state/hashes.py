@@ -27,6 +27,9 @@ _PERIOD = 4
 
 _MASK = (1 << 64) - 1
 
+#: Bytes that Python adds up sooner than a kernel.
+_SMALL = 32
+
 #: By the bytes of an element: as what it is added.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -69,6 +72,7 @@ class BucketHashes(StateHashes):
         self._words = memory.region(_REGION).cast("q")
         self._late: dict[int, torch.Tensor] = {}  # by bucket: on a device, not read yet
         self._known: dict[int, list[torch.Tensor]] = {}  # by bucket: what is added up
+        self._small: dict[int, list[memoryview]] = {}  # ... and pieces that are too small for a kernel
 
     def begin_step(self, step: int) -> None:
         """Be in `step`."""
@@ -82,7 +86,8 @@ class BucketHashes(StateHashes):
         if self._memory.device.is_late:
             self._late[bucket] = torch.stack(sums).sum()
         else:
-            self._words[bucket] = _signed(sum(map(int, sums)))
+            total = sum(map(int, sums)) + sum(map(sum, self._small.get(bucket, ())))
+            self._words[bucket] = _signed(total)
 
     def before(self, step: int) -> int | None:
         """Return the hash of what was looked at in the step before `step`; None where nothing was.
@@ -119,13 +124,15 @@ class BucketHashes(StateHashes):
         if self._memory.units is not None:  # of which some come and go
             tensors = self._optimizer.tensors_of(self._layout.block_indices(bucket))
             return [tensor.view(_INTEGERS[tensor.itemsize]) for tensor in tensors]
-        pieces = self._known[bucket] = []
+        pieces, small = self._known[bucket], self._small[bucket] = [], []
         for granule in granules(self._layout)[bucket]:
             for region, first, end in changed_ranges(self._layout, self._state, bucket, granule):
                 whole = first if first % 8 else end - (end - first) % 8
                 for start, stop, dtype in ((first, whole, torch.int64), (whole, end, torch.uint8)):
-                    if stop > start:
+                    if stop - start > _SMALL:
                         pieces.append(self._memory.tensor(region, dtype, start, (stop - start) // dtype.itemsize))
+                    elif stop > start:
+                        small.append(self._memory.region(region)[start:stop])
         return pieces
 
 
