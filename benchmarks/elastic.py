@@ -3,9 +3,10 @@
     python benchmarks/elastic.py             # prints tables; --out DIR writes them as well
 
 Two workers train on two cores, the models of `bench.py` in fp32. Cost: blocks of steps with the journal and the hashes
-of the state, and without, in turn in one run; the median ratio of neighbouring blocks. Goals: at most 1.02 of the step of
-`mid` at batch 16, 1.08 at batch 2, 1.05 of `tiny`; 1.01 for the hashes alone. Death: one worker kills itself in the middle of a step. From then to the other's notice, and to
-its next committed step; goals: 0.1 s and what the kernel needs to end the process; 1 s and what is computed again.
+of the state, and without, in turn in one run; the median ratio of neighbouring blocks. Goals: at most 1.02 of the step
+of `mid` at batch 16, 1.08 at batch 2, 1.05 of `tiny`; 1.01 for the hashes alone. Death: one worker kills itself in the
+middle of a step. From then to the other's notice, and to its next committed step; goals: 0.1 s and what the kernel
+needs to end the process; 1 s and what is computed again.
 """
 
 from __future__ import annotations
