@@ -343,7 +343,7 @@ class FakeCarrier(Carrier):
 
 
 def _fake_carrier(
-    purpose: str, host: int, leaders: list[int], _environment: Environment, rendezvous: FakeRendezvous, _silence: float
+    purpose: str, host: int, leaders: list[int], _environment: Environment, rendezvous: FakeRendezvous, _lease: float
 ) -> Carrier:
     return FakeCarrier(rendezvous.store(purpose), host, leaders)
 

@@ -166,8 +166,8 @@ def test_a_host_that_leaves_does_not_end_the_wait_for_any_of_the_others() -> Non
 def test_a_host_of_which_nothing_comes_is_lost_and_one_that_only_runs_is_not() -> None:
     ends, (here, there) = connected(2), over_loopback()
     ends[0][2] = here
-    first = SocketCarrier(0, [0, 10, 20], ends[0], silence=0.6)
-    second = SocketCarrier(1, [0, 10, 20], ends[1], silence=0.6)
+    first = SocketCarrier(0, [0, 10, 20], ends[0], silence=0.2, patience=0.6)
+    second = SocketCarrier(1, [0, 10, 20], ends[1], silence=0.2, patience=0.6)
     waiting = first.receive(1, torch.zeros(1), 5)
     silent = first.receive(2, torch.zeros(1), 5)
     lost_after = seconds_until_lost(silent.wait, r"lost its connection to rank 20 \(nothing came from it for 0\.[67]")
@@ -186,15 +186,26 @@ _EXCHANGES = """
 import os, socket, sys, threading, time
 import torch
 from lightwork.transport.sockets import SocketCarrier
-host, size, forks, silence = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "forks", float(sys.argv[4])
+host, size, does, patience = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 connected = {int(other): socket.socket(fileno=int(fd)) for other, fd in (pair.split(":") for pair in sys.argv[5:])}
-carrier = SocketCarrier(host, [0, 1, 2], connected, silence=silence)
-if forks and os.fork() == 0:
+carrier = SocketCarrier(host, [0, 1, 2], connected, silence=1.0, patience=patience)
+if does == "forks" and os.fork() == 0:
     time.sleep(30)
     os._exit(0)
 print("here", flush=True)
 own, into = torch.ones(size), [torch.zeros(size) for _ in range(3)]
+turn = 0
 while True:
+    turn += 1
+    if does == "thinks" and turn == 10:
+        print("thought", flush=True)
+        if host == 1:
+            start = time.time()
+            sum(range(250_000_000))  # one call, in which no other thread of this process comes to its turn
+            assert time.time() - start > 1.5
+    if does == "thinks" and turn == 20:
+        print("went on", flush=True)
+        time.sleep(30)
     pending = [carrier.receive(other, into[other], 5) for other in connected]
     pending += [carrier.send(other, own, 5) for other in connected]
     for index, one in enumerate(pending):
@@ -206,13 +217,13 @@ while True:
 """
 
 
-def hosts_that_exchange(size: int, *, forks: bool = False, silence: float = 0.0) -> list[subprocess.Popen[str]]:
+def hosts_that_exchange(size: int, does: str = "", patience: float = 60.0) -> list[subprocess.Popen[str]]:
     """Return three processes that send to each other as fast as they can."""
     ends = connected(3)
     started = []
     for host in range(3):
         fds = [end.fileno() for end in ends[host].values()]
-        arguments = [str(host), str(size), "forks" if forks else "", str(silence)]
+        arguments = [str(host), str(size), does, str(patience)]
         arguments += [f"{other}:{end.fileno()}" for other, end in ends[host].items()]
         started.append(
             subprocess.Popen(
@@ -241,7 +252,7 @@ def end(processes: list[subprocess.Popen[str]]) -> None:
 @pytest.mark.parametrize("size", [1, 2 * 1024 * 1024], ids=["small", "large"])
 @pytest.mark.parametrize("forks", [False, True], ids=["alone", "with a child"])
 def test_the_others_hear_at_once_of_a_process_that_is_killed_under_traffic(size: int, *, forks: bool) -> None:
-    processes = hosts_that_exchange(size, forks=forks)
+    processes = hosts_that_exchange(size, "forks" if forks else "")
     try:
         time.sleep(0.3)
         killed = time.time()
@@ -259,13 +270,25 @@ def test_the_others_hear_at_once_of_a_process_that_is_killed_under_traffic(size:
 
 
 def test_the_others_lose_a_process_that_is_stopped_under_traffic() -> None:
-    processes = hosts_that_exchange(2 * 1024 * 1024, silence=1.0)
+    processes = hosts_that_exchange(2 * 1024 * 1024, patience=2.0)
     try:
         time.sleep(0.3)
         os.kill(processes[1].pid, signal.SIGSTOP)
         stdout = processes[0].stdout
         assert stdout is not None
         assert "lost its connection to rank" in stdout.readline()
+    finally:
+        end(processes)
+
+
+@pytest.mark.parametrize("size", [1, 2 * 1024 * 1024], ids=["small", "large"])
+def test_a_process_that_is_in_one_long_call_is_waited_for(size: int) -> None:
+    """It sends nothing and reads nothing; its machine answers for it."""
+    processes = hosts_that_exchange(size, "thinks")
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert [process.stdout.readline() for _ in range(2)] == ["thought\n", "went on\n"]
     finally:
         end(processes)
 

@@ -84,4 +84,4 @@ def test_a_cable_that_is_pulled_out_ends_both_sides_by_name(tmp_path: Path, name
     assert time.monotonic() - pulled < 15
     for rank, result in enumerate(results):
         assert result.status == 76, result.text
-        assert f"rank {rank} lost its connection to rank {1 - rank} (nothing came from it for 2." in result.err
+        assert f"rank {rank} lost its connection to rank {1 - rank} (its machine has not answered for 2." in result.err

@@ -16,9 +16,13 @@ from lightwork.transport.doors import Door, Secret, connect_all
 from lightwork.transport.relay import ByHosts
 from lightwork.transport.sockets import SocketCarrier
 
+#: In leases, in which a worker may be stopped whose process others see: for how long a machine may not answer, and a
+#: process say nothing, which may be in one long C call.
+_SILENCE, _PATIENCE = 5.0, 150.0
+
 
 def connect_hosts(
-    purpose: str, host: int, leaders: list[int], environment: Environment, rendezvous: Rendezvous, silence: float
+    purpose: str, host: int, leaders: list[int], environment: Environment, rendezvous: Rendezvous, lease: float
 ) -> Carrier:
     """Return connections to all other hosts, whose leaders call this, too.
 
@@ -45,7 +49,7 @@ def connect_hosts(
         connected = connect_all(door, first, host, leaders, secret, JOIN_TIMEOUT)
     finally:
         door.close()
-    return SocketCarrier(host, leaders, connected, late, silence)
+    return SocketCarrier(host, leaders, connected, late, _SILENCE * lease, _PATIENCE * lease)
 
 
 def between_devices(

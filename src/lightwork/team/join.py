@@ -52,9 +52,6 @@ from lightwork.units import format_bytes
 #: Places that a team has at least, for workers who may come.
 _LEAST_CAPACITY = 8
 
-#: How much longer a host may be silent than a worker may be stopped whose process others see, in leases.
-_SILENCE = 5.0
-
 #: Bytes at the start of the memory for the signal's number, a cache line of its own.
 _SIGNAL_BYTES = 64
 
@@ -265,10 +262,9 @@ def _connect(
     if roster.num_hosts == 1 or not roster.is_leader(rank):
         return carrier, weights_carrier
     leaders = [roster.leader(other) for other in range(roster.num_hosts)]
-    silence = _SILENCE * plan.lease
-    carrier = connect_hosts(f"leaders {run_number}", host, leaders, environment, rendezvous, silence)
+    carrier = connect_hosts(f"leaders {run_number}", host, leaders, environment, rendezvous, plan.lease)
     if holdings.shares_weights:
-        weights_carrier = connect_hosts(f"weights {run_number}", host, leaders, environment, rendezvous, silence)
+        weights_carrier = connect_hosts(f"weights {run_number}", host, leaders, environment, rendezvous, plan.lease)
     if device.has_own_memory:
         carrier = Relay(device, carrier, between_devices(carrier, device, environment, rendezvous, run_number))
         weights_carrier = Relay(device, weights_carrier, ByHosts(device, weights_carrier))

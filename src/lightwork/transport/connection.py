@@ -16,6 +16,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import termios
 import threading
 import time
@@ -41,6 +42,12 @@ _PIECE = 1024 * 1024
 
 #: Bytes of frames of one connection that are kept before they are asked for; more are left in the network.
 _MOST_KEPT = 1024 * 1024 * 1024
+
+#: Of Linux's struct tcp_info: probes without an answer, segments without one, milliseconds since the last one.
+_TCP_INFO = struct.Struct("=3xB4x16xI28xI")
+
+#: Questions to a closed window that show, without an answer, that nobody is there.
+_UNANSWERED = 3
 
 #: Seconds after which a thread that waits looks whether it has waited for long.
 _LOOK = 1.0
@@ -261,12 +268,32 @@ class Connection:
 
     # --- its end ----------------------------------------------------------------------------------------------------
 
-    def look(self, seconds: float, silence: float) -> None:
-        """End it when nothing has come for `silence` seconds, of which `seconds` have passed since the last look."""
+    def look(self, seconds: float, silence: float, patience: float) -> None:
+        """End it when the other machine is silent for `silence` seconds, or the other process for `patience`.
+
+        `seconds` have passed since the last look.
+        """
         self._silent = 0.0 if self._has_come else self._silent + seconds
         self._has_come = False
-        if self.end_reason is None and self._silent >= silence:
+        if self.end_reason is not None:
+            return
+        if self._silent >= patience:
             self.end(f"nothing came from it for {self._silent:.1f} s")
+        elif self._silent >= silence and (unconfirmed := self._seconds_unconfirmed()) >= silence:
+            self.end(f"its machine has not answered for {unconfirmed:.1f} s")
+
+    def _seconds_unconfirmed(self) -> float:
+        """Return for how long what was sent has not been confirmed by the other kernel; 0 where that is not known."""
+        info = b""
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        if len(info) < _TCP_INFO.size:
+            return 0.0
+        probes, unacknowledged, since = _TCP_INFO.unpack(info)
+        # A process that reads nothing lets its window close: then its kernel is asked at growing intervals.
+        is_asked = unacknowledged > 0 or probes >= _UNANSWERED
+        return since / 1000 if is_asked else 0.0
 
     def end(self, reason: str) -> None:
         """Close it, and let go whoever waits for it."""

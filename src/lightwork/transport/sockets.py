@@ -5,6 +5,7 @@ Gloo, which did this before, can not be aborted, and under traffic heard of only
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -39,18 +40,21 @@ class SocketCarrier(Carrier):
         connected: Mapping[int, socket.socket],
         late: Late | None = None,
         silence: float = 0.0,
+        patience: float = math.inf,
     ) -> None:
         """Be `host`, with a socket that is connected to each other one.
 
         Args:
             late: told of those that are waited for.
-            silence: seconds after which a host of which nothing comes is lost; 0 for never.
+            silence: seconds after which a host is lost whose machine does not answer; 0 for never.
+            patience: the same for one whose machine answers, and whose process says nothing.
         """
         super().__init__(host, leaders)
         self._waiting = waiting = Waiting()
         self._late = late
         self._lateness = Lateness()
         self._silence = silence
+        self._patience = patience
         self._is_closed = threading.Event()
         for other, made in connected.items():
             waiting.connections[other] = Connection(other, made, waiting, self._lost)
@@ -142,5 +146,5 @@ class SocketCarrier(Carrier):
             now = time.monotonic()
             for connection in self._waiting.connections.values():
                 connection.beat()
-                connection.look(min(now - before, 2 * interval), self._silence)
+                connection.look(min(now - before, 2 * interval), self._silence, self._patience)
             before = now
