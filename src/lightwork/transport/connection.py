@@ -1,16 +1,16 @@
 """A connection to another host: frames that come and go by threads of its own, and an end that all who wait hear of.
 
 [Note: a connection]
-There is one for each pair of hosts, made and proven by `doors`. A frame is a header (tag, length) and its bytes.
-A thread of each connection reads whatever comes, so that no send waits for the other side to ask for it: what is
-not asked for yet is kept, in the order of its tag. Small frames are sent by whoever sends them, large ones by
-another thread. A connection ends at once for all who wait for it: when its process ends, when this one
-    closes it, or when the other one is silent.
+There is one for each pair of hosts, made and proven by `doors`. A frame is a header (tag, length) and its bytes. A
+thread of each connection reads whatever comes, so that no send waits for the other side to ask for it: what is not
+asked for yet is kept, in the order of its tag. Small frames are sent by whoever sends them, large ones by another
+thread. A connection ends at once for all who wait for it: when its process ends, when this one closes it, or when the
+other one is silent.
 
-    [Note: silence]
-    A link that is taken down says nothing; nor does a process that is stopped, or that runs one C call for minutes. So
-    each end sends a frame now and then that says no more than that it runs. Where not even the other machine's kernel
-    confirms these, the link is down, and the connection ends soon. A process that sends none has far longer.
+[Note: silence]
+A link that is taken down says nothing; nor does a process that is stopped, or that runs one C call for minutes. So each
+end sends a frame now and then that says no more than that it runs. Where not even the other machine's kernel confirms
+these, the link is down, and the connection ends soon. A process that sends none has far longer.
 """
 
 from __future__ import annotations
