@@ -32,7 +32,8 @@ class Plan:
     activations: Mapping[str, Activation] = field(default_factory=dict)  #: of modules by name; the others are kept
     steal: bool = True  #: a worker that is done takes micro-batches that a late one has not started
     elastic: bool = True  #: lightwork run's workers of a machine go on without one that is killed; costs a little
-    lease: float = 2.0  #: seconds after which an elastic team ends a worker that is stopped (SIGSTOP); 0 for never
+    lease: float = 2.0  #: seconds after which an elastic team ends a worker that is stopped (SIGSTOP); 0 for never.
+    #: Five of it: those after which a host is lost whose machine does not answer any more.
     audit_every: int = 0  #: steps after which two workers compute one micro-batch and compare; 0: newcomers alone do
     save_every: str | int | None = None  #: a checkpoint each "10min", "90s", "2h", or so many steps; none by itself
     keep_checkpoints: int = 2  #: in the run directory: the last one, and those before it
