@@ -55,9 +55,11 @@ def test_loading_workers_load_all_of_an_evaluation_and_end_with_it(num_workers: 
         assert mean == plain[-1]
         assert after == 0
         if ids:
-            assert (len(loaders), meanwhile) == (1 + 2, 2)
+            assert meanwhile == 2
             assert loaders[0] == 0
             assert min(loaders[1:]) > 0
+        if len(ids) > 2:  # more than one batch: the others may have left it no more
+            assert len(loaders) == 1 + 2
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
