@@ -29,7 +29,7 @@ def hashes_of(name: str, **settings: Any) -> list[int | None]:
     in_small_pieces()
     run, scheduler = distributed(CASES[name], **settings)
     seen = []
-    for step in run.steps(CASES[name].dataset(), epochs=9, max_steps=8):
+    for step in run.steps(CASES[name].dataset(), epochs=9, max_steps=18):
         for batch in step:
             step.backward(*CASES[name].loss(run.model, batch))
         if scheduler is not None:
@@ -50,7 +50,7 @@ def test_every_team_has_the_same_hashes(name: str, settings: dict[str, Any]) -> 
     ]
     first = all_seen[0][0]
     assert first[0] is None
-    assert len(set(first[4:]) - {None}) == (2 if name == "Muon" else 4)  # which has two buckets
+    assert len(set(first[8:16]) - {None}) >= 2
     assert all(seen == first for of_team in all_seen for seen in of_team)
 
 
@@ -58,11 +58,11 @@ def test_every_team_has_the_same_hashes(name: str, settings: dict[str, Any]) -> 
 def test_workers_with_devices_have_the_same_hashes(offload: dict[str, str]) -> None:
     seen = run_ranks(2, lambda: hashes_of("gpt, tied, dropout, token weights", device="rehearsal", offload=offload))
     assert seen[0] == seen[1]
-    assert None not in seen[0][4:]
+    assert None not in seen[0][8:]
 
 
 def test_one_worker_has_nobody_to_compare_with() -> None:
-    assert run_ranks(1, lambda: hashes_of("gpt, tied, dropout, token weights")) == [[None] * 8]
+    assert run_ranks(1, lambda: hashes_of("gpt, tied, dropout, token weights")) == [[None] * 18]
 
 
 @pytest.mark.parametrize("where", ["masters", state_region("exp_avg_sq")])
@@ -75,7 +75,7 @@ def test_one_worker_has_nobody_to_compare_with() -> None:
     ],
     ids=["two hosts", "three hosts", "hosts of one and two"],
 )
-def test_a_bit_that_flips_in_one_copy_is_named_within_four_steps(
+def test_a_bit_that_flips_in_one_copy_is_named_within_eight_steps(
     num_workers: int, settings: dict[str, Any], hosts: list[int] | None, who: str, where: str
 ) -> None:
     last = [0] * num_workers
@@ -87,7 +87,7 @@ def test_a_bit_that_flips_in_one_copy_is_named_within_four_steps(
         model = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         run = lightwork.distribute(model, optimizer, **sizes, precision="bf16")
-        for step in run.steps(torch.randn(400, 6, generator=torch.Generator().manual_seed(1)), max_steps=12):
+        for step in run.steps(torch.randn(400, 6, generator=torch.Generator().manual_seed(1)), max_steps=20):
             for x in step:
                 step.backward(run.model(x).square().mean())
             last[run.rank] = step.index
@@ -96,13 +96,13 @@ def test_a_bit_that_flips_in_one_copy_is_named_within_four_steps(
 
     with pytest.raises(Disagreement, match=rf"the copies of the model differ: after step \d+ .* other bits on {who}\."):
         run_ranks(num_workers, work, hosts=hosts, settings=settings)
-    assert 5 <= max(last) < 10
+    assert 5 <= max(last) < 14
 
 
 def test_without_the_hashes_the_bit_goes_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the test above sees what it says."""
-    monkeypatch.setattr(BucketHashes, "take", lambda _self, _bucket: None)
+    monkeypatch.setattr(BucketHashes, "take", lambda _self, _bucket, _granule: None)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-        test_a_bit_that_flips_in_one_copy_is_named_within_four_steps(
+        test_a_bit_that_flips_in_one_copy_is_named_within_eight_steps(
             2, {"transport": "group"}, None, "rank 0 than on rank 1", "masters"
         )

@@ -166,7 +166,7 @@ class Updater:
             if self.journal.begin(granule):
                 self._apply_to(bucket, range(first + granule.first, first + granule.end), gradients)
                 self.journal.end(granule)
-        self.hashes.take(bucket)
+            self.hashes.take(bucket, granule)
         self._parts.leave(bucket, written=True)
         self._fetching.leave_updated(bucket)
         return squared
