@@ -79,6 +79,26 @@ def test_an_exception_that_every_worker_raises_is_shown_once(tmp_path: Path, pla
     assert left_running(result.pids() if place == "in the loop" else []) == []
 
 
+def test_a_traceback_that_another_ones_failure_cuts_short_is_shown_whole(tmp_path: Path) -> None:
+    text = (
+        HEAD
+        + """
+def slow(kind, error, trace):
+    print("the first half", file=sys.stderr, flush=True)
+    time.sleep(1)
+    print("the second half", file=sys.stderr, flush=True)
+
+
+if os.environ["LIGHTWORK_RANK"] == "0":
+    sys.excepthook = slow
+raise ValueError("all of us")
+"""
+    )
+    result = lightwork_run(tmp_path, text)
+    assert result.status == 1, result.text
+    assert result.err.count("the first half") == result.err.count("the second half") == 1, result.text
+
+
 @pytest.mark.parametrize(
     ("mischief", "status", "words"),
     [

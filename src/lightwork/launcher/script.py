@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,9 +39,23 @@ class Script:
         except BaseException as error:
             # Through the hook: the run put itself there, to tell the other workers.
             own = _own_frames(without_own_frames(error))
-            sys.excepthook(type(error), error.with_traceback(own), own)
+            with _to_its_end():
+                sys.excepthook(type(error), error.with_traceback(own), own)
             return 1
         return 0
+
+
+@contextlib.contextmanager
+def _to_its_end() -> Iterator[None]:
+    """Let what is said here be said whole: the launcher ends this worker in its middle if another one fails, too."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _status_of(end: SystemExit) -> int:
