@@ -246,7 +246,7 @@ class FakeRendezvous(Rendezvous):
     def report(self, progress: Progress) -> None:
         pass
 
-    def report_elastic(self, *, elastic: bool) -> None:
+    def report_elastic(self, *, elastic: bool, replaces: bool) -> None:
         pass
 
 
@@ -343,7 +343,14 @@ class FakeCarrier(Carrier):
 
 
 def _fake_carrier(
-    purpose: str, host: int, leaders: list[int], _environment: Environment, rendezvous: FakeRendezvous, _lease: float
+    purpose: str,
+    host: int,
+    leaders: list[int],
+    _environment: Environment,
+    rendezvous: FakeRendezvous,
+    _lease: float,
+    *,
+    may_lose: bool = False,
 ) -> Carrier:
     return FakeCarrier(rendezvous.store(purpose), host, leaders)
 

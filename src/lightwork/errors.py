@@ -10,6 +10,7 @@
     ├── MemoryFull         the host has no room for the shared memory
     └── TeamError          the team can not go on
         ├── RankLost       a worker is gone
+        │   └── HostLost       with its whole host, or the way to it
         ├── RankFailed     a worker's own code raised
         ├── CanNotJoin     a newcomer's script does not come to where the others are
         └── Disagreement   the workers' scripts differ
@@ -72,6 +73,10 @@ class RankLost(TeamError):
     def __init__(self, message: str, rank: int | None = None) -> None:
         super().__init__(message)
         self.rank = rank
+
+
+class HostLost(RankLost):
+    """Another host's processes were killed, or the way to them is cut off: they said no farewell."""
 
 
 class RankFailed(TeamError):

@@ -304,6 +304,7 @@ def test_a_child_does_not_keep_a_connection_open() -> None:
     try:
         carrier.close()
         there.settimeout(5)
+        assert there.recv(100).endswith(b"L")  # its farewell
         assert there.recv(1) == b""
     finally:
         os.kill(pid, signal.SIGKILL)

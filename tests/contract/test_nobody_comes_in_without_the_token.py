@@ -52,9 +52,11 @@ def in_threads(*calls: Callable[[], Any]) -> list[Any]:
 def test_each_is_connected_to_each_other(door: Door, num_hosts: int) -> None:
     leaders = list(range(num_hosts))
     own = {host: Door("127.0.0.1", host, SECRET) for host in range(1, num_hosts)} | {0: door}
-    connected = in_threads(
+    results = in_threads(
         *(lambda host=host: connect_all(own[host], door.place, host, leaders, SECRET, 10) for host in leaders)
     )
+    connected = [ends for ends, _ in results]
+    assert all(places == {host: own[host].place for host in leaders} for _, places in results)
     for host, ends in enumerate(connected):
         assert set(ends) == {*leaders} - {host}
         for other, one in ends.items():
@@ -72,7 +74,7 @@ def test_each_is_connected_to_each_other(door: Door, num_hosts: int) -> None:
 )
 def test_another_token_or_purpose_is_turned_away(door: Door, secret: Secret, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(OSError, match="it was closed"):
-        call(door.place, 0, 1, secret, 5)
+        call(door.place, 0, 1, secret, {}, 5)
     assert door.next(time.monotonic() + 0.1) is None
     assert "somebody at 127.0.0.1 was turned away from this run's team: it does not know the" in capfd.readouterr().err
 
@@ -86,10 +88,10 @@ def test_who_says_something_else_or_nothing_keeps_nobody_waiting(
     for stranger in strangers:
         stranger.sendall(said)
     start = time.monotonic()
-    connection = call(door.place, 0, 3, SECRET, 5)
+    connection = call(door.place, 0, 3, SECRET, {}, 5)
     came = door.next(time.monotonic() + 5)
     assert came is not None
-    assert came[0] == 3
+    assert came.host == 3
     assert time.monotonic() - start < 0.9
     for stranger in strangers:
         stranger.settimeout(5)
@@ -101,7 +103,7 @@ def test_who_says_something_else_or_nothing_keeps_nobody_waiting(
                 break
         stranger.close()
     assert door.next(time.monotonic() + 0.1) is None
-    for one in (connection, came[1]):
+    for one in (connection, came.socket):
         one.close()
 
 
@@ -115,7 +117,7 @@ def test_a_caller_does_not_take_another_program_for_the_team() -> None:
             stranger.sendall(bytes(32))
             stranger.close()
 
-        refused, _ = in_threads(lambda: call(server.getsockname(), 0, 1, SECRET, 5), answer)
+        refused, _ = in_threads(lambda: call(server.getsockname(), 0, 1, SECRET, {}, 5), answer)
     assert isinstance(refused, OSError)
     assert "does not know the token" in str(refused)
 
@@ -131,13 +133,14 @@ def test_a_proof_can_not_be_used_again(door: Door) -> None:
                 heard.append(caller.recv(1000))
                 through.sendall(heard[0])
                 caller.sendall(through.recv(1000))
+                through.sendall(caller.recv(1000))
                 time.sleep(0.1)
             caller.close()
 
-        in_threads(lambda: call(between.getsockname(), 0, 1, SECRET, 5).close(), listen_in)
+        in_threads(lambda: call(between.getsockname(), 0, 1, SECRET, {}, 5).close(), listen_in)
     came = door.next(time.monotonic() + 2)
     assert came is not None
-    came[1].close()
+    came.socket.close()
     with socket.create_connection(door.place) as again:
         again.recv(1000)
         again.sendall(heard[0])

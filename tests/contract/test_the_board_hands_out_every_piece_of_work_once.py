@@ -643,9 +643,9 @@ def frees_nothing(*_: Any) -> list[Action]:
     return []
 
 
-def follow_without_looking_back(self: Board) -> None:
+def follow_without_looking_back(self: Board, step: int) -> None:
     position = self._position
-    follow(self)
+    follow(self, step)
     self._position = position
 
 

@@ -29,6 +29,7 @@ from lightwork.store.mapped import create_disk_store
 from lightwork.store.private import PrivateStore
 from lightwork.store.regions import PAGE_BYTES, Regions, map_regions
 from lightwork.team.board import Board
+from lightwork.team.hosts import Hosts
 from lightwork.trace import Trace
 from lightwork.transport.null import NullCarrier
 
@@ -86,7 +87,7 @@ def parts_of(description: Description, holdings: Holdings, device: Device, folde
         board=board,
         signal=object(),  # type: ignore[arg-type]
         trace=Trace(None, print),
-        carrier=NullCarrier(0),
+        hosts=Hosts(NullCarrier(0), board),
         weights_carrier=NullCarrier(0),
     )
     parts = make_parts(description, holdings, workplace)

@@ -80,8 +80,8 @@ def make_parts(description: Description, holdings: Holdings, workplace: Workplac
     )
     hashes = updater.hashes = _hashes(description, holdings, memory, state.optimizer)
     exchange = Exchange()
-    if workplace.carrier.others:
-        exchange = BetweenHosts(holdings, workplace.carrier, workplace.board.ledger, slots, state.buffers, hashes)
+    if workplace.hosts.carrier.others:
+        exchange = BetweenHosts(holdings, workplace.hosts, workplace.board, slots, state.buffers, hashes)
     return Parts(
         description=description,
         holdings=holdings,

@@ -186,7 +186,7 @@ class Engine:
         if consumed is not None:
             parts.backward.early.follow(parts.backward.gradients.begin_fold(index, self._num_micro_batches, consumed))
             return share
-        sent = parts.holdings.sent_at_once(self._num_micro_batches)
+        sent = parts.holdings.sent_at_once(self._board.roster, self._num_micro_batches)
         outbox = parts.exchange.outbox if self._num_computed in sent else None
         fold = parts.backward.gradients.begin_fold(index, self._num_micro_batches, outbox)
         if outbox is not None:
@@ -223,9 +223,8 @@ class Engine:
 
     def _touched_here(self) -> dict[int, Touched]:
         """Return which parameters this host's micro-batches have touched, by micro-batch."""
-        holdings = self._parts.holdings
-        own = holdings.roster.micro_batches(holdings.host, self._num_micro_batches)
-        return {index: self._board.ledger.touched(index) for index in own}
+        of_host = self._board.roster.micro_batches(self._parts.holdings.host, self._num_micro_batches)
+        return {index: self._board.ledger.touched(index) for index in of_host}
 
     def wait_for_team(self, step: int, seen: int, idle: Callable[[], bool], watch: Watch) -> Action:
         """Wait for the others; `idle` may do something useful and says whether it did. Raises: what `watch` returns."""
@@ -243,20 +242,24 @@ class Engine:
         Raises: Disagreement when another host is elsewhere; RankLost when it is gone.
         """
         start = time.perf_counter()
-        exchange = self._parts.exchange
+        between_hosts = self._parts.exchange
         with torch.no_grad():
             match kind:
                 case Kind.EXCHANGE:
-                    exchange.records(step, self._num_micro_batches)
-                    exchange.sum_up(lambda: Held(self._whole, self._board.partial_sums(step), self._touched_here()))
-                    behind = exchange.busy_seconds - (time.perf_counter() - start)
+                    if not between_hosts.sum_up(step, self._num_micro_batches, lambda: self._held(step)):
+                        self._board.begin_again(step)
+                        return self._board.visit(step)
+                    behind = between_hosts.busy_seconds - (time.perf_counter() - start)
                     self._seconds["exchange behind backward"] = max(0.0, behind)
                 case Kind.AGREE:
-                    exchange.norms()
+                    between_hosts.norms()
                 case Kind.GATHER:
                     self._gather_weights()
         self._seconds["exchange"] += time.perf_counter() - start
         return self._board.finished_phase(step, kind)
+
+    def _held(self, step: int) -> Held:
+        return Held(self._whole, self._board.partial_sums(step), self._touched_here())
 
     def _gather_weights(self) -> None:
         """Send new weights from their owners to all, but those that stay with them."""

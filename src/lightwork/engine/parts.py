@@ -26,6 +26,7 @@ from lightwork.state.weights import Weights
 from lightwork.store.elements import Elements
 from lightwork.store.regions import Regions
 from lightwork.team.board import Board
+from lightwork.team.hosts import Hosts
 from lightwork.trace import Trace
 from lightwork.transport.base import Carrier
 
@@ -57,8 +58,8 @@ class Workplace:
     board: Board
     signal: Waiter
     trace: Trace
-    carrier: Carrier  #: to the other hosts; for workers that do not speak to any, one that has none
-    weights_carrier: Carrier  #: the same for weights, where they are shared out
+    hosts: Hosts  #: for workers that do not speak to others, their own alone
+    weights_carrier: Carrier  #: to the other hosts for weights, where they are shared out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,8 @@ class Parts:
 
 def take_from_first_host(parts: Parts) -> None:
     """Make the memory of the first host that of all: weights, buffers and state. Called by the leaders."""
-    parts.exchange.broadcast(parts.state.weights.values_at_home())
-    parts.exchange.broadcast([parts.state.buffers.values_at_home()])
+    state = parts.state
+    parts.exchange.broadcast(lambda: [*state.weights.values_at_home(), state.buffers.values_at_home()])
     parts.state.weights.writes.accept()
 
 

@@ -226,6 +226,8 @@ class Supervisor:
         """Let another process come to a place, if it can; return what there is to say of it."""
         if self._interrupted is not None or not self._members:
             return ""
+        if not all(map(self._page.may_be_replaced, self._members)):
+            return "Its place stays empty: where workers have memories of their own, none can come."
         obstacle = self._replacing.obstacle(rank, max(map(self._page.num_runs, self._members)))
         if obstacle is not None:
             return obstacle
@@ -269,7 +271,7 @@ class Supervisor:
     def _refusal(self, num_workers: int) -> str:
         """Return why there can not be so many workers, if so."""
         members, most = self._members, self._page.capacity()
-        if not members or not all(map(self._page.is_elastic, members)):
+        if not members or not all(map(self._page.may_be_replaced, members)):
             return (
                 "the team can not change now: it has not begun to train or is ending; or it is one that never can: one "
                 "worker alone, workers with memories of their own (--transport group, GPUs), --set elastic=false."

@@ -66,7 +66,7 @@ class Collected:
         """Take values that are put behind those of the batches before: rows of a tensor or array, or a list."""
         self._refuse_again(name, "gather")
         if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
+            value = torch.from_numpy(value if value.flags.writeable else value.copy())  # else torch warns
         if isinstance(value, list | tuple):
             kept: Any = [_taken(one) if isinstance(one, torch.Tensor) else one for one in value]
             self._check_can_travel(name, kept)

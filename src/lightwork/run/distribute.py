@@ -267,7 +267,7 @@ def _assemble(description: Description, holdings: Holdings, plan: Plan, joined: 
         board=team.board,
         signal=joined.signal,
         trace=trace,
-        carrier=joined.carrier,
+        hosts=joined.hosts,
         weights_carrier=joined.weights_carrier,
     )
     parts = make_parts(description, holdings, workplace)

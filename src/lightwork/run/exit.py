@@ -200,6 +200,7 @@ def _tell(error: BaseException, failing: list[_Living]) -> None:
         team = living.team()
         if team is not None and team.is_in:
             team.presence.fail()
+            team.hosts.fail(error)
     if isinstance(error, (RankFailed, RankLost)):  # the launcher looks for the cause elsewhere
         for living in failing:
             run = living.run()

@@ -238,7 +238,14 @@ class Step:
                 action = engine.wait_for_team(self.index, action.item, self._loader.idle, watch)
                 continue
             watch = None  # the next wait is another one
-            if action.kind is Kind.COMPUTE:
+            if action.kind is Kind.AGAIN:
+                self._parts.clear()
+                self._own.clear()
+                self._num_samples = self._num_tokens = 0
+                action = self._enter()
+            elif action.kind is Kind.COMPUTE and self._team.hosts.one_is_missed:
+                action = engine.exchange_phase(self.index, Kind.EXCHANGE)
+            elif action.kind is Kind.COMPUTE:
                 yield from self._repeat(self._audit.owed())
                 micro, batch = self._load(action.item)
                 if len(micro.ids):

@@ -162,7 +162,7 @@ def _slots_of(holdings: Holdings, micro_batches: range, *, keeps_sent: bool) -> 
     slots: dict[int, bool] = {}
     for index in micro_batches:
         chain, node = fold(index - micro_batches.start, len(micro_batches), held)
-        is_sent = index in holdings.sent_at_once(holdings.spec.num_micro_batches)
+        is_sent = index in holdings.sent_at_once(holdings.roster, holdings.spec.num_micro_batches)
         if (is_sent or holdings.updates_in_backward) and not (chain and keeps_sent):
             continue
         slot = next(s for s in range(len(held) + 1) if s not in held.values())

@@ -321,12 +321,12 @@ class Holdings:
             found.append(Lies(WORKING if lies_alone else MASTERS, is_fetched, is_trained or is_master))
         return tuple(found)
 
-    def sent_at_once(self, num_micro_batches: int) -> range:
+    def sent_at_once(self, roster: Roster, num_micro_batches: int) -> range:
         """Return which of this host's micro-batches, counted from 0, send gradients as they are made.
 
         The last one, to other hosts, where one worker computes all of them.
         """
-        own = len(self.roster.micro_batches(self.host, num_micro_batches))
+        own = len(roster.micro_batches(self.host, num_micro_batches))
         is_sent = self.num_workers == 1 and self.roster.num_hosts > 1
         return range(own - 1, own) if is_sent else range(0)
 

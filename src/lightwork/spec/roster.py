@@ -30,7 +30,8 @@ class Roster:
     generation: int = 0
     living: tuple[int, ...] = field(init=False, compare=False, repr=False)  #: the ranks of all workers, host by host
     world_size: int = field(init=False, compare=False, repr=False)  #: the number of workers
-    num_hosts: int = field(init=False, compare=False, repr=False)
+    num_hosts: int = field(init=False, compare=False, repr=False)  #: those that have lost all workers included
+    hosts: tuple[int, ...] = field(init=False, compare=False, repr=False)  #: those that have any
     sizes: tuple[int, ...] = field(init=False, compare=False, repr=False)  #: the workers of each host
     capacities: tuple[int, ...] = field(init=False, compare=False, repr=False)  #: the most that each may have
     main: int = field(init=False, compare=False, repr=False)  #: who decides for the team; its output is shown
@@ -41,6 +42,7 @@ class Roster:
             "living": living,
             "world_size": len(living),
             "num_hosts": len(self.places),
+            "hosts": tuple(host for host, ranks in enumerate(self._ranks) if ranks),
             "sizes": tuple(len(ranks) for ranks in self._ranks),
             "capacities": tuple(map(len, self.places)),
             "main": living[0],
@@ -101,11 +103,11 @@ class Roster:
 
     def owner(self, bucket: int) -> int:
         """Return the host that adds up a bucket and, where state is sharded, holds and updates it."""
-        return bucket % self.num_hosts
+        return self.hosts[bucket % len(self.hosts)]
 
     def own_buckets(self, host: int, num_buckets: int) -> range:
         """Return the buckets that a host owns."""
-        return range(host, num_buckets, self.num_hosts)
+        return range(self.hosts.index(host), num_buckets, len(self.hosts))
 
     def share(self, rank: int, num_micro_batches: int) -> range:
         """Return the micro-batches that fall to a worker: neighbours, so that they fold; none for a surplus one."""
@@ -153,6 +155,19 @@ class Roster:
             for local, rank in enumerate(ranks)
             if rank is not None
         }
+
+
+def without_hosts(roster: Roster, gone: Collection[int], generation: int) -> Roster:
+    """Return a roster in which nobody is on these hosts any more."""
+    places = (tuple(None for _ in of_host) if host in gone else of_host for host, of_host in enumerate(roster.places))
+    return Roster(tuple(places), generation)
+
+
+def of_those_there(full: Roster, are_there: Sequence[bool], generation: int) -> Roster:
+    """Return the `full` roster without those of its workers, in their order, who are not there."""
+    there = dict(zip(full.living, are_there, strict=True))
+    places = (tuple(rank if rank is not None and there[rank] else None for rank in of_host) for of_host in full.places)
+    return Roster(tuple(places), generation)
 
 
 def with_only(full: Roster, host: int, local_ranks: Collection[int], generation: int) -> Roster:

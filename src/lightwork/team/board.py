@@ -21,6 +21,7 @@ from lightwork.errors import Disagreement
 from lightwork.spec.roster import Roster
 from lightwork.spec.tree import Node
 from lightwork.team.ledger import Ledger, Outcome
+from lightwork.team.losses import Losses
 from lightwork.team.membership import Membership
 from lightwork.team.presence import Activity, Presence, Signal
 from lightwork.team.proofs import Proofs
@@ -34,6 +35,7 @@ from lightwork.team.rules import (
     phases_of,
 )
 from lightwork.team.words import (
+    AGAIN,
     ARRIVED,
     COMMITTED,
     ENTERED,
@@ -61,6 +63,9 @@ _SHOWN = {
     Kind.GATHER: Activity.EXCHANGING,
 }
 
+#: The kinds of which something may be written when a step begins again.
+_UP_TO_EXCHANGE = (Kind.COMPUTE, Kind.EXCHANGE)
+
 
 @final
 class Board:
@@ -84,7 +89,8 @@ class Board:
         self._words = Words(size, region)
         self.presence = Presence(self._words, roster, rank, lock, signal)
         self.ledger = Ledger(self._words, self._seat)
-        self.membership = Membership(self._words, self._seat, lock, signal)
+        self.losses = Losses(self._words, lock)
+        self.membership = Membership(self._words, self._seat, lock, signal, self.losses)
         self.proofs = Proofs(self._words, self.membership, self._seat.local_rank, lock, signal, steal=steal)
         self._local_rank = self._seat.local_rank
         self._no_slots = memoryview(bytes(self._words.slots_of(0).nbytes)).cast("q")
@@ -92,7 +98,8 @@ class Board:
         self._shape = Shape(0, measures=False, is_audited=False)  # of what the phases are
         self._at = self._position = 0  # where the last action was found
         self.compares_settings = False  #: with those who are in a step, before it enters: a newcomer does
-        self._changes = 0  # of who is in, that the seat knows of
+        self._known: tuple[int, ...] = (0,)  # of who is in: changes, and the hosts that are lost
+        self._again = 0  # how often this worker has begun a step again
 
     @staticmethod
     def num_bytes(size: BoardSize) -> int:
@@ -111,7 +118,8 @@ class Board:
         """
         words, rank = self._words, self._seat.rank
         with self._lock:
-            self._follow()
+            self._follow(step)
+            self._again = words.header[AGAIN]
             open_step, shape = opened(words.header[OPEN])
             if open_step != step:
                 shape = Shape(num_micro_batches, measure, audit)
@@ -176,6 +184,20 @@ class Board:
             self._words.done[kind][0] = step + 1
             return self._next(step, wrote=True)
 
+    def begin_again(self, step: int) -> None:
+        """Let `step`, of which nothing is updated, be computed anew by all workers of this host: each is told.
+
+        The leader's, as everything that this host has computed of it was for an exchange that has failed.
+        """
+        words = self._words
+        with self._lock:
+            for kind in _UP_TO_EXCHANGE:
+                for array in (words.claims[kind], words.done[kind]):
+                    array[:] = memoryview(bytes(array.nbytes)).cast("q")
+            words.slots[:] = memoryview(bytes(words.slots.nbytes)).cast("q")
+            words.header[AGAIN] += 1
+            self._signal.notify()
+
     def visit(self, step: int) -> Action:
         """Return what to do now."""
         with self._lock:
@@ -185,7 +207,11 @@ class Board:
         """Claim what the visitor should do and return it; `wrote` says that this visit may have ended a phase."""
         words = self._words
         self._raise_if_failed()
-        self._follow()
+        self._follow(step)
+        if words.header[AGAIN] != self._again:
+            self._again = words.header[AGAIN]
+            self._at = self._position = 0
+            return Action(Kind.AGAIN, 0)
         if words.header[COMMITTED] > step:
             return Action(Kind.COMMITTED, 0)
         before = self._at
@@ -210,13 +236,13 @@ class Board:
         """Who is in, as of this worker's last visit."""
         return self._seat.roster
 
-    def _follow(self) -> None:
+    def _follow(self, step: int) -> None:
         """Take note of who has died, and who has come."""
-        changes = self.membership.changes
-        if changes == self._changes:
+        known = self.membership.changes, *self.losses.before(step)
+        if known == self._known:
             return
-        self._changes = changes
-        self._seat = replace(self._seat, roster=self.membership.roster())
+        self._known = known
+        self._seat = self.ledger.seat = replace(self._seat, roster=self.membership.roster(step))
         if self._phases:
             self._phases = phases_of(self._seat, self._shape)
         self._position = 0  # what the dead had in hand is free
@@ -252,7 +278,8 @@ class Board:
             if current != round_number:
                 taken = 0
             header[EVALUATION] = (round_number << 32) + taken + 1
-        return int(taken) * seat.roster.num_hosts + seat.host
+        hosts = seat.roster.hosts
+        return int(taken) * len(hosts) + hosts.index(seat.host)
 
     def _raise_if_failed(self) -> None:
         failure = self.presence.failure()

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar, final
+
+import torch
 
 from lightwork.device.base import Device
+from lightwork.errors import HostLost, RankLost
 from lightwork.notice import notice
+from lightwork.team.board import Board
 from lightwork.team.environment import Environment
 from lightwork.team.meeting_point import JOIN_TIMEOUT
 from lightwork.team.rendezvous import Rendezvous
 from lightwork.transport import nccl
-from lightwork.transport.base import Carrier, PointToPoint
+from lightwork.transport.base import FIRST_TAG, Carrier, Farewell, PointToPoint
 from lightwork.transport.doors import Door, Secret, connect_all
+from lightwork.transport.layered import packed_list, unpacked_list
+from lightwork.transport.regrouping import Regrouping
 from lightwork.transport.relay import ByHosts
 from lightwork.transport.sockets import SocketCarrier
 
@@ -20,13 +29,29 @@ from lightwork.transport.sockets import SocketCarrier
 #: process say nothing, which may be in one long C call.
 _SILENCE, _PATIENCE = 5.0, 150.0
 
+#: Seconds, where workers are waited for however long they are stopped.
+_NEVER = 86_400.0
+
+#: What a meeting came to, for who has missed it. (Tags of messages between hosts: `engine/exchange` has those before.)
+_GIVEN = FIRST_TAG + 16
+
+T = TypeVar("T")
+
 
 def connect_hosts(
-    purpose: str, host: int, leaders: list[int], environment: Environment, rendezvous: Rendezvous, lease: float
+    purpose: str,
+    host: int,
+    leaders: list[int],
+    environment: Environment,
+    rendezvous: Rendezvous,
+    lease: float,
+    *,
+    may_lose: bool = False,
 ) -> Carrier:
     """Return connections to all other hosts, whose leaders call this, too.
 
-    The first host tells where its door is, and the run's token unless the environment has one.
+    The first host tells where its door is, and the run's token unless the environment has one. With `may_lose` the
+    hosts may come together anew without one that they lose.
 
     Raises: RankLost when one does not come; TeamError when it can not be reached.
     """
@@ -45,11 +70,126 @@ def connect_hosts(
         first = (address, port)
         secret = Secret(environment.token or token, purpose)
         door = Door(rendezvous.address(), host, secret)
+    regrouping: Regrouping | None = None
     try:
-        connected = connect_all(door, first, host, leaders, secret, JOIN_TIMEOUT)
+        connected, places = connect_all(door, first, host, leaders, secret, JOIN_TIMEOUT)
+        if may_lose:
+            silence, patience = _SILENCE * lease or _NEVER, _PATIENCE * lease or _NEVER
+            regrouping = Regrouping(door, places, leaders, secret, silence, patience)
     finally:
-        door.close()
-    return SocketCarrier(host, leaders, connected, late, _SILENCE * lease, _PATIENCE * lease)
+        if regrouping is None:
+            door.close()
+    return SocketCarrier(host, leaders, connected, late, _SILENCE * lease, _PATIENCE * lease, regrouping)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective(Generic[T]):
+    """What the leaders of all hosts do together, and how who has done it lets another one have what it came to."""
+
+    run: Callable[[], T]
+    give: Callable[[int, T], None]  #: to a host
+    take: Callable[[int], T]  #: from a host
+
+
+@final
+class Hosts:
+    """All hosts of a team, as the leader of one sees them.
+
+    [Note: a host is lost]
+    Leaders do everything with each other in the same order, one thing after the other, and each of these is a barrier:
+    nobody is through before all have begun. So when a host is lost, those that are left have done equally many, or some
+    have done one more. They come together anew, and compare how many. Who has done less is given what the last one came
+    to by who has done it, as that can not be done again: who was lost has taken part in it. What nobody has done is
+    done again, by those who are left.
+    """
+
+    def __init__(self, carrier: Carrier, board: Board) -> None:
+        self.carrier = carrier
+        self.may_lose = False  #: go on without a host that is lost
+        self._board = board
+        self._num_done = 0
+        self._give: Callable[[int], None] = lambda host: None  # what the last one came to
+        self._behind: list[int] = []  # who has to be given it
+
+    @property
+    def one_is_missed(self) -> bool:
+        """Whether one is lost, and this worker, alone on its host, need not compute what will be computed again."""
+        is_alone, is_broken = self._board.roster.sizes[self.carrier.host] == 1, self.carrier.is_broken
+        return self.may_lose and is_alone and is_broken
+
+    def fail(self, error: BaseException) -> None:
+        """Say in parting that this host's code has failed; of the loss of others nothing: they see to it themselves."""
+        self.carrier.farewell = None if isinstance(error, RankLost) else Farewell.FAILED
+
+    def go_through(self, collective: Collective[T], step: int | None = None) -> T | None:
+        """Return what a collective came to; None when hosts were lost, and it is to be begun again by those left.
+
+        Args:
+            step: that it ends, unless it lies between two.
+
+        Raises: RankLost when the others can not go on without who was lost.
+        """
+        source: int | None = None
+        while True:
+            try:
+                if source is not None:
+                    result = collective.take(source)
+                else:
+                    while self._behind:
+                        self._give(self._behind[-1])
+                        self._behind.pop()
+                    result = collective.run()
+                break
+            except HostLost:
+                if not self.may_lose:
+                    raise
+                source = self._come_together(step)
+                if source is None:
+                    return None
+        self._num_done += 1
+        self._give = lambda host: collective.give(host, result)
+        return result
+
+    def exchange(self, what: str, payload: bytes) -> list[bytes | None]:
+        """Return what each host gives to `what`, a meeting of all workers; None of those that are lost."""
+        meeting = Collective(run=lambda: self.carrier.exchange(what, payload), give=self.give, take=self.take)
+        while (received := self.go_through(meeting)) is None:
+            pass
+        return received
+
+    def give(self, host: int, received: list[bytes | None]) -> None:
+        """Send a host what an exchange came to."""
+        packed = torch.frombuffer(bytearray(packed_list(received)), dtype=torch.uint8)
+        for tensor in (torch.tensor([len(packed)]), packed):
+            self.carrier.send(host, tensor, _GIVEN).wait()
+
+    def take(self, host: int) -> list[bytes | None]:
+        """Return what a host gives."""
+        size = torch.zeros(1, dtype=torch.int64)
+        self.carrier.receive(host, size, _GIVEN).wait()
+        packed = torch.empty(int(size), dtype=torch.uint8)
+        self.carrier.receive(host, packed, _GIVEN).wait()
+        return unpacked_list(packed.numpy().tobytes())
+
+    def _come_together(self, step: int | None) -> int | None:
+        """Go on with who is left; return the host that gives what the present collective came to, if any does."""
+        carrier, own = self.carrier, self.carrier.host
+        before = {own, *carrier.others}
+        reports = carrier.come_together(self._num_done)
+        most = max(reports.values())
+        ahead = min(host for host, done in reports.items() if done == most)
+        is_behind = self._num_done < most
+        self._behind = [host for host, done in reports.items() if done < most] if ahead == own else []
+        lost = sorted(before - reports.keys())
+        named = ", ".join(str(carrier.leaders[host]) for host in lost)
+        first_step = self._board.committed if step is None else step + is_behind
+        if lost:
+            self._board.losses.add(lost, first_step)
+            notice(
+                f"rank {carrier.leaders[own]} goes on without the host of rank {named}, which was lost, from "
+                f"step {first_step} on."
+            )
+        return ahead if is_behind else None
 
 
 def between_devices(

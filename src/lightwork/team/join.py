@@ -35,12 +35,12 @@ from lightwork.store.mapped import MappedStore, check_room, create_disk_store, c
 from lightwork.store.regions import MemoryMap, Regions, map_regions
 from lightwork.team.board import Board
 from lightwork.team.environment import Environment, Launcher
-from lightwork.team.hosts import between_devices, connect_hosts
+from lightwork.team.hosts import Hosts, between_devices, connect_hosts
 from lightwork.team.newcomer import Newcomer
 from lightwork.team.rendezvous import Rendezvous
 from lightwork.team.team import Team, compare
 from lightwork.team.words import BoardSize
-from lightwork.transport.base import Carrier
+from lightwork.transport.base import Carrier, Transport
 from lightwork.transport.layered import LayeredTransport
 from lightwork.transport.lock import FileLock
 from lightwork.transport.mailboxes import HostTransport
@@ -73,8 +73,8 @@ class Joined:
     team: Team
     signal: Signal
     memory: Regions
-    carrier: Carrier  #: to the other hosts, the leader's; another worker's has no others
-    weights_carrier: Carrier  #: the same for weights, where they are sharded
+    hosts: Hosts  #: as the leader sees them; another worker sees no others
+    weights_carrier: Carrier  #: to the other hosts for weights, where they are sharded
 
 
 def capacity(num_workers: int) -> int:
@@ -116,6 +116,14 @@ def is_elastic(roster: Roster, launcher: Launcher, device: Device) -> bool:
     return launcher is Launcher.LIGHTWORK and roster.num_hosts == 1 < roster.world_size and not device.has_own_memory
 
 
+def may_lose_hosts(holdings: Holdings, device: Device) -> bool:
+    """Return whether a team can go on without a whole host: the others have copies of all that it has.
+
+    (Not yet where tensors travel between devices: NCCL's connections can not be made anew.)
+    """
+    return holdings.roster.num_hosts > 1 and not holdings.shares_state and not device.has_own_memory
+
+
 def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezvous, run_number: int) -> Joined:
     """Return this worker's team, once every worker has come.
 
@@ -143,22 +151,17 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
     signal = Signal(store.buffer, memory.offset("signal"))
     fd = store.fileno()
     lock: AbstractContextManager[bool | None] = FileLock(fd) if fd is not None else threading.Lock()
-    board = Board(
-        rank,
-        roster,
-        size,
-        memory.region("board"),
-        lock,
-        signal,
-        steal=plan.steal,
-        sharded=holdings.shares_state,
-    )
+    region, is_sharded = memory.region("board"), holdings.shares_state
+    board = Board(rank, roster, size, region, lock, signal, steal=plan.steal, sharded=is_sharded)
     local_rank = roster.local_rank(rank)
     mailboxes = HostTransport(
         local_rank, full(roster).ranks(host), memory.region("mailboxes"), lock, signal, board.membership.is_expected
     )
-    transport = mailboxes if roster.num_hosts == 1 else LayeredTransport(mailboxes, holdings.num_workers, carrier)
-    team = Team(rank, roster, board, mailboxes, transport, rendezvous, [store, disk] if disk else [store], carrier)
+    hosts = Hosts(carrier, board)
+    transport: Transport = mailboxes
+    if roster.num_hosts > 1:
+        transport = LayeredTransport(mailboxes, host, roster.sizes, hosts.exchange)
+    team = Team(rank, roster, board, mailboxes, transport, rendezvous, [store, disk] if disk else [store], hosts)
     if isinstance(lock, FileLock):
         lock.when_held = team.lock_is_held
     if fd is not None:
@@ -177,7 +180,7 @@ def join(needs: Needs, plan: Plan, environment: Environment, rendezvous: Rendezv
         team=team,
         signal=signal,
         memory=memory,
-        carrier=carrier,
+        hosts=hosts,
         weights_carrier=weights_carrier,
     )
 
@@ -262,7 +265,15 @@ def _connect(
     if roster.num_hosts == 1 or not roster.is_leader(rank):
         return carrier, weights_carrier
     leaders = [roster.leader(other) for other in range(roster.num_hosts)]
-    carrier = connect_hosts(f"leaders {run_number}", host, leaders, environment, rendezvous, plan.lease)
+    carrier = connect_hosts(
+        f"leaders {run_number}",
+        host,
+        leaders,
+        environment,
+        rendezvous,
+        plan.lease,
+        may_lose=plan.elastic and may_lose_hosts(holdings, device),
+    )
     if holdings.shares_weights:
         weights_carrier = connect_hosts(f"weights {run_number}", host, leaders, environment, rendezvous, plan.lease)
     if device.has_own_memory:

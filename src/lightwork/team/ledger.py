@@ -50,7 +50,7 @@ class Ledger:
 
     def __init__(self, words: Words, seat: Seat) -> None:
         self._words = words
-        self._seat = seat
+        self.seat = seat
         self._size = words.size
 
     def write_outcome(self, step: int, index: int, outcome: Outcome) -> None:
@@ -106,10 +106,10 @@ class Ledger:
 
     def share_of_step(self, step: int, num_micro_batches: int) -> bytes:
         """Return all that other hosts need to know of this host's micro-batches."""
-        own = self._seat.roster.micro_batches(self._seat.host, num_micro_batches)
+        own = self.seat.roster.micro_batches(self.seat.host, num_micro_batches)
         return json.dumps(
             {
-                "settings": self._words.settings(self._seat.local_rank),
+                "settings": self._words.settings(self.seat.local_rank),
                 "records": self.records(step, num_micro_batches)[own.start : own.stop],
                 "votes": self._votes(step, own),
                 "metrics": [self._metrics(step, index).decode() for index in own],
@@ -123,9 +123,9 @@ class Ledger:
         Raises: Disagreement when its settings differ.
         """
         values = json.loads(share)
-        roster = self._seat.roster
-        if values["settings"] != self._words.settings(self._seat.local_rank):
-            raise other_settings(step, roster.leader(host), self._seat.rank)
+        roster = self.seat.roster
+        if values["settings"] != self._words.settings(self.seat.local_rank):
+            raise other_settings(step, roster.leader(host), self.seat.rank)
         touched = bytes.fromhex(values["touched"])
         count = self._size.num_parameters
         for position, index in enumerate(roster.micro_batches(host, num_micro_batches)):
@@ -137,7 +137,7 @@ class Ledger:
 
     def take_norms(self, host: int, norms_squared: Sequence[float]) -> None:
         """Write down the norms of the buckets of another host, of which `norms_squared` holds all."""
-        for bucket in self._seat.roster.own_buckets(host, self._size.num_buckets):
+        for bucket in self.seat.roster.own_buckets(host, self._size.num_buckets):
             self._words.norms[bucket] = norms_squared[bucket]
 
     def _row(self, step: int) -> int:

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import final
 
-from lightwork.spec.roster import Roster, full, with_only
+from lightwork.spec.roster import Roster, full, with_only, without_hosts
+from lightwork.team.losses import Losses
 from lightwork.team.presence import Activity, Signal
 from lightwork.team.rules import Seat, freed_by_death, phases_of
 from lightwork.team.words import (
@@ -38,13 +39,16 @@ _NOBODY = -1
 class Membership:
     """The places of a host; they are named by their numbers there."""
 
-    def __init__(self, words: Words, seat: Seat, lock: AbstractContextManager[bool | None], signal: Signal) -> None:
+    def __init__(
+        self, words: Words, seat: Seat, lock: AbstractContextManager[bool | None], signal: Signal, losses: Losses
+    ) -> None:
         """`seat` is that of this worker as the team begins."""
         self._words = words
         self._founders = seat.roster
         self._first = replace(seat, roster=full(seat.roster))
         self._lock = lock
         self._signal = signal
+        self._losses = losses
 
     def found(self, pid: int) -> None:
         """Put this worker on the board, as one of the first; and nobody at the places that are not taken yet."""
@@ -61,10 +65,11 @@ class Membership:
         """How often somebody has gone or come."""
         return int(self._words.header[CHANGES])
 
-    def roster(self) -> Roster:
-        """Return who is in now."""
+    def roster(self, step: int) -> Roster:
+        """Return who is in `step`, for all that is known now."""
         living = [local for local in self._first.locals if not self._words.is_dead(local)]
-        return with_only(self._first.roster, self._first.host, living, self.changes)
+        roster = with_only(self._first.roster, self._first.host, living, self.changes)
+        return without_hosts(roster, self._losses.before(step), self.changes)
 
     def others(self) -> list[int]:
         """Return the places of those who are in but for this worker's."""

@@ -27,8 +27,8 @@ _MAGIC = b"lightwork rendezvous page"
 
 _MAX_WORKERS = 4096
 
-#: Of a worker's runs, once there are any: all go on without it, or some do not.
-_IS_ELASTIC, _RIGID = 1, 2
+#: Of a worker's runs, once there are any: all go on without it, and others can come; or none can; or some do not go on.
+_IS_ELASTIC, _IS_SURVIVED, _RIGID = 1, 2, 3
 _ENDS_AT = 32
 _PROGRESS_AT = 64
 _ELASTIC_AT = _PROGRESS_AT + _MAX_WORKERS
@@ -85,6 +85,10 @@ class Page:
 
     def is_elastic(self, rank: int) -> bool:
         """Return whether the runs that `rank` has joined go on without it."""
+        return self.bytes[_ELASTIC_AT + rank] in (_IS_ELASTIC, _IS_SURVIVED)
+
+    def may_be_replaced(self, rank: int) -> bool:
+        """Return whether another process can come to the place of `rank`."""
         return self.bytes[_ELASTIC_AT + rank] == _IS_ELASTIC
 
     def memories(self) -> list[tuple[str, str]]:
@@ -197,10 +201,11 @@ class FileRendezvous(Rendezvous):
         """Write this rank's byte. After a further `distribute` it is as it was before: another run may go on."""
         self._page[_PROGRESS_AT + self._rank] = max(progress, self._before) if progress is Progress.JOINED else progress
 
-    def report_elastic(self, *, elastic: bool) -> None:
+    def report_elastic(self, *, elastic: bool, replaces: bool) -> None:
         """Write this rank's byte: of several runs all must go on."""
         at = _ELASTIC_AT + self._rank
-        self._page[at] = _RIGID if not elastic or self._page[at] == _RIGID else _IS_ELASTIC
+        now = _IS_ELASTIC if replaces else _IS_SURVIVED if elastic else _RIGID
+        self._page[at] = max(self._page[at], now)
 
     def show_memory(self, fd: int, disk_fd: int | None, capacity: int) -> None:
         """Write it down, of the first run: newcomers begin with it, and are let in nowhere else."""

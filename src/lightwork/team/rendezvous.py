@@ -87,8 +87,12 @@ class Rendezvous(ABC):
     def report(self, progress: Progress) -> None:
         """Tell the launcher how far this worker got, where there is one that looks."""
 
-    def report_elastic(self, *, elastic: bool) -> None:  # noqa: B027  # other launchers do not look
-        """Tell the launcher whether the others of a run that was joined go on if this worker is killed."""
+    def report_elastic(self, *, elastic: bool, replaces: bool) -> None:  # noqa: B027  # other launchers do not look
+        """Tell the launcher whether the others of a run that was joined go on if this worker is killed.
+
+        Args:
+            replaces: whether another process can come to its place.
+        """
 
     def show_memory(self, fd: int, disk_fd: int | None, capacity: int) -> None:  # noqa: B027  # ... and nobody joins later
         """Tell newcomers under which descriptors this process has the memory of its run, and its file on disk."""

@@ -19,15 +19,16 @@ from typing import final
 
 from lightwork.errors import Disagreement, RankLost, TeamError
 from lightwork.notice import notice
-from lightwork.spec.roster import Roster, full, with_only
+from lightwork.spec.roster import Roster, full, of_those_there
 from lightwork.store.mapped import MappedStore
 from lightwork.team.board import Board
+from lightwork.team.hosts import Hosts
 from lightwork.team.meeting_point import JOIN_TIMEOUT
 from lightwork.team.newcomer import Newcomer, Welcome
 from lightwork.team.peers import Peers
 from lightwork.team.presence import Activity
 from lightwork.team.rendezvous import Progress, Rendezvous
-from lightwork.transport.base import Carrier, Transport, Watch
+from lightwork.transport.base import Transport, Watch
 from lightwork.transport.late import Lateness
 from lightwork.transport.mailboxes import HostTransport
 
@@ -54,9 +55,9 @@ class Team:
         transport: Transport,
         rendezvous: Rendezvous,
         stores: Sequence[MappedStore],
-        carrier: Carrier,
+        hosts: Hosts,
     ) -> None:
-        """`mailboxes` are those of this host's workers, `transport` is that of all; `carrier` is the leader's."""
+        """`mailboxes` are those of this host, `transport` is that of all; `hosts` are as their leader sees them."""
         self.rank = rank
         self.roster = roster  #: as of the last meeting: [Note: who is there]
         self.newcomer: Newcomer | None = None  #: as long as this worker is one
@@ -73,7 +74,7 @@ class Team:
         self._mailboxes = mailboxes
         self._transport = transport
         self.rendezvous = rendezvous
-        self._carrier = carrier
+        self.hosts = hosts
         self._host = roster.host_of(rank)
         self._names = dict(enumerate(self._first.ranks(self._host)))
         self._peers = Peers()
@@ -104,7 +105,8 @@ class Team:
 
         The launcher is told whether the others go on from here without this worker, if it is killed.
         """
-        self.rendezvous.report_elastic(elastic=self.may_lose)
+        self.hosts.may_lose = self.hosts.carrier.may_come_together
+        self.rendezvous.report_elastic(elastic=self.may_lose or self.hosts.may_lose, replaces=self.may_lose)
         if self.newcomer is not None:
             self.newcomer, self.is_in = None, True
             self.report(Progress.TRAINING)
@@ -117,7 +119,7 @@ class Team:
     def close(self) -> None:
         """Let go of the others: descriptors and connections."""
         self._peers.close()
-        self._carrier.close()
+        self.hosts.carrier.close()
 
     # --- meeting ----------------------------------------------------------------------------------------------------
 
@@ -131,10 +133,9 @@ class Team:
         self.presence.announce(Activity.MEETING)
         received = self._transport.exchange(what, payload, self._watch(f"in {what}", self._missing_from_meeting))
         self.presence.show(Activity.OUTSIDE)
-        if self.may_lose:
-            there = tuple(local for local, payload in enumerate(received) if payload is not None)
-            if there != self.roster.local_ranks(self._host):
-                self.roster = with_only(self._first, self._host, there, self.roster.generation + 1)
+        there = [payload is not None for payload in received]
+        if there != [rank in self.roster.living for rank in self._first.living]:
+            self.roster = of_those_there(self._first, there, self.roster.generation + 1)
         return [payload for payload in received if payload is not None]
 
     def meet_main(self, what: str, payload: bytes = b"") -> bytes:

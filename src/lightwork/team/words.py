@@ -7,11 +7,13 @@ nothing is counted.
     open                the step that is open, its micro-batches, whether it is audited and norms are measured: one word
     failed              1 + the place of a worker that can not go on; the first one stays
     evaluation          the evaluation that goes on, and how many of its batches are claimed, in one word
-    changes             how often a worker was found dead, or was let in
+    changes             how often a worker was found dead, or was let in, or a host was lost
+    again               how often a step was begun again, as a host was lost in it
     handover            where what a newcomer needs to know lies: a process and its descriptor, in one word
     proven              1 + the step of which what one micro-batch comes to is to be written down, for a newcomer
     proof               what the first of them came to: the micro-batch, in which step, in one word; loss, weight, and a
                         number for each parameter's gradient
+    gone                of each host: 1 + the first step without it, once it is lost
     presence            of each worker, its own to write (`presence`); whether it is dead, and which process is in,
                         written by who finds it so, or lets it in
     claim   of a piece  who has it, in which step: written under the lock, before the work
@@ -54,7 +56,7 @@ WORD = 8
 MAX_WORKERS = 4096
 
 # Words of the header.
-COMMITTED, OPEN, FAILED, EVALUATION, CHANGES, HANDOVER, PROVEN = range(7)
+COMMITTED, OPEN, FAILED, EVALUATION, CHANGES, HANDOVER, PROVEN, AGAIN = range(8)
 _HEADER_WORDS = 8
 
 # Words of a worker. `READY` is the process that waits to come to its place; `SINCE` the last exchange without it;
@@ -79,6 +81,7 @@ class Kind(IntEnum):
     GATHER = 6  #: the new weights from the other hosts; the leader's work
     WAIT = 7  #: until the signal is not `item` any more
     COMMITTED = 8  #: nothing: the step is done
+    AGAIN = 9  #: forget what was computed of the step: it begins again
 
 
 class Shape(NamedTuple):
@@ -120,7 +123,8 @@ def _sizes(size: BoardSize) -> tuple[int, ...]:
     """Return the bytes of the board's parts, in their order."""
     n, m = size.capacity, size.num_micro_batches
     proof = PROOF_WORDS + size.num_parameters
-    words = (_HEADER_WORDS, n * PRESENCE_WORDS, n * size.num_slots, m, proof, *_pieces(size), *_pieces(size))
+    header = (_HEADER_WORDS, n * PRESENCE_WORDS, n * size.num_slots, size.num_hosts)
+    words = (*header, m, proof, *_pieces(size), *_pieces(size))
     ledger = (2 * m * 2, size.num_buckets)
     return (*(count * WORD for count in words + ledger), m * size.num_parameters, 2 * m, 2 * m * METRICS_BYTES)
 
@@ -139,7 +143,7 @@ class Words:
     def __init__(self, size: BoardSize, region: memoryview) -> None:
         self.size = size
         parts = _cut(region, _sizes(size))
-        self.header, self.presence, self.slots = (next(parts).cast("q") for _ in range(3))
+        self.header, self.presence, self.slots, self.gone = (next(parts).cast("q") for _ in range(4))
         self._deaths, self.proof = (next(parts).cast("q") for _ in range(2))
         self.claims = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
         self.done = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 
 import torch
 
@@ -82,12 +83,20 @@ class PointToPoint(ABC):
         yield
 
 
+class Farewell(Enum):
+    """What a host tells the others before it closes its connections; a killed one tells nothing."""
+
+    LEFT = b"L"  #: its script has ended
+    FAILED = b"F"  #: its code has raised an error
+
+
 class Carrier(PointToPoint):
     """Moves tensors and messages between the leaders of hosts that share no memory."""
 
     def __init__(self, host: int, leaders: list[int]) -> None:
         self.host = host
         self.leaders = leaders  #: the rank that speaks for each host, for messages
+        self.farewell: Farewell | None = Farewell.LEFT  #: what `close` tells the others
 
     @property
     def num_hosts(self) -> int:
@@ -96,7 +105,7 @@ class Carrier(PointToPoint):
 
     @property
     def others(self) -> list[int]:
-        """The hosts but this one."""
+        """The hosts but this one, and those that were lost."""
         return [host for host in range(self.num_hosts) if host != self.host]
 
     @abstractmethod
@@ -107,8 +116,28 @@ class Carrier(PointToPoint):
         Raises: RankLost.
         """
 
-    def exchange(self, what: str, payload: bytes) -> list[bytes]:
-        """Return every host's payload, by host. Also a barrier.
+    @property
+    def may_come_together(self) -> bool:
+        """Whether `come_together` can be called."""
+        return False
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a connection has ended."""
+        return False
+
+    def come_together(self, report: int) -> Mapping[int, int]:
+        """Go on with the hosts that are left, after one was lost, and return what each of them reports.
+
+        What was on its way is lost; nothing of it is written any more.
+
+        Blocks: until all of them have called it.
+        Raises: RankLost when this host can not go on.
+        """
+        raise ValueError("these hosts can not come together anew")
+
+    def exchange(self, what: str, payload: bytes) -> list[bytes | None]:
+        """Return every host's payload, by host; None of those that were lost. Also a barrier.
 
         Moves: `FIRST_BYTES` to and from each other host, and what of the payloads did not fit.
         Raises: Disagreement when another host exchanges something else; RankLost.
@@ -143,12 +172,10 @@ class Carrier(PointToPoint):
             on_the_way += [self.send(host, rest, _TAG_REST) for host in others]
         for pending in on_the_way:
             pending.wait()
-        received = []
-        for host in range(self.num_hosts):
-            if host == self.host:
-                received.append(payload)
-                continue
+        received: list[bytes | None] = [None] * self.num_hosts
+        received[self.host] = payload
+        for host in others:
             length = heads[host][1]
             begin = firsts[host][_HEADER.size : _HEADER.size + min(length, room)].numpy().tobytes()
-            received.append(begin + (rests[host].numpy().tobytes() if host in rests else b""))
+            received[host] = begin + (rests[host].numpy().tobytes() if host in rests else b"")
         return received

@@ -30,13 +30,13 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import final
 
-from lightwork.errors import RankLost
-from lightwork.transport.base import Pending
+from lightwork.errors import TeamError
+from lightwork.transport.base import Farewell, Pending
 
 _HEADER = struct.Struct("<qQ")  # tag, bytes
 
-#: The tag of a frame without bytes, which says that its sender runs.
-_BEAT = -1
+#: The tags of a frame without bytes, which says that its sender runs, and of the last one (`Farewell`).
+_BEAT, _FAREWELL = -1, -2
 
 #: Bytes of a frame that its sender sends itself.
 _SMALL = 64 * 1024
@@ -68,10 +68,10 @@ class Transfer(Pending):
         self._name = name
         self._gate = threading.Lock()
         self._gate.acquire()
-        self._error: RankLost | None = None
+        self._error: TeamError | None = None
         self._is_over = False
 
-    def end(self, error: RankLost | None = None) -> None:
+    def end(self, error: TeamError | None = None) -> None:
         """Let go whoever waits."""
         self._error = error
         self._gate.release()
@@ -113,11 +113,12 @@ class Connection:
     """
 
     def __init__(
-        self, host: int, connected: socket.socket, waiting: Waiting, lost: Callable[[int, str], RankLost]
+        self, host: int, connected: socket.socket, waiting: Waiting, lost: Callable[[int, str], TeamError]
     ) -> None:
         """`lost` returns the error of those who wait for `host`, with the reason."""
         self.host = host
         self.end_reason: str | None = None  #: why it has ended
+        self.farewell: Farewell | None = None  #: what the other end has said before
         self.posted: dict[int, deque[Transfer]] = defaultdict(deque)  #: by tag: what is waited for
         self.kept: dict[int, deque[bytearray]] = defaultdict(deque)  #: by tag: what has come before
         self._num_kept = 0  # bytes
@@ -128,6 +129,7 @@ class Connection:
         self._socket = connected
         self._order = threading.Lock()  # over what is sent next
         self._num_queued = 0
+        self._threads: list[threading.Thread] = []
         self._queue: SimpleQueue[tuple[list[memoryview], Transfer | None] | None] = SimpleQueue()
         connected.settimeout(None)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -136,7 +138,9 @@ class Connection:
     def start(self) -> None:
         """Let what was sent come."""
         for work, what in ((self._read, "reads"), (self._write, "writes")):
-            threading.Thread(target=work, name=f"lightwork {what} {self.host}", daemon=True).start()
+            thread = threading.Thread(target=work, name=f"lightwork {what} {self.host}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     # --- sending ----------------------------------------------------------------------------------------------------
 
@@ -169,6 +173,13 @@ class Connection:
         finally:
             self._order.release()
 
+    def say(self, farewell: Farewell) -> None:
+        """Tell the other end why this one will be closed, behind what was sent."""
+        with self._order:
+            if self.end_reason is None:
+                self._num_queued += 1
+                self._queue.put(([memoryview(_HEADER.pack(_FAREWELL, 1) + farewell.value)], None))
+
     def _send_now(self, parts: list[memoryview]) -> list[memoryview]:
         """Send as much as the network takes at once, and return the rest."""
         try:
@@ -200,9 +211,13 @@ class Connection:
             while True:
                 self._fill(memoryview(header))
                 tag, length = _HEADER.unpack(header)
-                if tag != _BEAT:
+                if tag == _FAREWELL:
+                    word = bytearray(1)
+                    self._fill(memoryview(word))
+                    self.farewell = Farewell(bytes(word))
+                elif tag != _BEAT:
                     self._take(tag, length)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.end(_text(error))
         self._socket.close()
 
@@ -316,6 +331,11 @@ class Connection:
         for transfer in waiting:
             transfer.end(self._lost(self.host, reason))
 
+    def join(self, seconds: float) -> None:
+        """Return when nothing of what was sent is written to any tensor any more, after it was ended."""
+        for thread in self._threads:
+            thread.join(seconds)
+
     def has_arrived(self) -> bool:
         """Return whether all that was sent has come to the other machine."""
         if self.end_reason is not None:
@@ -341,8 +361,8 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _text(error: OSError) -> str:
-    return error.strerror or str(error)
+def _text(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _without_first(parts: list[memoryview], size: int) -> list[memoryview]:

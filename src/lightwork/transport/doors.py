@@ -3,7 +3,10 @@
 The first host's door is told to the others by the launcher's rendezvous. Each calls there, says where its own door is,
 and is told where those of all are; then each pair is connected. Who calls and who is called prove to each other that
 they know the token, without showing it: by an HMAC over a number that the other one has just chosen (a challenge and
-a response, RFC 2104). Before that nothing of a caller is read but 84 bytes, for at most 10 seconds.
+a response, RFC 2104). Before that nothing of a caller is read but 84 bytes, for at most 10 seconds. Behind it comes a
+message, which says what the connection is for.
+
+Where a team goes on without a host that it loses, the doors stay open for it to come together anew (`regrouping`).
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import os
 import secrets
 import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, Queue
-from typing import final
+from typing import Any, final
 
 from lightwork.errors import RankLost, TeamError
 from lightwork.notice import notice
@@ -28,6 +33,9 @@ _MAGIC = b"lightwork host 1"
 _NUMBER_BYTES = _PROOF_BYTES = 32
 _QUESTION = struct.Struct(f"<{len(_MAGIC)}s{_NUMBER_BYTES}s")  # from who is called
 _CALL = struct.Struct(f"<{len(_MAGIC)}sI{_NUMBER_BYTES}s{_PROOF_BYTES}s")  # from the caller, with its host
+
+#: Seconds after which who waits at a door is told that somebody is there.
+_BEAT = 1.0
 
 #: Seconds that a stranger has to prove itself, and the strangers that may do so at a time.
 _PATIENCE, _MOST_STRANGERS = 10.0, 1024
@@ -50,6 +58,19 @@ class Secret:
         return hmac.digest(self.token.encode(), text + asked + own, "sha256")
 
 
+#: Where a host's door is: address and port.
+Place = tuple[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Caller:
+    """A host that has come in."""
+
+    host: int
+    socket: socket.socket  #: the connection to it
+    message: dict[str, Any]  #: what it has said
+
+
 @final
 class Door:
     """Where other hosts come in.
@@ -59,10 +80,13 @@ class Door:
 
     def __init__(self, address: str, host: int, secret: Secret) -> None:
         """Listen at an address of this machine, on any free port. Raises: TeamError when that can not be had."""
-        self._host = host
+        self.host = host
         self._secret = secret
+        self._waiting: set[Caller] = set()  # those that are told now and then that this process runs
+        self._order = threading.Lock()  # over them
         self._strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
-        self._come: Queue[tuple[int, socket.socket]] = Queue()
+        self.answer: Callable[[Caller], bool] = lambda caller: False  #: returns whether a caller has got its answer
+        self._come: Queue[Caller] = Queue()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -74,14 +98,28 @@ class Door:
                 f"this machine can not listen at {address} ({error.strerror}). Say which network the hosts share: "
                 "GLOO_SOCKET_IFNAME=eth0, say."
             ) from error
-        self.place: tuple[str, int] = (address, self._listener.getsockname()[1])
+        self.place: Place = (address, self._listener.getsockname()[1])
+        _OPEN.add(self)
         threading.Thread(target=self._listen, name="lightwork door", daemon=True).start()
 
-    def next(self, deadline: float) -> tuple[int, socket.socket] | None:
-        """Return a host that has come in, and the connection to it; None at the deadline."""
+    def next(self, deadline: float) -> Caller | None:
+        """Return a host that has come in; None at the deadline."""
         with contextlib.suppress(Empty):
             return self._come.get(timeout=max(0.0, deadline - time.monotonic()))
         return None
+
+    def release(self, caller: Caller) -> None:
+        """Say nothing to a caller any more: it will be told something else."""
+        with self._order:
+            self._waiting.discard(caller)
+
+    def put_back(self, caller: Caller) -> None:
+        """Let a host that has come in come once more."""
+        self._come.put(caller)
+
+    def close_in_child(self) -> None:
+        """Let go of the descriptor in a process that was forked: else who calls would take its owner to be alive."""
+        self._listener.close()
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -90,15 +128,31 @@ class Door:
         self._listener.close()
 
     def _listen(self) -> None:
+        self._listener.settimeout(_BEAT)
+        last_beat = time.monotonic()
         while True:
+            if time.monotonic() - last_beat >= _BEAT:
+                last_beat = time.monotonic()
+                self._beat()
             try:
                 stranger, place = self._listener.accept()
+            except TimeoutError:
+                continue
             except OSError:
                 return
             if self._strangers.acquire(blocking=False):
                 threading.Thread(target=self._let_in, args=(stranger, place[0]), daemon=True).start()
             else:
                 stranger.close()
+
+    def _beat(self) -> None:
+        """Say that this process runs."""
+        with self._order:
+            for caller in list(self._waiting):
+                try:
+                    caller.socket.sendall(_LENGTH.pack(0))
+                except OSError:
+                    self._waiting.discard(caller)
 
     def _let_in(self, stranger: socket.socket, who: str) -> None:
         try:
@@ -108,32 +162,66 @@ class Door:
             magic, host, asked, proof = _CALL.unpack(receive_exactly(stranger, _CALL.size, _PATIENCE))
             if magic != _MAGIC or not hmac.compare_digest(proof, self._secret.proof("caller", host, own, asked)):
                 raise ConnectionError("it does not know the token of the run")
-            stranger.sendall(self._secret.proof("called", self._host, asked, own))
-        except OSError as error:
+            stranger.sendall(self._secret.proof("called", self.host, asked, own))
+            caller = Caller(host, stranger, json.loads(receive_message(stranger, time.monotonic() + _PATIENCE)))
+        except (OSError, ValueError) as error:
             stranger.close()
-            notice(f"somebody at {who} was turned away from this run's team: {error}.")
+            if not isinstance(error, Untouched):
+                notice(f"somebody at {who} was turned away from this run's team: {error}.")
         else:
-            self._come.put((host, stranger))
+            if not self.answer(caller):
+                if "wants" in caller.message:
+                    with self._order:
+                        self._waiting.add(caller)
+                self._come.put(caller)
         finally:
             self._strangers.release()
 
 
-def call(place: tuple[str, int], host: int, caller: int, secret: Secret, seconds: float) -> socket.socket:
-    """Return a connection to `host`, whose door is at `place`.
+_OPEN: weakref.WeakSet[Door] = weakref.WeakSet()
 
-    Raises: OSError when it can not be had, or is another's.
+
+def _close_in_child() -> None:
+    for door in list(_OPEN):
+        door.close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class Untouched(ConnectionError):
+    """A connection was closed before anything came."""
+
+
+class NotOurs(ConnectionError):
+    """Who has the port does not know the token: another program."""
+
+
+def call(
+    place: Place,
+    host: int,
+    caller: int,
+    secret: Secret,
+    message: Mapping[str, object],
+    seconds: float,
+    patience: float = _PATIENCE,
+) -> socket.socket:
+    """Return a connection to `host`, whose door is at `place`, when it has been told the message.
+
+    Raises: OSError when it can not be had after so many seconds, or is another's.
     """
     connected = socket.create_connection(place, timeout=seconds)
     try:
-        connected.settimeout(_PATIENCE)
-        magic, asked = _QUESTION.unpack(receive_exactly(connected, _QUESTION.size, _PATIENCE))
+        connected.settimeout(patience)
+        magic, asked = _QUESTION.unpack(receive_exactly(connected, _QUESTION.size, patience))
         if magic != _MAGIC:
-            raise ConnectionError("another program has the port")
+            raise NotOurs("another program has the port")
         own = secrets.token_bytes(_NUMBER_BYTES)
         connected.sendall(_CALL.pack(_MAGIC, caller, own, secret.proof("caller", caller, asked, own)))
-        proof = receive_exactly(connected, _PROOF_BYTES, _PATIENCE)
+        proof = receive_exactly(connected, _PROOF_BYTES, patience)
         if not hmac.compare_digest(proof, secret.proof("called", host, own, asked)):
-            raise ConnectionError("it does not know the token of the run")
+            raise NotOurs("it does not know the token of the run")
+        send_message(connected, json.dumps(message).encode())
     except OSError:
         connected.close()
         raise
@@ -141,27 +229,30 @@ def call(place: tuple[str, int], host: int, caller: int, secret: Secret, seconds
 
 
 def connect_all(
-    door: Door, first: tuple[str, int], host: int, leaders: Sequence[int], secret: Secret, seconds: float
-) -> Mapping[int, socket.socket]:
-    """Return a connection to each other host, by host; `first` is where the first one's door is.
+    door: Door, first: Place, host: int, leaders: Sequence[int], secret: Secret, seconds: float
+) -> tuple[Mapping[int, socket.socket], Mapping[int, Place]]:
+    """Return a connection to each other host, by host, and where the doors of all are.
+
+    `first` is where the first one's door is.
 
     Blocks: until all hosts have called this.
     Raises: RankLost when one has not after so many seconds, or is gone; TeamError when this one is turned away.
     """
     deadline = time.monotonic() + seconds
     connected: dict[int, socket.socket] = {}
+    places: dict[int, Place] = {0: first, host: door.place}
+    own = {"place": door.place}
     try:
         if host == 0:
-            _come_in(door, range(1, len(leaders)), leaders, deadline, connected)
-            places = {other: json.loads(_receive_message(one, deadline)) for other, one in connected.items()}
+            places |= _come_in(door, range(1, len(leaders)), leaders, deadline, connected)
             for one in connected.values():
-                _send_message(one, json.dumps(places).encode())
+                send_message(one, json.dumps(places).encode())
         else:
-            connected[0] = call(first, 0, host, secret, seconds)
-            _send_message(connected[0], json.dumps(door.place).encode())
-            for other, place in json.loads(_receive_message(connected[0], deadline)).items():
-                if int(other) < host:
-                    connected[int(other)] = call((place[0], place[1]), int(other), host, secret, seconds)
+            connected[0] = call(first, 0, host, secret, own, seconds)
+            told = json.loads(receive_message(connected[0], deadline))
+            places |= {int(other): (place[0], place[1]) for other, place in told.items() if int(other)}
+            for other in range(1, host):
+                connected[other] = call(places[other], other, host, secret, own, seconds)
             _come_in(door, range(host + 1, len(leaders)), leaders, deadline, connected)
     except (OSError, TeamError) as error:
         for one in connected.values():
@@ -172,13 +263,14 @@ def connect_all(
             f"rank {leaders[host]} can not be connected to the workers of other hosts ({error}). The first one is at "
             f"{first[0]}:{first[1]}. All must have the same LIGHTWORK_TOKEN, or none, and reach each other's ports."
         ) from error
-    return connected
+    return connected, places
 
 
 def _come_in(
     door: Door, hosts: Sequence[int], leaders: Sequence[int], deadline: float, connected: dict[int, socket.socket]
-) -> None:
-    """Wait for hosts to come in, and put the connections to them into `connected`."""
+) -> dict[int, Place]:
+    """Wait for hosts to come in, put the connections to them into `connected`, and return where their doors are."""
+    places: dict[int, Place] = {}
     while missing := [host for host in hosts if host not in connected]:
         came = door.next(deadline)
         if came is None:
@@ -187,11 +279,13 @@ def _come_in(
                 "lightwork.distribute, and the ports of the others' machines; see its log.",
                 leaders[missing[0]],
             )
-        host, one = came
-        if host in missing:
-            connected[host] = one
+        if came.host in missing:
+            connected[came.host] = came.socket
+            address, port = came.message["place"]
+            places[came.host] = address, port
         else:
-            one.close()
+            came.socket.close()
+    return places
 
 
 def receive_exactly(connected: socket.socket, size: int, seconds: float) -> bytes:
@@ -201,16 +295,35 @@ def receive_exactly(connected: socket.socket, size: int, seconds: float) -> byte
         connected.settimeout(max(0.001, deadline - time.monotonic()))
         piece = connected.recv(size - len(received))
         if not piece:
-            raise ConnectionError("it was closed")
+            raise ConnectionError("it was closed") if received else Untouched("it was closed")
         received += piece
     return received
 
 
-def _send_message(connected: socket.socket, message: bytes) -> None:
+def is_there(connected: socket.socket, seconds: float) -> bool:
+    """Return whether something comes, or the end, in so many seconds; it is left to be read.
+
+    Raises: OSError when the way is cut.
+    """
+    connected.settimeout(seconds)
+    try:
+        connected.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except TimeoutError as error:
+        if error.errno is not None:  # the kernel's
+            raise
+        return False
+    return True
+
+
+def send_message(connected: socket.socket, message: bytes) -> None:
+    """Send a message of any length."""
     connected.sendall(_LENGTH.pack(len(message)) + message)
 
 
-def _receive_message(connected: socket.socket, deadline: float) -> bytes:
+def receive_message(connected: socket.socket, deadline: float) -> bytes:
+    """Return the next message. Raises: OSError when it has not come by then."""
     (size,) = _LENGTH.unpack(receive_exactly(connected, _LENGTH.size, deadline - time.monotonic()))
     if size > _MOST_BYTES:
         raise ConnectionError(f"it sends a table of {size} bytes")

@@ -96,7 +96,7 @@ class Relay(Carrier):
         with self._network.together(), self._between_devices.together():
             yield
 
-    def exchange(self, what: str, payload: bytes) -> list[bytes]:
+    def exchange(self, what: str, payload: bytes) -> list[bytes | None]:
         """Exchange by the hosts' network."""
         return self._network.exchange(what, payload)
 

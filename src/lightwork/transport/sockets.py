@@ -14,10 +14,11 @@ from typing import final
 
 import torch
 
-from lightwork.errors import RankLost
-from lightwork.transport.base import Carrier, Pending
+from lightwork.errors import HostLost, RankFailed, RankLost, TeamError
+from lightwork.transport.base import Carrier, Farewell, Pending
 from lightwork.transport.connection import Connection, Transfer, Waiting
 from lightwork.transport.late import Lateness
+from lightwork.transport.regrouping import Regrouping
 
 #: Called with the rank that is waited for, and the seconds so far.
 Late = Callable[[int, float], None]
@@ -41,6 +42,7 @@ class SocketCarrier(Carrier):
         late: Late | None = None,
         silence: float = 0.0,
         patience: float = math.inf,
+        regrouping: Regrouping | None = None,
     ) -> None:
         """Be `host`, with a socket that is connected to each other one.
 
@@ -48,20 +50,36 @@ class SocketCarrier(Carrier):
             late: told of those that are waited for.
             silence: seconds after which a host is lost whose machine does not answer; 0 for never.
             patience: the same for one whose machine answers, and whose process says nothing.
+            regrouping: for hosts that go on without one that they lose.
         """
         super().__init__(host, leaders)
-        self._waiting = waiting = Waiting()
         self._late = late
         self._lateness = Lateness()
         self._silence = silence
         self._patience = patience
+        self._regrouping = regrouping
         self._is_closed = threading.Event()
-        for other, made in connected.items():
+        self._renew(connected)
+        if silence:
+            threading.Thread(target=self._look, name="lightwork listener", daemon=True).start()
+
+    def _renew(self, connected: Mapping[int, socket.socket]) -> None:
+        """Go on over other connections; a host to which there is none is lost."""
+        self._waiting = waiting = Waiting()
+        for other, made in sorted(connected.items()):
             waiting.connections[other] = Connection(other, made, waiting, self._lost)
         for connection in waiting.connections.values():
             connection.start()
-        if silence:
-            threading.Thread(target=self._look, name="lightwork listener", daemon=True).start()
+
+    @property
+    def others(self) -> list[int]:
+        """The hosts but this one, and those that were lost."""
+        return list(self._waiting.connections)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether any connection has ended."""
+        return any(connection.end_reason is not None for connection in self._waiting.connections.values())
 
     def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
         """Begin to send."""
@@ -106,21 +124,47 @@ class SocketCarrier(Carrier):
         if self._is_closed.is_set():
             return
         self._is_closed.set()
+        if self.farewell is not None:
+            for connection in self._waiting.connections.values():
+                connection.say(self.farewell)
         deadline = time.monotonic() + _FAREWELL
         while time.monotonic() < deadline and not all(one.has_arrived() for one in self._waiting.connections.values()):
             time.sleep(0.001)
         for connection in self._waiting.connections.values():
             connection.end("")
+        if self._regrouping is not None:
+            self._regrouping.close()
 
-    def _lost(self, host: int | None, reason: str) -> RankLost:
+    @property
+    def may_come_together(self) -> bool:
+        """Whether there is a way."""
+        return self._regrouping is not None
+
+    def come_together(self, report: int) -> Mapping[int, int]:
+        """End all connections, by which the others hear of it, too, and make new ones."""
+        if self._regrouping is None:
+            raise ValueError("these hosts can not come together anew")
+        connections = self._waiting.connections.values()
+        for connection in connections:
+            connection.end("the team comes together anew")
+        for connection in connections:
+            connection.join(_FAREWELL)
+        regrouped = self._regrouping.come_together(report)
+        self._renew(regrouped.connected)
+        return regrouped.reports
+
+    def _lost(self, host: int | None, reason: str) -> TeamError:
         """Return the error of a connection that has ended; of all with None."""
         rank = self.leaders[self.host]
         if self._is_closed.is_set():
             return RankLost(f"rank {rank} has closed its connections: its run was ended.")
         if host is None:
             return RankLost(f"rank {rank} lost its connections ({reason}). See the logs of the others.")
-        other = self.leaders[host]
-        return RankLost(
+        other, farewell = self.leaders[host], self._waiting.connections[host].farewell
+        if farewell is Farewell.FAILED:
+            return RankFailed(f"rank {rank} ends because rank {other}, or one beside it, failed; see its traceback.")
+        kind = HostLost if farewell is None else RankLost
+        return kind(
             f"rank {rank} lost its connection to rank {other} ({reason}). Its process ended, or the network between "
             "them did; see its log.",
             other,

@@ -38,6 +38,7 @@ from lightwork.engine.exchange.background import Background
 from lightwork.engine.exchange.sums import Adder
 from lightwork.spec.holdings import Holdings
 from lightwork.spec.layout import Span
+from lightwork.spec.roster import Roster
 from lightwork.spec.tree import Node, Sum, sum_of, without_absent
 from lightwork.transport.base import FIRST_TAG, Carrier, Pending
 
@@ -58,7 +59,7 @@ class Held:
     places: Mapping[Node, tuple[int, int]]  #: place of the worker on this host and slot, by node
     touched: Mapping[int, Touched]  #: by micro-batch of this host
     in_outbox: Node | None = None  #: the node that lies in the outbox
-    nodes: tuple[tuple[Node, ...], ...] = ()  #: those that travel, by host
+    nodes: Mapping[int, tuple[Node, ...]] = field(default_factory=dict)  #: those that travel, by host
 
     def has(self, node: Node, parameter: int) -> bool:
         """Return whether a node of this host holds a sum for `parameter`."""
@@ -83,14 +84,15 @@ class Turns:
     Owns: a thread, in which partial sums travel, until `close`.
     """
 
-    def __init__(self, holdings: Holdings, carrier: Carrier, slots: Slots) -> None:
+    def __init__(self, holdings: Holdings, carrier: Carrier, slots: Slots, roster: Callable[[], Roster]) -> None:
+        """`roster` returns who is in the step."""
         self._holdings = holdings
+        self._roster = roster
         self._carrier = carrier
         self._slots = slots
         self._device = slots.device
         self._into = holdings.num_places - 1  # the leader's slot for the sums over all hosts
         self._host = holdings.host
-        self._others = [host for host in range(holdings.roster.num_hosts) if host != self._host]
         self._adder = Adder(slots.wire, self._device.place)
         layout = self._layout = slots.layout
         sums = [slots.wire] * len(layout.parameters)
@@ -104,9 +106,20 @@ class Turns:
         self._waited = 0.0
         self.busy_seconds = 0.0  #: of the thread in this step, waits for backward left out
 
+    @property
+    def _others(self) -> list[int]:
+        return self._carrier.others
+
     def close(self) -> None:
         """End the thread."""
         self._thread.close()
+
+    def abandon(self) -> None:
+        """Wait for the end of turns that have failed, as a host was lost. Then there will be no others."""
+        self.outbox.abandon()
+        if self._going is not None:
+            self._going.exception()
+        self.close()
 
     @property
     def are_going(self) -> bool:
@@ -115,8 +128,8 @@ class Turns:
 
     def begin(self, held: Held) -> None:
         """Begin to exchange the step's partial sums, each bucket as soon as `outbox` says that it is complete."""
-        roster = self._holdings.roster
-        held.nodes = tuple(roster.nodes(host, held.whole.end) for host in range(roster.num_hosts))
+        roster = self._roster()
+        held.nodes = {host: roster.nodes(host, held.whole.end) for host in roster.hosts}
         self.busy_seconds = 0.0
         before = self._device.mark()  # sums of earlier micro-batches
         self._going = self._thread.start(lambda: self._exchange(held, before))
@@ -146,9 +159,10 @@ class Turns:
         start, self._waited = time.perf_counter(), 0.0
         count = len(self._layout.buckets)
         # Backward completes the last ones first.
-        num_hosts = self._carrier.num_hosts
+        roster = self._roster()
+        num_hosts = len(roster.hosts)
         turns = [
-            _Turn({self._holdings.rows[b].owner: b for b in range(first, min(first + num_hosts, count))})
+            _Turn({roster.owner(b): b for b in range(first, min(first + num_hosts, count))})
             for first in reversed(range(0, count, num_hosts))
         ]
         for position in range(len(turns) + 2):  # [Note: three turns at once]
@@ -160,6 +174,26 @@ class Turns:
             if position > 1:
                 self._end(held, turns[position - 2])
         self.busy_seconds = time.perf_counter() - start - self._waited
+
+    # --- what they came to, once more ---------------------------------------------------------------------------------
+
+    def give_total(self, host: int, whole: Node) -> None:
+        """Send the sum over all hosts, which lies in the leader's last slot, to a host that has not got it."""
+        held, turn = Held(whole, {}, {}), _Turn({})
+        for bucket in range(len(self._layout.buckets)):
+            self._carrier.send(host, self._packed_total(held, bucket, turn), _TOTALS).wait()
+            self._pool.give_back(turn.buffers)
+            turn.buffers.clear()
+
+    def take_total(self, host: int, whole: Node) -> None:
+        """Receive it into the leader's last slot."""
+        for bucket in range(len(self._layout.buckets)):
+            buffer = self._pool.take_buffer()
+            message = self._message(bucket, whole)
+            self._carrier.receive(host, buffer[: message.num_bytes], _TOTALS).wait()
+            for (span, _, _), view in zip(message.blocks, message.views(buffer), strict=True):
+                self._slots.span_view(0, self._into, whole, span).copy_(view)
+            self._pool.give_back([buffer])
 
     # --- a turn -----------------------------------------------------------------------------------------------------
 
