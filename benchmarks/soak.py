@@ -1,12 +1,14 @@
 """Teams whose workers are killed and stopped at random instants, and others come, compared bit for bit.
 
     python benchmarks/soak.py --seconds 600     # make soak SECONDS=600; --out DIR writes the table as well
+    python benchmarks/soak.py --hosts           # each worker is a host of its own
 
 Each run trains a job of `tests/cases.py` with 2 to 4 workers, looks at loss, gradient norm and digest after every step,
 and saves in between. Meanwhile workers are killed (SIGKILL) or stopped for ever (SIGSTOP: ended by the team after its
 lease), one by one or several at once, down to one that trains; other processes take their places, and are killed as
 well, on their way too. Whoever comes to the end must have seen what one worker alone sees, a newcomer from where it
-came in on.
+came in on. With `--hosts` there are 2 to 5 workers with memories of their own, which are only killed: nobody takes
+their places, and who is stopped is waited for.
 """
 
 from __future__ import annotations
@@ -86,8 +88,9 @@ class Tally:
 class Killer(threading.Thread):
     """Kills and stops workers of one run; remembers whom, as one that is still dying looks alive."""
 
-    def __init__(self, folder: Path, chance: random.Random) -> None:
+    def __init__(self, folder: Path, chance: random.Random, *, hosts: bool) -> None:
         super().__init__(daemon=True)
+        self._stops = 0.0 if hosts else 0.05  # how often, rather than killed
         self.faults: list[int] = []
         self.on_their_way = 0
         self.is_over = False
@@ -108,7 +111,7 @@ class Killer(threading.Thread):
                 members.remove(chance.choice(members))
             may_go = members + others * (chance.random() < 0.15)
             for pid in chance.sample(may_go, min(len(may_go), 1 + (chance.random() < 0.3))):
-                number = signal.SIGSTOP if pid in members and chance.random() < 0.05 else signal.SIGKILL
+                number = signal.SIGSTOP if pid in members and chance.random() < self._stops else signal.SIGKILL
                 if self.is_over or not _is_worker(pid):
                     continue
                 os.kill(pid, number)
@@ -130,15 +133,15 @@ def _is_worker(pid: int) -> bool:
     return int(parent) == os.getpid() and state not in "ZX"
 
 
-def one_run(name: str, expected: Sequence[Any], chance: random.Random, tally: Tally) -> None:
+def one_run(name: str, expected: Sequence[Any], chance: random.Random, tally: Tally, *, hosts: bool) -> None:
     """Do one run and count what came of it."""
-    num_workers = chance.randint(2, 4)
+    num_workers = chance.randint(2, 5 if hosts else 4)
     with tempfile.TemporaryDirectory() as path:
-        killer = Killer(Path(path), chance)
+        killer = Killer(Path(path), chance, hosts=hosts)
         killer.start()
-        plan = lightwork.Plan(lease=LEASE, trace=False)
+        plan = lightwork.Plan(lease=LEASE, trace=False, transport="group" if hosts else "host")
         job = partial(train, name, Path(path), plan, SECONDS)
-        results = fork_team(num_workers, job, restarts=RESTARTS, timeout=120)
+        results = fork_team(num_workers, job, restarts=0 if hosts else RESTARTS, timeout=120)
         killer.is_over = True
         killer.join()
         tally.came += len(list(Path(path).glob("*.in"))) - num_workers
@@ -174,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--hosts", action="store_true", help="workers with memories of their own")
     parser.add_argument("--out", type=Path, help="a folder for the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -189,7 +193,7 @@ def main() -> None:
     end = time.monotonic() + arguments.seconds
     while time.monotonic() < end:
         name = chance.choice(list(CASES))
-        one_run(name, expected[name], chance, tallies[name])
+        one_run(name, expected[name], chance, tallies[name], hosts=arguments.hosts)
     rows = [
         (
             name,
@@ -212,8 +216,9 @@ def main() -> None:
         print(f"{count} x {problem}")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        parts = ("# soak", title + ".", preamble(), markdown(HEADS, rows))
-        (arguments.out / "soak.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+        name = "soak of hosts" if arguments.hosts else "soak"
+        parts = (f"# {name}", title + ".", preamble(), markdown(HEADS, rows))
+        (arguments.out / f"{name.replace(' ', '_')}.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
     raise SystemExit(bool(problems))
 
 

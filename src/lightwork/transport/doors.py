@@ -92,6 +92,7 @@ class Door:
         try:
             self._listener.bind((address, 0))
             self._listener.listen(1024)
+            self._listener.settimeout(_BEAT)
         except OSError as error:
             self._listener.close()
             raise TeamError(
@@ -128,7 +129,6 @@ class Door:
         self._listener.close()
 
     def _listen(self) -> None:
-        self._listener.settimeout(_BEAT)
         last_beat = time.monotonic()
         while True:
             if time.monotonic() - last_beat >= _BEAT:
@@ -166,7 +166,7 @@ class Door:
             caller = Caller(host, stranger, json.loads(receive_message(stranger, time.monotonic() + _PATIENCE)))
         except (OSError, ValueError) as error:
             stranger.close()
-            if not isinstance(error, Untouched):
+            if not isinstance(error, Untouched | ConnectionResetError | BrokenPipeError):  # it has gone by itself
                 notice(f"somebody at {who} was turned away from this run's team: {error}.")
         else:
             if not self.answer(caller):
