@@ -30,7 +30,7 @@ from lightwork.run.exit import EXITS, Exits
 from lightwork.team import environment as environments
 from lightwork.team import finding
 from lightwork.team.environment import Environment, Launcher
-from lightwork.team.rendezvous import Progress, Rendezvous
+from lightwork.team.rendezvous import IfKilled, Progress, Rendezvous
 from lightwork.transport.base import Carrier, Pending
 from lightwork.transport.lock import FileLock
 from lightwork.transport.signal import Signal
@@ -246,7 +246,7 @@ class FakeRendezvous(Rendezvous):
     def report(self, progress: Progress) -> None:
         pass
 
-    def report_elastic(self, *, elastic: bool, replaces: bool) -> None:
+    def report_if_killed(self, follows: IfKilled) -> None:
         pass
 
 

@@ -158,3 +158,81 @@ def test_a_number_of_restarts_that_is_none_is_refused(tmp_path: Path) -> None:
     result = lightwork_run(tmp_path, script(), "--restarts", "-1")
     assert result.status == 2, result.text
     assert "--restarts -1 is not a number from 0 upwards" in result.err
+
+
+# --- workers with memories of their own -------------------------------------------------------------------------------
+
+GROUP = ("--transport", "group")
+
+
+@pytest.mark.parametrize("deaths", [((1, 3),), ((0, 2),), ((1, 2), (0, 4))], ids=str)
+def test_those_that_have_copies_of_everything_go_on(
+    tmp_path: Path, undisturbed: str, deaths: tuple[tuple[int, int], ...]
+) -> None:
+    result = lightwork_run(tmp_path, killed_at(*deaths), *GROUP, workers="3")
+    assert result.status == 0, result.text
+    shown = "2" if (0, 4) in deaths else "1" if (0, 2) in deaths else "0"
+    assert digests(result.out) == {shown: undisturbed}
+    assert result.err.count("The others go on.") == len(deaths)
+    assert "Its place stays empty: where workers have memories of their own, none can come." in result.err
+    assert left_running(result.pids()) == []
+
+
+def test_an_exception_ends_workers_with_memories_of_their_own(tmp_path: Path) -> None:
+    text = script('if run.rank == 1 and step.index >= 2: raise ValueError("its own")', max_steps=100_000)
+    result = lightwork_run(tmp_path, text, *GROUP, workers="3")
+    assert result.status == 1, result.text
+    assert "ValueError: its own" in result.err
+    assert "goes on" not in result.err, result.text
+
+
+def saving(at: str) -> str:
+    """Return a script that saves after each second step, and does something in each micro-batch."""
+    return script(at, end=END).replace("micro_batch=2)", "micro_batch=2, save_every=2)")
+
+
+DIES_ONCE = (
+    "if run.rank == 1 and step.index == 4 and not os.path.exists('dead'): "
+    "open('dead', 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
+)
+DIES_ALWAYS = "if run.rank == 1 and step.index == 4: os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("placement", ["zero1", "zero2", "zero3"])
+def test_a_team_in_which_nobody_else_has_what_was_lost_begins_again(
+    tmp_path: Path, undisturbed: str, placement: str
+) -> None:
+    options = (*GROUP, "--set", f"placement={placement}")
+    result = lightwork_run(tmp_path, saving(DIES_ONCE), *options, workers="3")
+    assert result.status == 0, result.text
+    assert digests(result.out) == {"0": undisturbed}
+    # The newest checkpoint is written in the background: if it is not whole, it is the one before.
+    (steps,) = re.findall(
+        r"begins again from its checkpoint after (\d) steps \(1 of at most 3 times from there: --restarts\)", result.err
+    )
+    assert steps in "24"
+    assert f"resumed after {steps} steps" in result.err
+    assert left_running(result.pids()) == []
+
+
+def test_without_a_checkpoint_it_begins_at_the_beginning(tmp_path: Path, undisturbed: str) -> None:
+    result = lightwork_run(tmp_path, script(DIES_ONCE, end=END), *GROUP, "--set", "placement=zero2", workers="2")
+    assert result.status == 0, result.text
+    assert digests(result.out) == {"0": undisturbed}
+    assert "begins again from its beginning, as there is no checkpoint yet" in result.err
+
+
+def test_it_does_not_begin_for_ever(tmp_path: Path) -> None:
+    options = (*GROUP, "--set", "placement=zero2", "--restarts", "2")
+    result = lightwork_run(tmp_path, saving(DIES_ALWAYS), *options, workers="2")
+    assert result.status == 128 + signal.SIGKILL, result.text
+    assert result.err.count("The team begins again") == 2
+    assert result.err.count("The others were ended.") == 1
+
+
+@pytest.mark.parametrize("options", [("--restarts", "0"), ("--set", "elastic=false")], ids=" ".join)
+def test_it_ends_where_that_is_asked_for(tmp_path: Path, options: tuple[str, ...]) -> None:
+    options = (*GROUP, "--set", "placement=zero2", *options)
+    result = lightwork_run(tmp_path, saving(DIES_ALWAYS), *options, workers="2")
+    assert result.status == 128 + signal.SIGKILL, result.text
+    assert "begins again" not in result.err

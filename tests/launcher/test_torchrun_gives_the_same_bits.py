@@ -89,7 +89,7 @@ def test_a_worker_of_another_node_that_ends_is_named(tmp_path: Path) -> None:
     text = text.replace("micro_batch=2)", "micro_batch=2, plan=lightwork.Plan(elastic=False))")
     first, second = two_nodes(tmp_path, text, 2, 1)
     assert (first.status != 0, second.status) == (True, 0), first.text + second.text
-    assert "RankLost: rank 0 lost its connection to rank 2" in first.err, first.text
+    assert "HostLost: rank 0 lost its connection to rank 2" in first.err, first.text
 
 
 def test_workers_of_several_hosts_that_leave_their_loop_at_different_steps_are_told(tmp_path: Path) -> None:

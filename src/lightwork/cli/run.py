@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from rich.console import Console
 
 from lightwork.errors import SpecError, UsageError
+from lightwork.launcher.beginnings import Beginnings
 from lightwork.launcher.ended import Ended
 from lightwork.launcher.local import launch, log_of, preload
 from lightwork.launcher.replacing import LONG_ENOUGH, RESTARTS
@@ -124,19 +125,24 @@ def carry_out(options: argparse.Namespace) -> int:
     command = {"script": options.script, "is_module": options.is_module, "arguments": options.arguments}
     command |= {"folder": os.getcwd(), "settings": settings}
     write_records(run_dir, {"command": json.dumps(command, indent=2)})
-    logged = {rank: _size(log_of(run_dir, rank)) for rank in range(num_workers)}
-    display = RunProgress(run_dir, num_workers, quiet=options.quiet, live=_is_drawable(), skip_existing=True)
-    finished = False
-    try:
-        outcome = launch(
-            script, num_workers, run_dir=run_dir, settings=settings, display=display, restarts=options.restarts
-        )
-        finished = outcome.culprit is None and outcome.interrupted is None
-    except BrokenPipeError:
-        return _conclude_unheard(run_dir)
-    finally:
-        display.close(finished=finished)
-    return _conclude(outcome, script, run_dir, display.last_step, logged)
+    beginnings = Beginnings(run_dir, options.restarts)
+    while True:
+        logged = {rank: _size(log_of(run_dir, rank)) for rank in range(num_workers)}
+        display = RunProgress(run_dir, num_workers, quiet=options.quiet, live=_is_drawable(), skip_existing=True)
+        finished = False
+        try:
+            outcome = launch(
+                script, num_workers, run_dir=run_dir, settings=settings, display=display, restarts=options.restarts
+            )
+            finished = outcome.culprit is None and outcome.interrupted is None
+        except BrokenPipeError:
+            return _conclude_unheard(run_dir)
+        finally:
+            display.close(finished=finished)
+        follows = beginnings.follows(outcome)
+        if not follows:
+            return _conclude(outcome, script, run_dir, display.last_step, logged)
+        _say(follows)
 
 
 def parse_settings(assignments: list[str]) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from lightwork.team.rendezvous import Progress
+from lightwork.team.rendezvous import IfKilled, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Ended:
     pid: int
     status: int  #: exit status, or minus the signal's number
     progress: Progress
-    is_elastic: bool = False  #: its runs go on without it
+    if_killed: IfKilled = IfKilled.UNKNOWN  #: what becomes of its runs
     life: int = 0  #: how many processes were at its place before
 
     @property

@@ -27,7 +27,7 @@ from lightwork.launcher.replacing import RESTARTS, Replacing
 from lightwork.launcher.requests import Requests
 from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.page import Page
-from lightwork.team.rendezvous import Progress
+from lightwork.team.rendezvous import IfKilled, Progress
 
 #: Seconds between SIGTERM and SIGKILL after a failure, and after an interruption.
 GRACE_AFTER_FAILURE = 2.0
@@ -176,7 +176,7 @@ class Supervisor:
                 pid=worker.pid or 0,
                 status=status,
                 progress=self._page.progress(rank),
-                is_elastic=self._page.is_elastic(rank),
+                if_killed=self._page.if_killed(rank),
                 life=self._replacing.life(rank),
             )
             if rank in self._replacing.coming and not self._replacing.has_come(rank):
@@ -222,11 +222,15 @@ class Supervisor:
         """The ranks of those that run and are in the team."""
         return [rank for rank in self._running if rank not in self._replacing.coming]
 
+    def _takes_others(self, members: Sequence[int]) -> bool:
+        """Return whether other processes can come to a team of these."""
+        return all(self._page.if_killed(rank) is IfKilled.REPLACED for rank in members)
+
     def _replace(self, rank: int) -> str:
         """Let another process come to a place, if it can; return what there is to say of it."""
         if self._interrupted is not None or not self._members:
             return ""
-        if not all(map(self._page.may_be_replaced, self._members)):
+        if not self._takes_others(self._members):
             return "Its place stays empty: where workers have memories of their own, none can come."
         obstacle = self._replacing.obstacle(rank, max(map(self._page.num_runs, self._members)))
         if obstacle is not None:
@@ -271,7 +275,7 @@ class Supervisor:
     def _refusal(self, num_workers: int) -> str:
         """Return why there can not be so many workers, if so."""
         members, most = self._members, self._page.capacity()
-        if not members or not all(map(self._page.may_be_replaced, members)):
+        if not members or not self._takes_others(members):
             return (
                 "the team can not change now: it has not begun to train or is ending; or it is one that never can: one "
                 "worker alone, workers with memories of their own (--transport group, GPUs), --set elastic=false."
@@ -311,7 +315,7 @@ class Supervisor:
         others = well or self._members
         if ended.status >= 0 or not others or ended.progress in (Progress.STARTED, Progress.JOINING):
             return False
-        return ended.is_elastic and all(map(self._page.is_elastic, self._members))
+        return ended.if_killed.goes_on and all(self._page.if_killed(rank).goes_on for rank in self._members)
 
     def _is_failure(self, ended: Ended) -> bool:
         if ended.progress in _OUT:

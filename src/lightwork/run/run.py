@@ -287,7 +287,7 @@ class Run:
         self._passes.leaving.listen()
         newcomer = self._team.newcomer
         if newcomer is None:
-            self._team.begin()
+            self._team.begin(elastic=self.plan.elastic)
             return
         path = newcomer.wait_until_let_in()
         try:

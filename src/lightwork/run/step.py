@@ -293,7 +293,7 @@ class Step:
             newcomer.wait_for_another(self.index)
         action = self._engine.enter_step(self.index, self._num_micro_batches)
         if newcomer is not None:
-            self._team.begin()
+            self._team.begin(elastic=True)
         return action
 
     def _repeat(self, proof: Proof | None) -> Iterator[Any]:

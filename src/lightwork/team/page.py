@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 from lightwork.errors import TeamError
 from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.meeting_point import JOIN_TIMEOUT, LOOPBACK, serve_on_loopback
-from lightwork.team.rendezvous import DISTRIBUTE, Progress, Rendezvous
+from lightwork.team.rendezvous import DISTRIBUTE, IfKilled, Progress, Rendezvous
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -27,12 +27,10 @@ _MAGIC = b"lightwork rendezvous page"
 
 _MAX_WORKERS = 4096
 
-#: Of a worker's runs, once there are any: all go on without it, and others can come; or none can; or some do not go on.
-_IS_ELASTIC, _IS_SURVIVED, _RIGID = 1, 2, 3
 _ENDS_AT = 32
 _PROGRESS_AT = 64
-_ELASTIC_AT = _PROGRESS_AT + _MAX_WORKERS
-_RUNS_AT = _ELASTIC_AT + _MAX_WORKERS
+_IF_KILLED_AT = _PROGRESS_AT + _MAX_WORKERS
+_RUNS_AT = _IF_KILLED_AT + _MAX_WORKERS
 _MEMORY_AT = _RUNS_AT + 8 * _MAX_WORKERS
 _JOURNAL_AT = _MEMORY_AT + _MEMORY.size * _MAX_WORKERS
 _JOURNAL_BYTES = 16 * 1024 * 1024  # takes up what was written; a message is about 1 KiB
@@ -42,8 +40,8 @@ _PAGE_BYTES = _LINES_AT + _JOURNAL_BYTES
 
 @final
 class Page:
-    """It, as the launcher sees it: of each rank two bytes (progress, and whether its runs go on without it), a count of
-    runs, and where it has its memory. Behind that lies the journal (`FileRendezvous`).
+    """It, as the launcher sees it: of each rank two bytes (progress, and what becomes of its runs without it), a count
+    of runs, and where it has its memory. Behind that lies the journal (`FileRendezvous`).
     """
 
     def __init__(self, fd: int) -> None:
@@ -83,13 +81,9 @@ class Page:
         at = _RUNS_AT + 8 * rank
         return int.from_bytes(self.bytes[at : at + 8], "little")
 
-    def is_elastic(self, rank: int) -> bool:
-        """Return whether the runs that `rank` has joined go on without it."""
-        return self.bytes[_ELASTIC_AT + rank] in (_IS_ELASTIC, _IS_SURVIVED)
-
-    def may_be_replaced(self, rank: int) -> bool:
-        """Return whether another process can come to the place of `rank`."""
-        return self.bytes[_ELASTIC_AT + rank] == _IS_ELASTIC
+    def if_killed(self, rank: int) -> IfKilled:
+        """Return what becomes of the runs that `rank` has joined if it is killed."""
+        return IfKilled(self.bytes[_IF_KILLED_AT + rank])
 
     def memories(self) -> list[tuple[str, str]]:
         """Return what was written down, of processes that may have ended."""
@@ -115,7 +109,7 @@ class Page:
     def clear(self, rank: int) -> None:
         """Forget all of `rank`, whose process has ended: another one takes its place."""
         self.bytes[_PROGRESS_AT + rank] = Progress.STARTED
-        self.bytes[_ELASTIC_AT + rank] = 0
+        self.bytes[_IF_KILLED_AT + rank] = 0
         for at, size in ((_RUNS_AT, 8), (_MEMORY_AT, _MEMORY.size)):
             self.bytes[at + size * rank : at + size * (rank + 1)] = bytes(size)
 
@@ -201,11 +195,10 @@ class FileRendezvous(Rendezvous):
         """Write this rank's byte. After a further `distribute` it is as it was before: another run may go on."""
         self._page[_PROGRESS_AT + self._rank] = max(progress, self._before) if progress is Progress.JOINED else progress
 
-    def report_elastic(self, *, elastic: bool, replaces: bool) -> None:
-        """Write this rank's byte: of several runs all must go on."""
-        at = _ELASTIC_AT + self._rank
-        now = _IS_ELASTIC if replaces else _IS_SURVIVED if elastic else _RIGID
-        self._page[at] = max(self._page[at], now)
+    def report_if_killed(self, follows: IfKilled) -> None:
+        """Write this rank's byte."""
+        at = _IF_KILLED_AT + self._rank
+        self._page[at] = max(self._page[at], follows)
 
     def show_memory(self, fd: int, disk_fd: int | None, capacity: int) -> None:
         """Write it down, of the first run: newcomers begin with it, and are let in nowhere else."""

@@ -39,6 +39,21 @@ class Progress(IntEnum):
     TURNED_AWAY = 6  #: it was let into the team, and could not be in it
 
 
+class IfKilled(IntEnum):
+    """What becomes of a worker's runs if it is killed. Of several runs the last of these counts."""
+
+    UNKNOWN = 0  #: there is no run yet
+    REPLACED = 1  #: the others go on, and another process can come to its place
+    DONE_WITHOUT = 2  #: the others go on
+    BEGUN_AGAIN = 3  #: the others do not; another team can go on from the last checkpoint
+    ENDED = 4  #: the others do not
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the others do."""
+        return self in (IfKilled.REPLACED, IfKilled.DONE_WITHOUT)
+
+
 class Rendezvous(ABC):
     """Rank 0 publishes, everyone waits. Keys are used once."""
 
@@ -87,12 +102,8 @@ class Rendezvous(ABC):
     def report(self, progress: Progress) -> None:
         """Tell the launcher how far this worker got, where there is one that looks."""
 
-    def report_elastic(self, *, elastic: bool, replaces: bool) -> None:  # noqa: B027  # other launchers do not look
-        """Tell the launcher whether the others of a run that was joined go on if this worker is killed.
-
-        Args:
-            replaces: whether another process can come to its place.
-        """
+    def report_if_killed(self, follows: IfKilled) -> None:  # noqa: B027  # other launchers do not look
+        """Tell the launcher what becomes of a run that was joined if this worker is killed."""
 
     def show_memory(self, fd: int, disk_fd: int | None, capacity: int) -> None:  # noqa: B027  # ... and nobody joins later
         """Tell newcomers under which descriptors this process has the memory of its run, and its file on disk."""

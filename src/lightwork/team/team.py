@@ -27,7 +27,7 @@ from lightwork.team.meeting_point import JOIN_TIMEOUT
 from lightwork.team.newcomer import Newcomer, Welcome
 from lightwork.team.peers import Peers
 from lightwork.team.presence import Activity
-from lightwork.team.rendezvous import Progress, Rendezvous
+from lightwork.team.rendezvous import IfKilled, Progress, Rendezvous
 from lightwork.transport.base import Transport, Watch
 from lightwork.transport.late import Lateness
 from lightwork.transport.mailboxes import HostTransport
@@ -100,13 +100,20 @@ class Team:
         if self.newcomer is None:
             self.rendezvous.report(progress)
 
-    def begin(self) -> None:
+    def begin(self, *, elastic: bool) -> None:
         """Be a worker as the others are: at the end of `distribute`; a newcomer, when it has entered its first step.
 
-        The launcher is told whether the others go on from here without this worker, if it is killed.
+        The launcher is told what becomes of the team from here on if this worker is killed. `elastic` says that it is
+        to go on, be it from a checkpoint.
         """
         self.hosts.may_lose = self.hosts.carrier.may_come_together
-        self.rendezvous.report_elastic(elastic=self.may_lose or self.hosts.may_lose, replaces=self.may_lose)
+        if self.may_lose:
+            follows = IfKilled.REPLACED
+        elif self.hosts.may_lose:
+            follows = IfKilled.DONE_WITHOUT
+        else:
+            follows = IfKilled.BEGUN_AGAIN if elastic and self.world_size > 1 else IfKilled.ENDED
+        self.rendezvous.report_if_killed(follows)
         if self.newcomer is not None:
             self.newcomer, self.is_in = None, True
             self.report(Progress.TRAINING)
