@@ -1,7 +1,7 @@
 # make demo    set up, train a small GPT on Python's own source with all cores, check its bits against one worker
 # make check   set up, run linters and the tests that stay in one process, in a few minutes
 # make test    set up, run linters and all tests
-# make soak    kill workers at random for SECONDS=600, and compare bits
+# make soak    kill workers at random for SECONDS=600, and compare bits; HOSTS=1: of which each is a host
 # make bench   set up the peers, run the benchmarks (about 45 minutes on 2 cores)
 # make clean   remove what these made
 
@@ -40,7 +40,7 @@ test: check
 SECONDS ?= 600
 
 soak: .venv/ready
-	$(BIN)/python benchmarks/soak.py --seconds $(SECONDS)
+	$(BIN)/python benchmarks/soak.py --seconds $(SECONDS) $(if $(HOSTS),--hosts)
 
 bench: .venv/bench-ready
 	$(BIN)/python benchmarks/bench.py

@@ -13,7 +13,6 @@ import torch
 
 from lightwork.device.cpu import Rehearsal
 from lightwork.errors import Disagreement, RankLost
-from lightwork.transport import late
 from lightwork.transport.base import FIRST_BYTES, FIRST_TAG, Carrier
 from lightwork.transport.null import NullCarrier
 from lightwork.transport.relay import ByHosts, Relay
@@ -181,9 +180,8 @@ def test_whoever_sends_first_is_received_from_and_named(hosts: Hosts) -> None:
         assert [number for sender, number in received if sender == host] == [10 * host + n for n in range(3)]
 
 
-def test_a_host_that_keeps_others_waiting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(late, "NAME_AFTER_SECONDS", 0.5)
-    named: list[tuple[int, float]] = []
+def test_who_waits_for_a_host_tells_of_it_each_second() -> None:
+    told: list[tuple[int, float]] = []
 
     def job(carrier: Carrier) -> None:
         tensor = torch.zeros(4)
@@ -194,6 +192,5 @@ def test_a_host_that_keeps_others_waiting_is_named(monkeypatch: pytest.MonkeyPat
             carrier.receive(1, tensor, FIRST_TAG).wait()
         carrier.close()
 
-    of_sockets(2, job, late=lambda *late: named.append(late))
-    assert [rank for rank, _ in named] == [10]
-    assert 0.5 < named[0][1] < 2.5
+    of_sockets(2, job, waits=lambda *wait: told.append(wait))
+    assert [(host, round(seconds)) for host, seconds in told] == [(1, 1), (1, 2)]

@@ -26,7 +26,8 @@ class Host:
 
     def __init__(self, host: int, doors: list[Door], silence: float) -> None:
         leaders = [10 * other for other in range(len(doors))]
-        connected, places = connect_all(doors[host], doors[0].place, host, leaders, SECRET, 10)
+        connected, of_all = connect_all(doors[host], doors[0].place, host, leaders, SECRET, 10)
+        places = {other: said["place"] for other, said in of_all.items()}
         self.regrouping = Regrouping(doors[host], places, leaders, SECRET, silence, 60.0)
         self.carrier = SocketCarrier(host, leaders, connected, regrouping=self.regrouping)
 

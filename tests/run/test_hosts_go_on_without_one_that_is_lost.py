@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,19 @@ from lightwork.team.hosts import Hosts
 from lightwork.transport.base import Carrier
 from lightwork.transport.regrouping import Regrouping
 from lightwork.transport.sockets import SocketCarrier
-from tests.run.test_a_team_goes_on_without_a_worker_that_is_killed import POINTS, Point, Seen, check, train, undisturbed
+from tests.run.test_a_team_goes_on_without_a_worker_that_is_killed import (
+    DATA,
+    POINTS,
+    Point,
+    Seen,
+    check,
+    evaluate_on,
+    stop,
+    train,
+    train_on,
+    train_two,
+    undisturbed,
+)
 from tests.training import new_folder
 
 #: Over which the others may wait for weights that the lost host was to send.
@@ -145,6 +158,38 @@ def test_what_a_micro_batch_gave_before_a_host_was_lost_is_given_once(tmp_path: 
     (alone,) = fork_team(1, partial(_counted, tmp_path / "alone"))
     assert alone.error is None
     check(fork_team(3, partial(_counted, tmp_path / "team")), alone.value, 1)
+
+
+@pytest.mark.parametrize("name", ["with a gradient", "waiting for posts", "in an evaluation", "after a digest"])
+def test_a_host_that_is_stopped_for_longer_than_its_lease_is_ended(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for victim in (0, 1):
+        deaths = {victim: replace(POINTS[name], end=stop)}
+        assert run_hosts(3, deaths, plan=lightwork.Plan(lease=0.5)) == 1
+        assert f"rank {victim} (pid" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+@pytest.mark.parametrize("victim", [0, 2])
+def test_what_a_lost_host_was_to_read_is_read_by_others(data: Callable[[], Any], victim: int) -> None:
+    (alone,) = fork_team(1, partial(train_on, data, {}))
+    assert alone.error is None, alone.error
+    check(fork_team(3, partial(train_on, data, {victim: 3}), settings={"transport": "group"}), alone.value, 1)
+
+
+def test_both_runs_of_a_script_go_on_without_a_host() -> None:
+    (alone,) = fork_team(1, partial(train_two, None))
+    assert alone.error is None, alone.error
+    check(fork_team(3, partial(train_two, 2), settings={"transport": "group"}), alone.value, 1)
+
+
+def test_the_batches_that_a_lost_host_had_are_evaluated_by_others() -> None:
+    data = DATA["samples, fetched ahead"]
+    (alone,) = fork_team(1, partial(evaluate_on, data, {}, Path()))
+    assert alone.error is None, alone.error
+    job = partial(evaluate_on, data, {1: 2}, new_folder() / "died")
+    check(fork_team(3, job, settings={"transport": "group"}), alone.value, 1)
 
 
 def _counted(folder: Path) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lightwork.notice import notice
 from lightwork.team.board import Board
 from lightwork.team.environment import Environment
 from lightwork.team.meeting_point import JOIN_TIMEOUT
+from lightwork.team.neighbours import Neighbours
 from lightwork.team.rendezvous import Rendezvous
 from lightwork.transport import nccl
 from lightwork.transport.base import FIRST_TAG, Carrier, Farewell, PointToPoint
@@ -55,11 +57,6 @@ def connect_hosts(
 
     Raises: RankLost when one does not come; TeamError when it can not be reached.
     """
-    rank = leaders[host]
-
-    def late(other: int, seconds: float) -> None:
-        notice(f"rank {rank} has been waiting for rank {other} for {seconds:.0f} s.")
-
     if host == 0:
         secret = Secret(environment.token or secrets.token_hex(32), purpose)
         door = Door(rendezvous.address(), host, secret)
@@ -72,14 +69,19 @@ def connect_hosts(
         door = Door(rendezvous.address(), host, secret)
     regrouping: Regrouping | None = None
     try:
-        connected, places = connect_all(door, first, host, leaders, secret, JOIN_TIMEOUT)
+        about = {"pid": os.getpid(), "machine": environment.machine}
+        connected, of_all = connect_all(door, first, host, leaders, secret, JOIN_TIMEOUT, about)
+        beside = {other: said["pid"] for other, said in of_all.items() if said["machine"] == environment.machine}
+        beside = {other: pid for other, pid in beside.items() if may_lose and other != host}
+        waits = Neighbours(leaders[host], leaders, beside, lease).waits_for
         if may_lose:
             silence, patience = _SILENCE * lease or _NEVER, _PATIENCE * lease or _NEVER
-            regrouping = Regrouping(door, places, leaders, secret, silence, patience)
+            places = {other: said["place"] for other, said in of_all.items()}
+            regrouping = Regrouping(door, places, leaders, secret, silence, patience, waits)
     finally:
         if regrouping is None:
             door.close()
-    return SocketCarrier(host, leaders, connected, late, _SILENCE * lease, _PATIENCE * lease, regrouping)
+    return SocketCarrier(host, leaders, connected, waits, _SILENCE * lease, _PATIENCE * lease, regrouping)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +116,8 @@ class Hosts:
     @property
     def one_is_missed(self) -> bool:
         """Whether one is lost, and this worker, alone on its host, need not compute what will be computed again."""
-        is_alone, is_broken = self._board.roster.sizes[self.carrier.host] == 1, self.carrier.is_broken
-        return self.may_lose and is_alone and is_broken
+        is_alone, has_lost = self._board.roster.sizes[self.carrier.host] == 1, self.carrier.has_lost
+        return self.may_lose and is_alone and has_lost
 
     def fail(self, error: BaseException) -> None:
         """Say in parting that this host's code has failed; of the loss of others nothing: they see to it themselves."""
@@ -130,25 +132,28 @@ class Hosts:
         Raises: RankLost when the others can not go on without who was lost.
         """
         source: int | None = None
+        result: T
         while True:
+            is_lost = self.may_lose and self.carrier.has_lost
             try:
-                if source is not None:
-                    result = collective.take(source)
-                else:
-                    while self._behind:
-                        self._give(self._behind[-1])
-                        self._behind.pop()
-                    result = collective.run()
-                break
+                if not is_lost:
+                    result = collective.take(source) if source is not None else self._give_and(collective.run)
+                    break
             except HostLost:
                 if not self.may_lose:
                     raise
-                source = self._come_together(step)
-                if source is None:
-                    return None
+            source = self._come_together(step)
+            if source is None:
+                return None
         self._num_done += 1
         self._give = lambda host: collective.give(host, result)
         return result
+
+    def _give_and(self, run: Callable[[], T]) -> T:
+        while self._behind:
+            self._give(self._behind[-1])
+            self._behind.pop()
+        return run()
 
     def exchange(self, what: str, payload: bytes) -> list[bytes | None]:
         """Return what each host gives to `what`, a meeting of all workers; None of those that are lost."""

@@ -122,8 +122,8 @@ class Carrier(PointToPoint):
         return False
 
     @property
-    def is_broken(self) -> bool:
-        """Whether a connection has ended."""
+    def has_lost(self) -> bool:
+        """Whether a connection has ended without a farewell."""
         return False
 
     def come_together(self, report: int) -> Mapping[int, int]:
@@ -132,7 +132,7 @@ class Carrier(PointToPoint):
         What was on its way is lost; nothing of it is written any more.
 
         Blocks: until all of them have called it.
-        Raises: RankLost when this host can not go on.
+        Raises: RankLost when this host can not go on; RankFailed when the code of another one has failed.
         """
         raise ValueError("these hosts can not come together anew")
 

@@ -229,30 +229,38 @@ def call(
 
 
 def connect_all(
-    door: Door, first: Place, host: int, leaders: Sequence[int], secret: Secret, seconds: float
-) -> tuple[Mapping[int, socket.socket], Mapping[int, Place]]:
-    """Return a connection to each other host, by host, and where the doors of all are.
+    door: Door,
+    first: Place,
+    host: int,
+    leaders: Sequence[int],
+    secret: Secret,
+    seconds: float,
+    about: Mapping[str, object] | None = None,
+) -> tuple[Mapping[int, socket.socket], Mapping[int, Mapping[str, Any]]]:
+    """Return a connection to each other host, by host, and what each of all says of itself: the place of its door.
 
-    `first` is where the first one's door is.
+    Args:
+        first: where the first one's door is.
+        about: what else this one says.
 
     Blocks: until all hosts have called this.
     Raises: RankLost when one has not after so many seconds, or is gone; TeamError when this one is turned away.
     """
     deadline = time.monotonic() + seconds
     connected: dict[int, socket.socket] = {}
-    places: dict[int, Place] = {0: first, host: door.place}
-    own = {"place": door.place}
+    own = {"place": door.place, **(about or {})}
+    of_all: dict[int, Mapping[str, Any]] = {host: own}
     try:
         if host == 0:
-            places |= _come_in(door, range(1, len(leaders)), leaders, deadline, connected)
+            of_all |= _come_in(door, range(1, len(leaders)), leaders, deadline, connected)
             for one in connected.values():
-                send_message(one, json.dumps(places).encode())
+                send_message(one, json.dumps(of_all).encode())
         else:
             connected[0] = call(first, 0, host, secret, own, seconds)
             told = json.loads(receive_message(connected[0], deadline))
-            places |= {int(other): (place[0], place[1]) for other, place in told.items() if int(other)}
+            of_all = {int(other): message | {"place": tuple(message["place"])} for other, message in told.items()}
             for other in range(1, host):
-                connected[other] = call(places[other], other, host, secret, own, seconds)
+                connected[other] = call(of_all[other]["place"], other, host, secret, own, seconds)
             _come_in(door, range(host + 1, len(leaders)), leaders, deadline, connected)
     except (OSError, TeamError) as error:
         for one in connected.values():
@@ -263,14 +271,14 @@ def connect_all(
             f"rank {leaders[host]} can not be connected to the workers of other hosts ({error}). The first one is at "
             f"{first[0]}:{first[1]}. All must have the same LIGHTWORK_TOKEN, or none, and reach each other's ports."
         ) from error
-    return connected, places
+    return connected, of_all
 
 
 def _come_in(
     door: Door, hosts: Sequence[int], leaders: Sequence[int], deadline: float, connected: dict[int, socket.socket]
-) -> dict[int, Place]:
-    """Wait for hosts to come in, put the connections to them into `connected`, and return where their doors are."""
-    places: dict[int, Place] = {}
+) -> dict[int, Mapping[str, Any]]:
+    """Wait for hosts to come in, put the connections to them into `connected`, and return what they say."""
+    said: dict[int, Mapping[str, Any]] = {}
     while missing := [host for host in hosts if host not in connected]:
         came = door.next(deadline)
         if came is None:
@@ -281,11 +289,10 @@ def _come_in(
             )
         if came.host in missing:
             connected[came.host] = came.socket
-            address, port = came.message["place"]
-            places[came.host] = address, port
+            said[came.host] = came.message | {"place": tuple(came.message["place"])}
         else:
             came.socket.close()
-    return places
+    return said
 
 
 def receive_exactly(connected: socket.socket, size: int, seconds: float) -> bytes:

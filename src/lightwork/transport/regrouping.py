@@ -22,13 +22,12 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, final
 
 from lightwork.errors import RankLost
-from lightwork.notice import notice
 from lightwork.transport.doors import (
     Caller,
     Door,
@@ -40,7 +39,6 @@ from lightwork.transport.doors import (
     receive_message,
     send_message,
 )
-from lightwork.transport.late import Lateness
 
 #: Seconds between two looks at who is missing, for a connection to be made, and for a message once it has begun.
 _LOOK, _CONNECT, _MESSAGE = 0.05, 1.0, 10.0
@@ -78,6 +76,7 @@ class Regrouping:
         secret: Secret,
         silence: float,
         patience: float,
+        waits: Callable[[int, float], None] = lambda host, seconds: None,
     ) -> None:
         """Be the host of the door.
 
@@ -86,6 +85,7 @@ class Regrouping:
             leaders: the rank that speaks for each host, for messages.
             silence: seconds after which a machine that does not answer can not be reached.
             patience: the same for a process.
+            waits: told of those that are waited for, some times a second.
         """
         self.hosts = sorted(places)  #: those that were not lost
         self._door = door
@@ -96,7 +96,7 @@ class Regrouping:
         self._silence = silence
         self._patience = patience
         self._generation = 0
-        self._lateness = Lateness()
+        self._waits = waits
         self._begun = 0.0
         self._heard: dict[int, float] = {}  # when a host was last known to be there
         door.answer = self._turn_away
@@ -166,7 +166,7 @@ class Regrouping:
                 return _Fate.UNREACHABLE
             except (OSError, ValueError) as error:
                 raise _OverAgainError from error
-            self._name_late([lower])
+            self._wait_for([lower])
             if time.monotonic() - heard > self._patience:
                 return _Fate.UNREACHABLE
 
@@ -194,7 +194,7 @@ class Regrouping:
             if came is None:
                 if any(self._fate(host) for host in missing):
                     raise _OverAgainError
-                self._name_late(missing)
+                self._wait_for(missing)
             elif came.message == message and came.host in missing:
                 of_all[came.host] = came.socket
                 made.append(came.socket)
@@ -221,7 +221,7 @@ class Regrouping:
                 fates = {host: self._fate(host) for host in missing}
                 lost |= {host: fate for host, fate in fates.items() if fate is not None}
                 callers = {host: caller for host, caller in callers.items() if not _has_gone(caller)}
-                self._name_late(missing)
+                self._wait_for(missing)
         self._refuse_to_split(list(callers), lost)
         reports = {self._host: report, **{host: caller.message["report"] for host, caller in callers.items()}}
         generation = max([self._generation + 1, *(caller.message["wants"] for caller in callers.values())])
@@ -291,11 +291,9 @@ class Regrouping:
         caller.socket.close()
         return True
 
-    def _name_late(self, hosts: Sequence[int]) -> None:
-        now, own = time.monotonic(), self._leaders[self._host]
-        if self._lateness.is_due(own, self._begun, now):
-            named = ", ".join(str(self._leaders[host]) for host in hosts)
-            notice(f"rank {own} has waited {now - self._begun:.0f} s for rank {named}, to go on without who was lost.")
+    def _wait_for(self, hosts: Sequence[int]) -> None:
+        for host in hosts:
+            self._waits(host, time.monotonic() - self._begun)
 
 
 def _has_gone(caller: Caller) -> bool:

@@ -17,11 +17,10 @@ import torch
 from lightwork.errors import HostLost, RankFailed, RankLost, TeamError
 from lightwork.transport.base import Carrier, Farewell, Pending
 from lightwork.transport.connection import Connection, Transfer, Waiting
-from lightwork.transport.late import Lateness
 from lightwork.transport.regrouping import Regrouping
 
-#: Called with the rank that is waited for, and the seconds so far.
-Late = Callable[[int, float], None]
+#: Called each second with the host that is waited for, and the seconds so far.
+Waits = Callable[[int, float], None]
 
 #: Seconds in which what was sent may still arrive, when the connections are closed.
 _FAREWELL = 1.0
@@ -39,7 +38,7 @@ class SocketCarrier(Carrier):
         host: int,
         leaders: list[int],
         connected: Mapping[int, socket.socket],
-        late: Late | None = None,
+        waits: Waits | None = None,
         silence: float = 0.0,
         patience: float = math.inf,
         regrouping: Regrouping | None = None,
@@ -47,14 +46,13 @@ class SocketCarrier(Carrier):
         """Be `host`, with a socket that is connected to each other one.
 
         Args:
-            late: told of those that are waited for.
+            waits: told of those that are waited for.
             silence: seconds after which a host is lost whose machine does not answer; 0 for never.
             patience: the same for one whose machine answers, and whose process says nothing.
             regrouping: for hosts that go on without one that they lose.
         """
         super().__init__(host, leaders)
-        self._late = late
-        self._lateness = Lateness()
+        self._waits = waits
         self._silence = silence
         self._patience = patience
         self._regrouping = regrouping
@@ -77,9 +75,10 @@ class SocketCarrier(Carrier):
         return list(self._waiting.connections)
 
     @property
-    def is_broken(self) -> bool:
-        """Whether any connection has ended."""
-        return any(connection.end_reason is not None for connection in self._waiting.connections.values())
+    def has_lost(self) -> bool:
+        """Whether any connection has ended without a farewell."""
+        connections = self._waiting.connections.values()
+        return any(one.end_reason is not None and one.farewell is None for one in connections)
 
     def send(self, host: int, tensor: torch.Tensor, tag: int) -> Pending:
         """Begin to send."""
@@ -149,6 +148,8 @@ class SocketCarrier(Carrier):
             connection.end("the team comes together anew")
         for connection in connections:
             connection.join(_FAREWELL)
+            if connection.farewell is Farewell.FAILED:
+                raise self._lost(connection.host, "")
         regrouped = self._regrouping.come_together(report)
         self._renew(regrouped.connected)
         return regrouped.reports
@@ -172,10 +173,8 @@ class SocketCarrier(Carrier):
 
     def _transfer(self, host: int | None, tensor: torch.Tensor) -> Transfer:
         def name(seconds: float) -> None:
-            if self._late is not None and host is not None:
-                now, rank = time.monotonic(), self.leaders[host]
-                if self._lateness.is_due(rank, now - seconds, now):
-                    self._late(rank, seconds)
+            if self._waits is not None and host is not None:
+                self._waits(host, seconds)
 
         return Transfer(tensor.detach().view(-1).view(torch.uint8).numpy().data, name)
 
