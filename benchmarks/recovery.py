@@ -5,6 +5,8 @@
 The model is `mid` of `bench.py`, fp32, at batch 2, on two cores. Side by side, on the same kill:
 
     lightwork        lightwork run -n 2: the other goes on, and another process takes the place
+    ... hosts        --transport group: each has a memory of its own; the other goes on alone
+    ... zero2        the same, with state that nobody else has: both begin again from the last checkpoint, one each 10
     torchrun + DDP   both are started anew and go on from the last checkpoint, one each 10 steps; the kill comes 7 after
     torchft          two replica groups (pip install torchft): the other goes on; the driver starts the killed one anew
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
@@ -22,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench import markdown, preamble, print_table
-from recovery_peer import DIES_IN, STEPS
+from recovery_peer import DIES_IN, SAVES_EVERY, STEPS
 
 HERE = Path(__file__).resolve().parent
 MODEL, BATCH = "mid", 2
@@ -45,9 +49,11 @@ def command(kind: str, batch: int, folder: Path, *, dies: bool) -> list[str]:
     return [str(HERE / "recovery_peer.py"), kind, MODEL, str(batch), str(folder), "dies" if dies else "lives"]
 
 
-def by_lightwork(batch: int, folder: Path, *, dies: bool) -> None:
+def by_lightwork(batch: int, folder: Path, *, dies: bool, settings: dict[str, Any] | None = None) -> None:
     launcher = [sys.executable, "-m", "lightwork", "run", "-n", "2", "--quiet", "--run-dir", str(folder / "run")]
-    subprocess.run([*launcher, *command("lightwork", batch, folder, dies=dies)], check=True, timeout=TIMEOUT)
+    environment = {**os.environ, "RECOVERY_SETTINGS": json.dumps(settings or {})}
+    line = [*launcher, *command("lightwork", batch, folder, dies=dies)]
+    subprocess.run(line, check=True, timeout=TIMEOUT, env=environment)
 
 
 def by_torchrun(batch: int, folder: Path, *, dies: bool) -> None:
@@ -84,6 +90,10 @@ def by_torchft(batch: int, folder: Path, *, dies: bool) -> None:
 
 WAYS: dict[str, Callable[..., None]] = {
     "lightwork": by_lightwork,
+    "lightwork, hosts": partial(by_lightwork, settings={"transport": "group"}),
+    "lightwork, zero2": partial(
+        by_lightwork, settings={"transport": "group", "placement": "zero2", "save_every": SAVES_EVERY}
+    ),
     "torchrun + DDP": by_torchrun,
     "torchft": by_torchft,
 }
@@ -119,6 +129,10 @@ def one(way: str, batch: int, undisturbed: set[str]) -> tuple[float, float, floa
     return step, next_commit - killed, back - killed, again, digests(processes) == undisturbed and len(undisturbed) == 1
 
 
+def spread(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
+
+
 def rows_of(batch: int, ways: list[str], rounds: int) -> list[tuple[str, ...]]:
     rows = []
     found: dict[str, list[tuple[float, float, float, int, bool]]] = {way: [] for way in ways}
@@ -133,7 +147,9 @@ def rows_of(batch: int, ways: list[str], rounds: int) -> list[tuple[str, ...]]:
                 way,
                 f"{statistics.median(steps):.2f}",
                 f"{statistics.median(commits):.2f} ({min(commits):.2f}-{max(commits):.2f})",
-                f"{statistics.median(backs):.2f} ({min(backs):.2f}-{max(backs):.2f})",
+                "never"
+                if math.isnan(backs[0])
+                else f"{statistics.median(backs):.2f} ({min(backs):.2f}-{max(backs):.2f})",
                 f"{max(lost)}",
                 f"{sum(same)} of {len(same)}",
             )

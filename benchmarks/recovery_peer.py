@@ -144,7 +144,8 @@ def lightwork(name: str, batch: int, folder: Path, dies: bool) -> None:
 
     model = make_model(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    run = lw.distribute(model, optimizer, global_batch=batch, micro_batch=batch // 2, run_dir=folder / "run")
+    more = json.loads(os.environ.get("RECOVERY_SETTINGS", "{}"))
+    run = lw.distribute(model, optimizer, global_batch=batch, micro_batch=batch // 2, run_dir=folder / "run", **more)
     log = Log(folder)
     for step in run.steps(TensorDataset(*make_data(name, batch, STEPS)), shuffle=False):
         for part in step:
