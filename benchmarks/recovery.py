@@ -146,10 +146,8 @@ def rows_of(batch: int, ways: list[str], rounds: int) -> list[tuple[str, ...]]:
             (
                 way,
                 f"{statistics.median(steps):.2f}",
-                f"{statistics.median(commits):.2f} ({min(commits):.2f}-{max(commits):.2f})",
-                "never"
-                if math.isnan(backs[0])
-                else f"{statistics.median(backs):.2f} ({min(backs):.2f}-{max(backs):.2f})",
+                spread(commits),
+                "never" if math.isnan(backs[0]) else spread(backs),
                 f"{max(lost)}",
                 f"{sum(same)} of {len(same)}",
             )
