@@ -7,6 +7,7 @@ that share a memory (`test_a_team_goes_on_without_a_worker_that_is_killed`); fur
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,7 @@ from tests.run.test_a_team_goes_on_without_a_worker_that_is_killed import (
     train_two,
     undisturbed,
 )
-from tests.training import new_folder
+from tests.training import Numbered, in_small_pieces, new_folder, tiny_run
 
 #: Over which the others may wait for weights that the lost host was to send.
 IN_AN_EDIT = ("in an edit", "attaching in an edit", "doing the leader's part")
@@ -113,6 +114,40 @@ def test_who_lacks_what_others_have_is_given_it() -> None:
     for number in range(8, 28):
         assert run_hosts(3, {1: Point(SocketCarrier, "send", number, "after")}, note) == 1
     assert (given / "to host 2").exists(), "it is served in order: host 0 first"
+
+
+@pytest.mark.parametrize("victim", range(4))
+def test_there_may_be_more_hosts_than_micro_batches(victim: int) -> None:
+    """Of 4 hosts 2 compute; each adds up a part of the sums."""
+    for number in range(8, 40, 3):
+        deaths = {victim: Point(SocketCarrier, "send", number, "after")}
+        assert run_hosts(4, deaths, global_batch=6, save_every=None) <= 1
+
+
+def test_no_sum_is_written_before_every_host_has_begun_the_step() -> None:
+    """Host 0 computes nothing, and is late: host 1 can not be done with its own bucket before that comes."""
+
+    def job() -> float:
+        add_up, at = Turns._add_up_own, 0.0
+
+        def noted(*arguments: Any) -> None:
+            nonlocal at
+            add_up(*arguments)
+            at = time.monotonic()
+
+        Turns._add_up_own = noted  # type: ignore[method-assign]
+        in_small_pieces(block=2, bucket=2)
+        run = tiny_run(global_batch=4, micro_batch=2)
+        for step in run.steps(Numbered(8), max_steps=1):
+            if run.rank == 0:
+                time.sleep(0.5)
+                began = time.monotonic()
+            for _, x in step:
+                step.backward(run.model(x).mean())
+        return began if run.rank == 0 else at
+
+    late, first, _ = (result.value for result in fork_team(3, job, settings={"transport": "group"}))
+    assert first > late > 0
 
 
 @pytest.mark.parametrize("turn", [1, 2, 3])

@@ -31,7 +31,7 @@ class Plan:
     offload_dir: str = ""  #: of the disk; the system's temporary folder unless given
     activations: Mapping[str, Activation] = field(default_factory=dict)  #: of modules by name; the others are kept
     steal: bool = True  #: a worker that is done takes micro-batches that a late one has not started
-    elastic: bool = True  #: lightwork run's workers of a machine go on without one that is killed; costs a little
+    elastic: bool = True  #: go on without a worker or host that is lost, where others have what it had
     lease: float = 2.0  #: seconds after which an elastic team ends a worker that is stopped (SIGSTOP); 0 for never.
     #: Five of it: those after which a host is lost whose machine does not answer any more.
     audit_every: int = 0  #: steps after which two workers compute one micro-batch and compare; 0: newcomers alone do

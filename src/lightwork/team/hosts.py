@@ -134,9 +134,9 @@ class Hosts:
         source: int | None = None
         result: T
         while True:
-            is_lost = self.may_lose and self.carrier.has_lost
+            has_lost = self.carrier.has_lost
             try:
-                if not is_lost:
+                if not (self.may_lose and has_lost):
                     result = collective.take(source) if source is not None else self._give_and(collective.run)
                     break
             except HostLost:

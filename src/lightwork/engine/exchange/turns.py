@@ -15,6 +15,11 @@ Where a bucket's state is shared out, the sum stays with its owner.
     backward only where it sends or adds up a bucket that is not complete; backward waits for the thread only where it
     is `Depths.backlog` buckets ahead.
 
+    [Note: a sum stays until all have it]
+Who lacks a step's sum as a host was lost is given it by another one (`team/hosts`), after that has begun the next step.
+So no sum of a step is written before every host has begun it: each waits for a word of all, also of those that have no
+micro-batch and give none.
+
 A gradient of a single micro-batch travels in the type of the working weight, a sum in the wire format.
 
 Moves, a step and host, with H hosts of one node each: (H - 1) / H of the gradients' bytes to the owners and as much of
@@ -204,14 +209,14 @@ class Turns:
             for other in self._others:
                 nodes = held.nodes[other]
                 presence = torch.empty(len(nodes) * self._num_blocks(own), dtype=torch.uint8)
-                if nodes:
-                    turn.presence.append((other, presence, self._carrier.receive(other, presence, _PRESENCE)))
+                # Also of who has no sums: [Note: a sum stays until all have it].
+                turn.presence.append((other, presence, self._carrier.receive(other, presence, _PRESENCE)))
                 for node in nodes:
                     buffer = self._buffer(turn)[: self._message(own, node).num_bytes]
                     turn.sums.append((node, buffer, self._carrier.receive(other, buffer, _SUMS)))
         for host, bucket in turn.buckets.items():
             nodes = held.nodes[self._host]
-            if host == self._host or not nodes:
+            if host == self._host:
                 continue
             self._wait_for_backward(bucket)
             presence = self._presence(held, bucket)
@@ -243,7 +248,8 @@ class Turns:
         rows: dict[Node, list[int]] = {}  # by node: whether it holds a sum for each block
         for host, presence, pending in turn.presence:
             pending.wait()
-            rows |= zip(held.nodes[host], presence.view(len(held.nodes[host]), -1).tolist(), strict=True)
+            if held.nodes[host]:
+                rows |= zip(held.nodes[host], presence.view(len(held.nodes[host]), -1).tolist(), strict=True)
         own = self._presence(held, bucket).view(-1, self._num_blocks(bucket)).tolist()
         rows |= zip(held.nodes[self._host], own, strict=False)
         views: dict[Node, list[torch.Tensor]] = {}
