@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
+import lightwork
 from tests.cases import CASES, Case
 from tests.fake_ranks import pause, run_ranks
-from tests.training import Seen, alone, distributed, train
+from tests.training import Seen, alone, distributed, in_small_pieces, new_folder, train
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,28 @@ def test_between_two_steps_a_worker_sees_the_state_after_the_first_for_as_long_a
     for seed in range(4):
         for seen in run_ranks(team.num_workers, job, seed=seed, hosts=team.hosts, settings=team.settings):
             assert seen == of_one, f"seed {seed}"
+
+
+@pytest.mark.parametrize("hosts", [(1, 3), (3, 1), (2, 1, 1), (1,) * 6], ids=str)
+def test_backward_on_one_host_does_not_wait_for_another_that_waits_for_it(hosts: tuple[int, ...]) -> None:
+    """A host of one worker sends buckets as backward completes them, and backward waits while too many have not left.
+    One of several workers, or with no micro-batch, begins when it is done: what comes then must not wait for the first.
+    """
+
+    def job() -> str:
+        in_small_pieces(block=16, bucket=16, backlog=2)
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        run = lightwork.distribute(model, optimizer, global_batch=16, micro_batch=4, run_dir=new_folder())
+        for step in run.steps(torch.utils.data.TensorDataset(torch.randn(64, 6)), max_steps=3):
+            for (x,) in step:
+                step.backward(model(x).square().mean())
+        return run.digest()
+
+    (alone,) = run_ranks(1, job)
+    for seed in range(4):
+        assert run_ranks(sum(hosts), job, hosts=hosts, seed=seed) == [alone] * sum(hosts)
 
 
 @pytest.mark.parametrize("num_workers", [4, 5, 8, 11])

@@ -15,6 +15,7 @@ import torch
 
 from lightwork.engine.backward.early import Early, UpdateInBackward
 from lightwork.engine.backward.gradients import Gradients
+from lightwork.engine.backward.leaves import LeafNorms
 from lightwork.engine.backward.outbox import Consumed, messages_of_leaves, pool_for
 from lightwork.engine.backward.slots import Slots
 from lightwork.engine.clipping import clipping_of
@@ -25,6 +26,7 @@ from lightwork.engine.forward.fetching import Fetching, WeightsOnTheirWay
 from lightwork.engine.forward.paging import WeightsOnDisk
 from lightwork.engine.forward.precision import Compute
 from lightwork.engine.forward.sources import FetchedWeights, answer_requests
+from lightwork.engine.noise import Noise
 from lightwork.engine.parts import Backward, Moving, Parts, State, Workplace
 from lightwork.engine.update import Updater
 from lightwork.spec.holdings import MASTERS, WORKING, Holdings
@@ -114,11 +116,12 @@ def attach(description: Description, parts: Parts, *, write: bool) -> None:
     state.structure.accept()
 
 
-def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -> Engine:
+def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str], *, noise: bool = False) -> Engine:
     """Return the engine, once the model is attached.
 
     Args:
         activations: what the plan says of modules by name; those in 8 bits are the spec's.
+        noise: estimate the noise scale of the gradients.
     """
     holdings, weights = parts.holdings, parts.state.weights
     _take_room_at_home(holdings, memory, parts.state.optimizer)
@@ -135,7 +138,12 @@ def make_engine(parts: Parts, memory: Regions, activations: Mapping[str, str]) -
         fetching=parts.moving.fetching,
         early=parts.backward.early,
     )
-    return Engine(parts, compute, Activations(parts.description.model, chosen, saved, parts.workplace.memory.device))
+    device, board = parts.workplace.memory.device, parts.workplace.board
+    engine = Engine(parts, compute, Activations(parts.description.model, chosen, saved, device))
+    if noise:
+        leaves = parts.backward.gradients.leaves = LeafNorms(holdings.layout, device)
+        engine.noise = Noise(leaves, board.ledger, holdings.spec.micro_batch)
+    return engine
 
 
 class _UpdateRegions:

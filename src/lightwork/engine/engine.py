@@ -30,11 +30,13 @@ from lightwork.engine.exchange.turns import Held, Touched
 from lightwork.engine.forward.activations import Activations
 from lightwork.engine.forward.precision import Compute
 from lightwork.engine.looks import BETWEEN_STEPS, Looks
+from lightwork.engine.noise import Unasked
 from lightwork.engine.norms import Norms
 from lightwork.engine.parts import Parts, settle, trained_state
 from lightwork.engine.update import StepMap
 from lightwork.random import derive, seed_all
 from lightwork.spec.means import weighted_mean
+from lightwork.spec.noise import NoiseScale
 from lightwork.spec.tree import Node, combine
 from lightwork.team.ledger import Outcome
 from lightwork.team.presence import Activity
@@ -57,6 +59,7 @@ class StepResult:
     goes_on: bool | None  #: by the votes of the micro-batches, whether more steps follow; None where none votes
     wishes: int  #: of the workers, for its end
     state_before: int | None  #: a hash of a part of the state from which it began
+    noise: NoiseScale | None  #: of the gradients so far, where there is a new estimate
 
 
 @final
@@ -84,6 +87,7 @@ class Engine:
         self._num_computed = 0  # by this worker, in this step
         self.looks = Looks()
         self.audit_every = 0  #: steps; by the plan
+        self.noise = Unasked()
         names = [parameter.name for parameter in parts.holdings.layout.parameters]
         self.audits = Audits(parts.backward.gradients, parts.state.buffers, names)
         self._map: StepMap | None = None
@@ -113,6 +117,7 @@ class Engine:
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._parts.updater.begin_step(step)
         self._step_start = time.perf_counter()
+        self.noise.begin_step(step)
         audit = self.audit_every > 0 and step % self.audit_every == 0
         measure = self._norms.come_first
         return self._board.enter(step, num_micro_batches, self._settings_hash(), measure=measure, audit=audit)
@@ -178,6 +183,7 @@ class Engine:
         if self.audits.is_repeating:
             self.audits.begin(index)
             return share
+        self.noise.begin_micro_batch(share)
         thorough = self.looks.closely
         self.state.buffers.capture(index, of_many=self._num_micro_batches > 1, check=thorough)
         if thorough:
@@ -214,6 +220,7 @@ class Engine:
         self.state.buffers.check_unwritten(when)
         fold = self._parts.backward.gradients.commit(self._board.ledger.touched(index))
         self._num_computed += 1
+        outcome = replace(outcome, square=self.noise.of_micro_batch())
         return self._board.finished_micro_batch(step, index, outcome, freed=fold.freed, slot=fold.slot, node=fold.node)
 
     @property
@@ -327,6 +334,7 @@ class Engine:
             goes_on=self._board.ledger.goes_on(step, self._num_micro_batches),
             wishes=self._board.ledger.wishes(step, self._num_micro_batches),
             state_before=self._parts.updater.hashes.before(step),
+            noise=self.noise.end_step(step, self._num_micro_batches),
         )
 
     def _settings_hash(self) -> int:

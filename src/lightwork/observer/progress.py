@@ -173,6 +173,8 @@ class RunProgress:
             parts.append(f"loss {summary.loss:.4g}")
         if summary.grad_norm is not None:
             parts.append(f"grad norm {summary.grad_norm:.3g}")
+        if summary.noise is not None:
+            parts.append(f"noise scale {summary.noise:.3g}")
         parts.append(_rate(summary.rates()))
         if summary.seconds_left is not None:
             parts.append(f"time left {format_seconds(summary.seconds_left)}")

@@ -48,6 +48,7 @@ class Summary:
     step: int = -1  #: the last one done
     loss: float | None = None
     grad_norm: float | None = None
+    noise: float | None = None  #: the noise scale, in samples
     workers: dict[int, WorkerSummary] = field(default_factory=dict, init=False)
     _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
     _amounts: dict[int, tuple[int, int, int]] = field(
@@ -86,6 +87,7 @@ class Summary:
             self._amounts[step] = (samples + record["samples"], tokens + record["tokens"], reports + 1)
         if step > self.step or step < self.step - WINDOW:  # back to an earlier checkpoint
             self.step, self.loss, self.grad_norm = step, record["loss"], record["grad_norm"]
+            self.noise = record.get("noise", {}).get("samples", self.noise)
             self._times.append((step, record["at"]))
             if self.first_time is None:
                 self.first_time = record["at"]

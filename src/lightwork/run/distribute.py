@@ -75,6 +75,7 @@ def distribute(
     activations: Activation | Mapping[str, Activation] | None = None,
     save_every: str | int | None = None,
     keep_checkpoints: int | None = None,
+    noise: bool | None = None,
     weights: str | os.PathLike[str] | None = None,
     plan: Plan | None = None,
     run_dir: str | os.PathLike[str] | None = None,
@@ -130,6 +131,9 @@ def distribute(
             as the plan says, which is none by default.
         keep_checkpoints: how many stay in the run directory: the last one, `checkpoint`, and those before it, by their
             steps. A run goes on from the newest that is sound. Left out: as the plan says, 2 by default.
+        noise: estimate the noise scale of the gradients, in samples: about the batch beyond which more samples an
+            update save few updates. In the trace and on the display; it changes no bit. Left out: as the plan says,
+            which is no by default.
         weights: a safetensors file with the values that the model begins with, by the names of its state dict. A model
             built on torch.device("meta") needs it, or modules that all have `reset_parameters()`; it is given values
             one module after the other, where its weights lie.
@@ -143,9 +147,8 @@ def distribute(
     Blocks: until every worker of the team has called.
     Raises: SpecError for settings that are impossible; Disagreement when the workers' scripts differ; MemoryFull.
     """
-    optimizers = check_arguments(model, optimizer)
+    optimizers, environment = check_arguments(model, optimizer), environments.read()
     check_name(name)
-    environment = environments.read()
     EXITS.close_run_of(model)
     refuse_parameters_of_others(model, EXITS.models())
     arguments = {
@@ -169,13 +172,14 @@ def distribute(
         "activations": activations,
         "save_every": save_every,
         "keep_checkpoints": keep_checkpoints,
+        "noise": noise,
     }
     spec, plan = settle(model, optimizers, arguments, plan or Plan(), environment)
     torch.set_num_threads(spec.threads)
     if spec.device == "cuda":
         environments.make_cublas_deterministic()
-    values = Path(weights) if weights is not None else None
-    description, holdings, plan, joined = _join_team(model, optimizers, spec, plan, values, environment)
+    file = None if weights is None else Path(weights)
+    description, holdings, plan, joined = _join_team(model, optimizers, spec, plan, file, environment)
     team = joined.team
     if environment.replays:
         run_dir = resume = None
@@ -279,7 +283,7 @@ def _assemble(description: Description, holdings: Holdings, plan: Plan, joined: 
         team.meet("distribute (weights)")
     if not leads:
         attach(description, parts, write=False)
-    engine = make_engine(parts, joined.memory, plan.activations)
+    engine = make_engine(parts, joined.memory, plan.activations, noise=plan.noise)
     engine.audit_every = plan.audit_every
     if leads:
         engine.trained.release()

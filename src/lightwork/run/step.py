@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -281,6 +282,7 @@ class Step:
             grad_norm=self._result.grad_norm,
             **({"skipped": True} if self._result.skipped else {}),
             **({} if self._result.state_before is None else {"state": f"{self._result.state_before:016x}"}),
+            **({} if self._result.noise is None else {"noise": asdict(self._result.noise)}),
             samples=self._num_samples,
             tokens=self._num_tokens,
             micro_batches=self._own,

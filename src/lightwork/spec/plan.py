@@ -37,12 +37,18 @@ class Plan:
     audit_every: int = 0  #: steps after which two workers compute one micro-batch and compare; 0: newcomers alone do
     save_every: str | int | None = None  #: a checkpoint each "10min", "90s", "2h", or so many steps; none by itself
     keep_checkpoints: int = 2  #: in the run directory: the last one, and those before it
+    noise: bool = False  #: estimate the noise scale of the gradients: how large a batch pays (`spec/noise`)
     trace: bool = True  #: spans and counters of each worker in the run directory
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
             raise SpecError(f"world_size={self.world_size} is not a positive whole number.")
-        for name, switch in (("steal", self.steal), ("elastic", self.elastic), ("trace", self.trace)):
+        for name, switch in (
+            ("steal", self.steal),
+            ("elastic", self.elastic),
+            ("trace", self.trace),
+            ("noise", self.noise),
+        ):
             if not isinstance(switch, bool):
                 raise SpecError(f"{name}={switch!r} is neither true nor false.")
         if not isinstance(self.lease, int | float) or not 0 <= self.lease < float("inf"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Outcome:
     metrics: bytes = b""  #: a JSON object: by name, some numbers
     goes_on: bool | None = None  #: its vote, whether more steps follow; None for none
     wishes: int = 0  #: of its worker, for the end of the step
+    square: float = math.nan  #: the squared norm of a part of its gradient, where that is asked for
 
 
 @final
@@ -65,6 +67,7 @@ class Ledger:
             )
         words, at = self._words, self._row(step) + index
         words.outcomes[2 * at], words.outcomes[2 * at + 1] = outcome.loss, outcome.weight
+        words.squares[at] = outcome.square
         words.votes[at] = _VOTE_OF[outcome.goes_on, outcome.wishes]
         text = len(outcome.metrics).to_bytes(8, "little") + outcome.metrics
         words.metrics[at * METRICS_BYTES : at * METRICS_BYTES + len(text)] = text
@@ -74,6 +77,11 @@ class Ledger:
         at = self._row(step) * 2
         flat = self._words.outcomes[at : at + 2 * num_micro_batches].tolist()
         return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def squares(self, step: int, num_micro_batches: int) -> list[float]:
+        """Return the squared norm of a part of each micro-batch's gradient, NaN where nobody has looked."""
+        at = self._row(step)
+        return list(self._words.squares[at : at + num_micro_batches])
 
     def metrics(self, step: int, index: int) -> dict[str, list[float]]:
         """Return the numbers of each metric of a micro-batch."""
@@ -111,6 +119,7 @@ class Ledger:
             {
                 "settings": self._words.settings(self.seat.local_rank),
                 "records": self.records(step, num_micro_batches)[own.start : own.stop],
+                "squares": self.squares(step, num_micro_batches)[own.start : own.stop],
                 "votes": self._votes(step, own),
                 "metrics": [self._metrics(step, index).decode() for index in own],
                 "touched": b"".join(bytes(self.touched(index)) for index in own).hex(),
@@ -131,7 +140,8 @@ class Ledger:
         for position, index in enumerate(roster.micro_batches(host, num_micro_batches)):
             loss, weight = values["records"][position]
             metrics, (goes_on, wishes) = values["metrics"][position].encode(), values["votes"][position]
-            outcome = Outcome(loss=loss, weight=weight, metrics=metrics, goes_on=goes_on, wishes=wishes)
+            square = values["squares"][position]
+            outcome = Outcome(loss=loss, weight=weight, metrics=metrics, goes_on=goes_on, wishes=wishes, square=square)
             self.write_outcome(step, index, outcome)
             self.touched(index)[:] = touched[position * count : (position + 1) * count]
 

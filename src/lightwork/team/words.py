@@ -125,7 +125,7 @@ def _sizes(size: BoardSize) -> tuple[int, ...]:
     proof = PROOF_WORDS + size.num_parameters
     header = (_HEADER_WORDS, n * PRESENCE_WORDS, n * size.num_slots, size.num_hosts)
     words = (*header, m, proof, *_pieces(size), *_pieces(size))
-    ledger = (2 * m * 2, size.num_buckets)
+    ledger = (2 * m * 2, 2 * m, size.num_buckets)
     return (*(count * WORD for count in words + ledger), m * size.num_parameters, 2 * m, 2 * m * METRICS_BYTES)
 
 
@@ -149,6 +149,7 @@ class Words:
         self.done = tuple(next(parts).cast("q") for _ in _pieces(size))  #: by kind
         # By parity of the step: [Note: what a late worker may read].
         self.outcomes: memoryview[float] = next(parts).cast("d")  #: [parity of the step][micro-batch][loss, weight]
+        self.squares: memoryview[float] = next(parts).cast("d")  #: [parity of the step][micro-batch]
         self.norms: memoryview[float] = next(parts).cast("d")  #: squared, by bucket
         self.touched = next(parts)  #: [micro-batch][parameter]
         self.votes = next(parts)  #: [parity of the step][micro-batch]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from lightwork.engine.backward.leaves import LeafNorms
 from lightwork.engine.backward.outbox import CompleteBuckets
 from lightwork.engine.backward.slots import Slots, is_leaf
 from lightwork.engine.backward.withheld import Withheld, WithheldGradient
@@ -62,6 +63,7 @@ class Gradients:
         self._hooks: dict[int, RemovableHandle] = {}
         self._withheld = Withheld(self._weights.parameters, self._names)
         self._fold: Fold | None = None
+        self.leaves: LeafNorms | None = None  #: who looks at gradients of single micro-batches
         #: Whether a gradient that comes now is of another run's loss, which goes through this model.
         self.others_in_backward: Callable[[], bool] = lambda: False
 
@@ -249,6 +251,8 @@ class Gradients:
                 "Leave sparse=True out: sums over workers are dense."
             )
         now.touched[index] = 1
+        if self.leaves is not None:
+            self.leaves.take(index, gradient, parameter)
         if now.outbox is not None and now.leaves_at_once:
             now.outbox.pack(index, gradient, parameter)
             return True

@@ -124,11 +124,12 @@ class BetweenHosts(Exchange):
         whole = Node(0, num_micro_batches)
 
         def run() -> list[bytes | None]:
-            records = self._records(step, num_micro_batches)
-            self._take_records(step, num_micro_batches, records)
+            # Before records: a host whose backward waits for room in its outbox can not exchange these yet.
             if not self._turns.are_going:
                 self._turns.outbox.expect(())
                 self._turns.begin(held())
+            records = self._records(step, num_micro_batches)
+            self._take_records(step, num_micro_batches, records)
             self._turns.wait_for_total()
             return records
 
