@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,16 @@ def train(
     return seen
 
 
+def ratios_of(blocks: Sequence[float]) -> list[float]:
+    """Return the ratios of blocks with something to those without, which come in turn.
+
+    Each is compared with the mean of its neighbours, which are of the other kind.
+    """
+    beside = [(before + after) / 2 for before, after in zip(blocks, blocks[2:], strict=False)]
+    pairs = enumerate(zip(blocks[1:], beside, strict=False), 1)
+    return [other / one if number % 2 else one / other for number, (one, other) in pairs]
+
+
 def cost(name: str, *, hashes_alone: bool = False) -> tuple[str, ...]:
     """Return a row of the first table."""
     case = CASES[name]
@@ -109,10 +120,7 @@ def cost(name: str, *, hashes_alone: bool = False) -> tuple[str, ...]:
     result = fork_team(2, job, timeout=600)[0]
     seconds = result.value["seconds"][WARM_UP:]
     blocks = [sum(seconds[at : at + case.block]) / case.block for at in range(0, len(seconds), case.block)]
-    # Each block beside the mean of its neighbours, which are of the other kind.
-    beside = [(before + after) / 2 for before, after in zip(blocks, blocks[2:], strict=False)]
-    pairs = enumerate(zip(blocks[1:], beside, strict=False), 1)
-    ratios = [other / one if number % 2 else one / other for number, (one, other) in pairs]
+    ratios = ratios_of(blocks)
     quartiles = statistics.quantiles(ratios, n=4)
     return (
         f"{name}, hashes alone" if hashes_alone else name,

@@ -90,6 +90,6 @@ def test_when_a_cable_is_pulled_out_one_side_goes_on_and_the_other_ends(tmp_path
     assert second.status == 76, second.text
     assert "rank 1 can not reach rank 0 any more, and they may go on without it" in second.err, second.text
     assert first.status == 0, first.text
-    assert "rank 0 goes on without the host of rank 1, which was lost" in first.err, first.text
+    assert "rank 0 goes on without what was lost: the host of rank 1." in first.err, first.text
     alone = finish(start(tmp_path, "train.py"), tmp_path / "runs" / "2")
     assert first.out.splitlines()[-1] == alone.out.splitlines()[-1]

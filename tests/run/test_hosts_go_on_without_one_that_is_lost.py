@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import lightwork
+from lightwork.engine.engine import Engine
 from lightwork.engine.exchange.exchange import BetweenHosts
 from lightwork.engine.exchange.turns import Turns
 from lightwork.launcher.team import fork_team
@@ -42,6 +43,9 @@ from tests.training import Numbered, in_small_pieces, new_folder, tiny_run
 
 #: Over which the others may wait for weights that the lost host was to send.
 IN_AN_EDIT = ("in an edit", "attaching in an edit", "doing the leader's part")
+
+#: The second micro-batch of a host in the second step of `_counted`.
+LAST_BACKWARD = Point(Step, "backward", 6, "after")
 
 #: Messages that a host sends in these runs before it sends its weights, after an edit.
 BEFORE_THE_EDIT = 40
@@ -227,7 +231,17 @@ def test_the_batches_that_a_lost_host_had_are_evaluated_by_others() -> None:
     check(fork_team(3, job, settings={"transport": "group"}), alone.value, 1)
 
 
-def _counted(folder: Path) -> list[Any]:
+@pytest.mark.parametrize("point", [("leave_step", "before"), ("leave_step", "after")], ids=str)
+def test_what_a_host_gave_to_a_step_that_is_done_is_not_lost_with_it(tmp_path: Path, point: tuple[str, str]) -> None:
+    (alone,) = fork_team(1, partial(_counted, tmp_path / "alone"))
+    assert alone.error is None
+    name, when = point
+    for victim in range(3):
+        death = Point(Engine, name, 2, when)
+        check(fork_team(3, partial(_counted, tmp_path / f"{victim}", victim, death)), alone.value, 1)
+
+
+def _counted(folder: Path, victim: int = 1, death: Point = LAST_BACKWARD) -> list[Any]:
     import torch
 
     run = lightwork.distribute(
@@ -238,14 +252,15 @@ def _counted(folder: Path) -> list[Any]:
         run_dir=folder,
         transport="group",
     )
-    if run.rank == 1:
-        Point(Step, "backward", 6, "after").arm()
+    if run.rank == victim:
+        death.arm()
     torch.manual_seed(0)
     seen = []
     for step in run.steps(torch.utils.data.TensorDataset(torch.randn(24, 2)), max_steps=4):
         for (x,) in step:
             step.sum("samples", len(x))
-            step.gather("ids", step.sample_ids)
+            if step.batch_index % 3:
+                step.gather("ids", step.sample_ids)
             step.backward(model(x).square().mean())
         seen.append((step["samples"], sorted(step["ids"].tolist()), step.loss))
     return seen

@@ -9,13 +9,15 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 
 from lightwork.errors import SpecError, UsageError
-from lightwork.launcher.beginnings import Beginnings
+from lightwork.launcher.beginnings import Beginnings, noted_signals
 from lightwork.launcher.ended import Ended
 from lightwork.launcher.local import launch, log_of, preload
 from lightwork.launcher.replacing import LONG_ENOUGH, RESTARTS
@@ -24,7 +26,6 @@ from lightwork.launcher.supervisor import Outcome
 from lightwork.observer.progress import RunProgress
 from lightwork.run.folder import create_run_dir, prepare_run_dir, write_records
 from lightwork.spec.plan import SETTABLE, Carriage
-from lightwork.spec.roster import FIRST_RANK
 from lightwork.team.rendezvous import Progress
 
 if TYPE_CHECKING:
@@ -125,6 +126,22 @@ def carry_out(options: argparse.Namespace) -> int:
     command = {"script": options.script, "is_module": options.is_module, "arguments": options.arguments}
     command |= {"folder": os.getcwd(), "settings": settings}
     write_records(run_dir, {"command": json.dumps(command, indent=2)})
+    with noted_signals() as noted:
+        return _begin_and_again(script, num_workers, run_dir, settings, options, noted)
+
+
+def _begin_and_again(
+    script: Script,
+    num_workers: int,
+    run_dir: Path,
+    settings: dict[str, object],
+    options: argparse.Namespace,
+    noted: Sequence[int],
+) -> int:
+    """Start the team, and another one in its place as long as that is called for; return the exit status.
+
+    `noted` are signals that come between two of them.
+    """
     beginnings = Beginnings(run_dir, options.restarts)
     while True:
         logged = {rank: _size(log_of(run_dir, rank)) for rank in range(num_workers)}
@@ -140,8 +157,14 @@ def carry_out(options: argparse.Namespace) -> int:
         finally:
             display.close(finished=finished)
         follows = beginnings.follows(outcome)
+        number = next(iter(noted), outcome.signalled)
+        if follows and number is not None:
+            follows, outcome = "", replace(outcome, interrupted=number, culprit=None)
         if not follows:
-            return _conclude(outcome, script, run_dir, display.last_step, logged)
+            status = _conclude(outcome, script, run_dir, display.last_step, logged)
+            if beginnings.why_not:
+                _say(beginnings.why_not)
+            return status
         _say(follows)
 
 
@@ -228,7 +251,7 @@ def _conclude(outcome: Outcome, script: Script, run_dir: Path, last_step: int, l
     culprit = outcome.culprit
     if culprit is not None:
         _say(f"{culprit.describe_end()} The others were ended.")
-        _show_last_words(culprit, run_dir, logged)
+        _show_last_words(outcome, culprit, run_dir, logged)
         return culprit.exit_status or 1
     if all(ended.progress is Progress.STARTED for ended in outcome.ended):
         copies = "It ran" if len(outcome.ended) == 1 else f"{len(outcome.ended)} copies of it ran, each for itself"
@@ -251,18 +274,21 @@ def _conclude_unheard(run_dir: Path) -> int:
     return 128 + signal.SIGPIPE
 
 
-def _show_last_words(culprit: Ended, run_dir: Path, logged: dict[int, int]) -> None:
-    """Show the culprit's last words, unless the main worker, whose errors were shown as they came, had the same."""
+def _show_last_words(outcome: Outcome, culprit: Ended, run_dir: Path, logged: dict[int, int]) -> None:
+    """Show the culprit's last words, unless a worker whose errors were shown as they came had the same."""
 
     def last_words(rank: int) -> str:
-        log, start = log_of(run_dir, rank), logged[rank]
+        log, start = log_of(run_dir, rank), logged.get(rank, 0)
         traceback = last_traceback(_tail(log, start))
         if traceback or culprit.status <= 0:
             return traceback
         return "\n".join(_tail(log, start).splitlines()[-_TAIL_LINES:])  # sys.exit("why"), a SyntaxError
 
     words = last_words(culprit.rank)
-    if culprit.rank != FIRST_RANK and words and not last_words(FIRST_RANK).endswith(words.splitlines()[-1]):
+    was_shown = culprit.rank in outcome.shown or (
+        words != "" and any(last_words(rank).endswith(words.splitlines()[-1]) for rank in outcome.shown)
+    )
+    if words and not was_shown:
         print(words, file=sys.stderr)
     _say(f"its log is {log_of(run_dir, culprit.rank)}")
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import operator
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -33,10 +33,10 @@ from lightwork.engine.looks import BETWEEN_STEPS, Looks
 from lightwork.engine.noise import Unasked
 from lightwork.engine.norms import Norms
 from lightwork.engine.parts import Parts, settle, trained_state
+from lightwork.engine.result import StepResult
 from lightwork.engine.update import StepMap
 from lightwork.random import derive, seed_all
 from lightwork.spec.means import weighted_mean
-from lightwork.spec.noise import NoiseScale
 from lightwork.spec.tree import Node, combine
 from lightwork.team.ledger import Outcome
 from lightwork.team.presence import Activity
@@ -46,20 +46,6 @@ from lightwork.transport.base import Watch
 
 #: Seconds between two looks at the other workers' health while waiting.
 WATCH_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step came to; the same on every worker."""
-
-    loss: float  #: weighted mean over the global batch
-    grad_norm: float  #: L2, before clipping
-    skipped: bool  #: the gradient was not finite, and the weights are as they were (loss scaling)
-    metrics: Sequence[Mapping[str, Sequence[float]]]  #: what each micro-batch collected by name, as numbers
-    goes_on: bool | None  #: by the votes of the micro-batches, whether more steps follow; None where none votes
-    wishes: int  #: of the workers, for its end
-    state_before: int | None  #: a hash of a part of the state from which it began
-    noise: NoiseScale | None  #: of the gradients so far, where there is a new estimate
 
 
 @final
@@ -243,8 +229,10 @@ class Engine:
         self._seconds["wait"] += time.perf_counter() - start
         return self._board.visit(step)
 
-    def exchange_phase(self, step: int, kind: Kind) -> Action:
+    def exchange_phase(self, step: int, kind: Kind, parts: bytes = b"") -> Action:
         """Exchange with the other hosts what the phase `kind` is for, and return what to do next. The leader's work.
+
+        `parts` go with a step's records, where each host has one worker.
 
         Raises: Disagreement when another host is elsewhere; RankLost when it is gone.
         """
@@ -253,7 +241,7 @@ class Engine:
         with torch.no_grad():
             match kind:
                 case Kind.EXCHANGE:
-                    if not between_hosts.sum_up(step, self._num_micro_batches, lambda: self._held(step)):
+                    if not between_hosts.sum_up(step, self._num_micro_batches, lambda: self._held(step), parts):
                         self._board.begin_again(step)
                         return self._board.visit(step)
                     behind = between_hosts.busy_seconds - (time.perf_counter() - start)
@@ -372,6 +360,11 @@ class Engine:
         return [weight for _, weight in self._board.ledger.records(step, self._num_micro_batches)]
 
     # --- between steps ------------------------------------------------------------------------------------------
+
+    @property
+    def parts_of_hosts(self) -> list[bytes] | None:
+        """What each host gave to `exchange_phase` in this step; None where nothing of it has travelled."""
+        return self._parts.exchange.parts
 
     @property
     def serves_weights(self) -> bool:

@@ -37,7 +37,7 @@ class Noise(Unasked):
         self.leaves = leaves
         self._ledger = ledger
         self._micro_batch = micro_batch
-        self._estimator = NoiseEstimator()
+        self.estimator = NoiseEstimator()
         self._share = 0.0
 
     def begin_step(self, step: int) -> None:
@@ -54,7 +54,7 @@ class Noise(Unasked):
         return self.leaves.square() / self._share**2 if self._share else math.nan
 
     def end_step(self, step: int, num_micro_batches: int) -> NoiseScale | None:
-        """Return an estimate after each round of all parts."""
+        """Return an estimate each `PARTS` steps."""
         weights = {weight for _, weight in self._ledger.records(step, num_micro_batches)}
         squares = self._ledger.squares(step, num_micro_batches)
         if num_micro_batches < 2 or len(weights) > 1:
@@ -62,5 +62,5 @@ class Noise(Unasked):
         big = math.fsum(self._ledger.norms_squared()[step % PARTS :: PARTS])
         small = math.fsum(squares) / num_micro_batches
         b = self._micro_batch
-        is_new = self._estimator.take(step % PARTS, small, big, b, b * num_micro_batches)
-        return self._estimator.estimate() if is_new else None
+        self.estimator.take(step % PARTS, small, big, b, b * num_micro_batches)
+        return self.estimator.estimate() if step % PARTS == PARTS - 1 else None

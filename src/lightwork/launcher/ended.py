@@ -18,6 +18,7 @@ class Ended:
     progress: Progress
     if_killed: IfKilled = IfKilled.UNKNOWN  #: what becomes of its runs
     life: int = 0  #: how many processes were at its place before
+    at: float = 0.0  #: when, by the monotonic clock
 
     @property
     def exit_status(self) -> int:

@@ -14,7 +14,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Protocol
@@ -67,13 +67,15 @@ class Display(Protocol):
         """Refresh; called some times a second."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Outcome:
     """How a team ended."""
 
     ended: tuple[Ended, ...]
     culprit: Ended | None  #: the first failure, None when all went well
-    interrupted: int | None  #: the signal that this process was sent
+    interrupted: int | None  #: the signal that this process was sent, where that has ended the team
+    signalled: int | None = None  #: any signal that it was sent
+    shown: Collection[int] = ()  #: the ranks whose output was shown
 
 
 class Supervisor:
@@ -104,6 +106,7 @@ class Supervisor:
         self._ended: list[Ended] = []
         self._culprit: Ended | None = None
         self._interrupted: int | None = None
+        self._signalled: int | None = None  # also where there is a culprit already
         self.output = Output(self._tell)
         self._lost: set[Process] = set()  # that were killed or left, and the others went on without
         self._going: set[Process] = set()  # that were told to
@@ -138,18 +141,19 @@ class Supervisor:
             self._judge()
             self.output.drain()
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(-1)
             for worker in self._running.values():
                 kill_group(worker, signal.SIGKILL)
                 worker.join()
             while any(group_lives(worker) for worker, _ in self._leftovers):
                 self._end_leftovers(time.monotonic())
                 time.sleep(0.01)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(-1)
             self.output.close()
         by_rank = tuple(sorted(self._ended, key=lambda ended: ended.rank))
-        return Outcome(ended=by_rank, culprit=self._culprit, interrupted=self._interrupted)
+        shown = {rank for rank, _ in self.output.shown}
+        return Outcome(by_rank, self._culprit, self._interrupted, self._signalled, shown)
 
     def _tell(self, text: str) -> None:
         self._display.write_error(f"lightwork: {text}\n".encode())
@@ -178,6 +182,7 @@ class Supervisor:
                 progress=self._page.progress(rank),
                 if_killed=self._page.if_killed(rank),
                 life=self._replacing.life(rank),
+                at=time.monotonic(),
             )
             if rank in self._replacing.coming and not self._replacing.has_come(rank):
                 self._give_up(ended)
@@ -320,11 +325,8 @@ class Supervisor:
     def _is_failure(self, ended: Ended) -> bool:
         if ended.progress in _OUT:
             return False
-        if self._is_survived(ended):
-            return self._is_missed(ended)
-        if ended.status != 0 or ended.progress in (Progress.JOINING, Progress.TRAINING):
-            return True
-        return self._is_missed(ended)
+        is_bad = ended.status != 0 or ended.progress in (Progress.JOINING, Progress.TRAINING)
+        return (is_bad and not self._is_survived(ended)) or self._is_missed(ended)
 
     def _is_missed(self, ended: Ended) -> bool:
         """Return whether others have called `distribute` more often, and wait there for a worker that has ended."""
@@ -341,8 +343,10 @@ class Supervisor:
             failures = [ended for ended in self._ended if self._is_failure(ended)]
             lost = [ended for ended in self._ended if (ended.rank, ended.life) in self._lost]
             causes = [ended for ended in failures if ended.status != EXIT_BECAUSE_OF_PEER and ended not in lost]
-            if failures and not causes:  # maybe one that they could not do without after all
-                causes = lost
+            if failures and not causes:  # maybe one that they could not do without after all, or one that just left
+                first = failures[0].at
+                left = [one for one in self._ended if one.status == 0 and one.progress not in _OUT and one.at <= first]
+                causes = sorted([*lost, *left], key=lambda one: one.at)[-1:]
             self._culprit = next(iter(causes or failures), None)
             if self._culprit is not None:
                 self._end(GRACE_AFTER_FAILURE)
@@ -372,6 +376,7 @@ class Supervisor:
 
     def _catch_signals(self) -> dict[int, signal.Handlers | None]:
         def on_signal(number: int, frame: object) -> None:
+            self._signalled = number
             if self._interrupted is None and self._culprit is None:
                 self._interrupted = number
                 if number == signal.SIGINT:  # as from a terminal: the script may save, and ends by itself

@@ -6,8 +6,8 @@ with the last one that is closed. What happens:
     the script ends     each run waits while others may read weights that are here, and is closed
     an exception        its traceback is shown, every run tells its team that this worker can not go on; then as above,
                         without waiting
-    ... of a peer       RankFailed: only a sentence is shown, for the traceback is where it happened. RankFailed and
-                        RankLost: the runs are closed and the process ends at once, with EXIT_BECAUSE_OF_PEER
+    ... of a peer       RankFailed, HostLost: only a sentence is shown, for the cause is elsewhere. They and RankLost:
+                        the runs are closed and the process ends at once, with EXIT_BECAUSE_OF_PEER
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 
 from lightwork.engine.beside import Beside
-from lightwork.errors import EXIT_BECAUSE_OF_PEER, RankFailed, RankLost, without_own_frames
+from lightwork.errors import EXIT_BECAUSE_OF_PEER, HostLost, RankFailed, RankLost, without_own_frames
 from lightwork.notice import notice
 from lightwork.team.team import Team
 
@@ -151,7 +151,7 @@ class Exits:
             failing = [living for living in self._here() if not living.has_failed]
             for living in failing:
                 living.has_failed = True
-            if failing and isinstance(error, RankFailed):
+            if failing and isinstance(error, RankFailed | HostLost):
                 notice(str(error))
             elif failing and isinstance(error, KeyboardInterrupt) and error.args:  # a run's: the loop was left in order
                 notice(f"interrupted {error.args[0]}.")

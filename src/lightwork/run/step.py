@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from lightwork.checkpoint.packing import pack, unpack
 from lightwork.data.batch import count_tokens, map_tensors
 from lightwork.data.feed import Batches
 from lightwork.data.order import Ids, some_of
 from lightwork.engine.beside import Beside
-from lightwork.engine.engine import Engine, StepResult
-from lightwork.errors import NonFiniteLoss, RankLost, UsageError
+from lightwork.engine.engine import Engine
+from lightwork.engine.result import StepResult
+from lightwork.errors import NonFiniteLoss, UsageError
 from lightwork.run.audit import Audit
-from lightwork.run.collected import Part, combined, from_values, to_values
+from lightwork.run.collected import Part, combined
+from lightwork.run.gathered import packed, parts_of_all
 from lightwork.run.interrupt import INTERRUPTS
 from lightwork.run.micro_batch import MicroBatch, StepPlace
 from lightwork.team.ledger import STOP, Outcome
@@ -270,10 +271,13 @@ class Step:
             elif action.kind in (Kind.MEASURE, Kind.UPDATE):
                 action = engine.process_bucket(self.index, action)
             else:
-                action = engine.exchange_phase(self.index, action.kind)
+                action = engine.exchange_phase(self.index, action.kind, packed(self._parts))
         self._result = engine.leave_step(self.index)
         self._check_gradient(self._result)
-        self._metrics = combined(self._result.metrics, self._exchange_parts)
+        self._metrics = combined(
+            self._result.metrics,
+            lambda: parts_of_all(self._parts, self._team, engine, self.index, self._num_micro_batches),
+        )
         self._updated(self._result.goes_on)
         self._trace.event(
             "step",
@@ -320,17 +324,6 @@ class Step:
                 f"step.backward was not called for micro-batch {micro.index} of step {self.index} (rank "
                 f"{self._team.rank}). Call it once in the loop body; for nothing to learn from, with weight=0."
             )
-
-    def _exchange_parts(self) -> list[dict[int, dict[str, Part]]]:
-        payloads = self._team.meet(f"step.gather (step {self.index})", pack(to_values(self._parts)))
-        received = [from_values(unpack(payload)) for payload in payloads]
-        lost = set(range(self._num_micro_batches)).difference(*received)
-        if lost:
-            raise RankLost(
-                f"what micro-batches {sorted(lost)[:5]} of step {self.index} gave to step.gather or step.sum is lost "
-                "with the worker that computed them, which has died. Start again, to go on from the last checkpoint."
-            )
-        return received
 
     def _load(self, index: int, *, is_own: bool = True) -> tuple[MicroBatch, Any]:
         start = time.perf_counter()

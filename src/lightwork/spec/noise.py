@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-#: The parts in which a gradient is looked at, one in each step; and how many rounds of all parts count.
+#: The parts in which a gradient is looked at, one in each step; and how many looks at each of them count.
 PARTS, WINDOW = 8, 50
 
-#: Rounds before there is an estimate.
+#: Looks at each before there is an estimate.
 _LEAST = 5
 
 #: Of a normal distribution: 95 % lie within so many standard deviations.
@@ -40,44 +41,41 @@ class NoiseScale:
 
 @final
 class NoiseEstimator:
-    """Averages over the last `WINDOW` rounds, of `PARTS` steps each: in each one part of the gradient is seen."""
+    """Averages over the last steps. In each of them one part of the gradient is seen, in turn."""
 
-    def __init__(self) -> None:
-        self._rounds: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # S and |g|^2, of the whole gradient
-        self._parts: dict[int, tuple[float, float]] = {}  # of this round
+    def __init__(self, window: int = WINDOW) -> None:
+        """`window` is how many looks at each part count."""
+        self._seen: list[deque[tuple[float, float]]] = [deque(maxlen=window) for _ in range(PARTS)]  # S and |g|^2
 
-    def take(self, part: int, small: float, big: float, num_small: int, num_big: int) -> bool:
-        """Take the squared norms of a part of a step's gradient; return whether a round is complete.
+    def take(self, part: int, small: float, big: float, num_small: int, num_big: int) -> None:
+        """Take the squared norms of a part of a step's gradient.
 
         Args:
             small: the mean of those over `num_small` samples.
             big: that over all `num_big`.
         """
-        if part == 0:
-            self._parts.clear()
-        if not math.isfinite(small + big):
-            return False
-        variance = (small - big) / (1 / num_small - 1 / num_big)
-        self._parts[part] = variance, (num_big * big - num_small * small) / (num_big - num_small)
-        if part != PARTS - 1 or len(self._parts) < PARTS:
-            return False
-        of_parts = list(self._parts.values())
-        self._rounds.append((math.fsum(s for s, _ in of_parts), math.fsum(g for _, g in of_parts)))
-        return True
+        if math.isfinite(small + big):
+            variance = (small - big) / (1 / num_small - 1 / num_big)
+            self._seen[part].append((variance, (num_big * big - num_small * small) / (num_big - num_small)))
 
     def estimate(self) -> NoiseScale | None:
         """Return what is known; None before there is enough.
 
-        The interval is that of a ratio of means, by the delta method: Var(S/g) is about Var(S - r g) / (n mean(g)^2).
+        The interval is that of a ratio of sums, by the delta method: with r = S / |g|^2 the variance of r is about that
+        of S - r |g|^2, of which each part's mean has its own, over |g|^4.
         """
-        count = len(self._rounds)
-        if count < _LEAST:
+        if min(map(len, self._seen)) < _LEAST:
             return None
-        variance = math.fsum(s for s, _ in self._rounds) / count
-        signal = math.fsum(g for _, g in self._rounds) / count
+        variance = math.fsum(math.fsum(s for s, _ in of_part) / len(of_part) for of_part in self._seen)
+        signal = math.fsum(math.fsum(g for _, g in of_part) / len(of_part) for of_part in self._seen)
         if signal <= 0:
             return NoiseScale(math.inf, 0.0, math.inf)
         ratio = variance / signal
-        spread = math.fsum((s - ratio * g) ** 2 for s, g in self._rounds) / (count - 1)
-        deviation = _WIDTH * math.sqrt(spread / count) / signal
+        spread = math.fsum(_variance_of_mean([s - ratio * g for s, g in of_part]) for of_part in self._seen)
+        deviation = _WIDTH * math.sqrt(spread) / signal
         return NoiseScale(max(0.0, ratio), max(0.0, ratio - deviation), max(0.0, ratio + deviation))
+
+
+def _variance_of_mean(values: Sequence[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)

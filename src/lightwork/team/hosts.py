@@ -39,6 +39,9 @@ _GIVEN = FIRST_TAG + 16
 
 T = TypeVar("T")
 
+#: The hosts of whose loss the user was told.
+_TOLD: set[int] = set()
+
 
 def connect_hosts(
     purpose: str,
@@ -190,10 +193,9 @@ class Hosts:
         first_step = self._board.committed if step is None else step + is_behind
         if lost:
             self._board.losses.add(lost, first_step)
-            notice(
-                f"rank {carrier.leaders[own]} goes on without the host of rank {named}, which was lost, from "
-                f"step {first_step} on."
-            )
+            if not _TOLD.issuperset(lost):  # several runs of a script lose the same
+                notice(f"rank {carrier.leaders[own]} goes on without what was lost: the host of rank {named}.")
+            _TOLD.update(lost)
         return ahead if is_behind else None
 
 

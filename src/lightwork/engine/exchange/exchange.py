@@ -26,7 +26,7 @@ from lightwork.transport.base import Pending
 
 _SHARED, _FROM_FIRST = NEXT_TAG, NEXT_TAG + 1
 
-_HEAD = struct.Struct("<QQ")  # a hash of the state, bytes of the ledger's share
+_HEAD = struct.Struct("<QQQ")  # a hash of the state, bytes of the ledger's share and of parts
 
 #: Bytes of a message of a broadcast.
 _CHUNK_BYTES = 64 * 1024 * 1024
@@ -39,6 +39,8 @@ class Exchange:
     outbox: Outbox | None = None
     #: What of a step the trace tells beside what every worker does.
     phases: tuple[str, ...] = ()
+    #: What `sum_up` has brought beside the sums, of all hosts; None where it brings nothing.
+    parts: list[bytes] | None = None
     #: Seconds for which partial sums travelled in this step, waits for backward left out.
     busy_seconds = 0.0
 
@@ -46,7 +48,7 @@ class Exchange:
         """Begin to exchange the partial sums of a step, each bucket as soon as `outbox` says that it is complete."""
         raise ValueError("this worker does not speak to other hosts")
 
-    def sum_up(self, step: int, num_micro_batches: int, held: Callable[[], Held]) -> bool:
+    def sum_up(self, step: int, num_micro_batches: int, held: Callable[[], Held], parts: bytes) -> bool:
         """Make what each host has of a step that of all.
 
         When it returns True, the board has what all micro-batches came to, and the leader's last slot the sum over all
@@ -54,6 +56,7 @@ class Exchange:
 
         Args:
             held: returns what this host holds, where `begin_sums` was not called.
+            parts: what this worker gives to the others, where each host has one.
         """
         raise ValueError("this worker does not speak to other hosts")
 
@@ -116,7 +119,7 @@ class BetweenHosts(Exchange):
         """Let turns begin."""
         self._turns.begin(held)
 
-    def sum_up(self, step: int, num_micro_batches: int, held: Callable[[], Held]) -> bool:
+    def sum_up(self, step: int, num_micro_batches: int, held: Callable[[], Held], parts: bytes) -> bool:
         """Exchange records, and wait for the turns.
 
         Raises: Disagreement when another host is elsewhere, has other settings or another copy; RankLost.
@@ -128,7 +131,7 @@ class BetweenHosts(Exchange):
             if not self._turns.are_going:
                 self._turns.outbox.expect(())
                 self._turns.begin(held())
-            records = self._records(step, num_micro_batches)
+            records = self._records(step, num_micro_batches, parts)
             self._take_records(step, num_micro_batches, records)
             self._turns.wait_for_total()
             return records
@@ -153,27 +156,31 @@ class BetweenHosts(Exchange):
         self._turns.abandon()
         self._turns = self._new_turns()
 
-    def _records(self, step: int, num_micro_batches: int) -> list[bytes | None]:
+    def _records(self, step: int, num_micro_batches: int, parts: bytes) -> list[bytes | None]:
         """Exchange records, metrics, which parameters were touched, and what forward left in the buffers.
 
         And a hash of what the step before has written: all hosts have a copy of it.
         """
         own = self._board.roster.micro_batches(self._host, num_micro_batches)
         share = self._ledger.share_of_step(step, num_micro_batches)
-        head = _HEAD.pack(self._hashes.before(step) or 0, len(share))
-        return self._carrier.exchange(f"step {step}", head + share + self._buffers.changes(own))
+        head = _HEAD.pack(self._hashes.before(step) or 0, len(share), len(parts))
+        return self._carrier.exchange(f"step {step}", head + share + parts + self._buffers.changes(own))
 
     def _take_records(self, step: int, num_micro_batches: int, records: list[bytes | None]) -> None:
         """Write what the other hosts' micro-batches came to onto this host's board."""
         of_hosts = {host: record for host, record in enumerate(records) if record is not None}
         if len({_HEAD.unpack_from(record)[0] for record in of_hosts.values()}) > 1:
             raise self._other_copies(step - 1)
+        parts: list[bytes] = []
         for host, record in of_hosts.items():
-            if host == self._host:
-                continue
-            end = _HEAD.size + _HEAD.unpack_from(record)[1]
-            self._ledger.take_share(step, num_micro_batches, host, record[_HEAD.size : end])
-            self._buffers.take_changes(self._board.roster.micro_batches(host, num_micro_batches), record[end:])
+            _, of_share, of_parts = _HEAD.unpack_from(record)
+            end = _HEAD.size + of_share
+            parts.append(record[end : end + of_parts])
+            if host != self._host:
+                self._ledger.take_share(step, num_micro_batches, host, record[_HEAD.size : end])
+                own = self._board.roster.micro_batches(host, num_micro_batches)
+                self._buffers.take_changes(own, record[end + of_parts :])
+        self.parts = parts if max(self._holdings.roster.sizes) == 1 else None
 
     def _other_copies(self, step: int) -> Disagreement:
         """Return the error of copies that differ after `step`, with the first bucket that does. Every host calls it."""
