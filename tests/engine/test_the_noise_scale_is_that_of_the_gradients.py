@@ -81,7 +81,6 @@ def test_it_is_what_plain_pytorch_measures_with_fixed_weights() -> None:
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     stacked = torch.stack(gradients).double()
     variance, mean = stacked.var(0, correction=0).sum(), stacked.mean(0)
-    # Of a data set of n samples b at a time without return; by the finite population's correction.
     direct = float(variance / mean.square().sum())
     assert found[-1].samples == pytest.approx(direct, rel=0.15)
     assert found[-1].low < direct * 1.15
@@ -90,7 +89,7 @@ def test_it_is_what_plain_pytorch_measures_with_fixed_weights() -> None:
 
 def test_the_norms_of_micro_batches_are_those_of_their_own_mean_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with plain PyTorch, part by part, where weights stay."""
-    taken: list[tuple[int, float, float, int, int]] = []
+    taken: list[tuple[Any, ...]] = []
     take = NoiseEstimator.take
 
     def noted(self: NoiseEstimator, *arguments: Any) -> None:
@@ -99,8 +98,8 @@ def test_the_norms_of_micro_batches_are_those_of_their_own_mean_losses(monkeypat
 
     monkeypatch.setattr(NoiseEstimator, "take", noted)
     run_ranks(1, lambda: train(noise=True, lr=0.0, max_steps=4 * PARTS)[:1])
-    assert {(b, B) for *_, b, B in taken} == {(4, 16)}
-    assert [part for part, *_ in taken] == [*range(PARTS)] * 4
+    assert {tuple(of[3:]) for of in taken} == {(4, 16, 64)}
+    assert [of[0] for of in taken] == [*range(PARTS)] * 4
     model, smalls, bigs = make(), [], []
     for x, y in zip(*(of.split(16) for of in data().tensors), strict=True):
         model.zero_grad()

@@ -29,6 +29,10 @@ class Schedule(Protocol):
     def describe(self, epoch: int) -> dict[str, object]:
         """Return what must be the same on every worker."""
 
+    @property
+    def num_different(self) -> float:
+        """The samples of which an epoch takes each once; infinite where it does not, or that is not known."""
+
     def total_steps(self, epochs: int, first: int = 0) -> int | None:
         """Return the steps of `epochs` epochs from `first` on; None where only reading shows them."""
 

@@ -7,6 +7,7 @@ workers is nowhere. No samples are fetched here.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,11 @@ class Order:
     drop_last: bool = False  #: leave out the global batch that is short
     num_samples: int = field(init=False)  #: when the order was made; it may not change
     _cache: dict[int, _Arranged] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    @property
+    def num_different(self) -> float:
+        """All samples, unless the script arranges them."""
+        return self.num_samples if self.arrangement in (shuffled, unshuffled) else math.inf
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_samples", self.count_samples())

@@ -20,6 +20,7 @@ samples before that place are read and dropped (skipped, if the data set has `sk
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -162,6 +163,11 @@ class StreamOrder:
     global_batch: int
     micro_batch: int
     _ends: dict[int, int] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def num_different(self) -> float:
+        """Not known."""
+        return math.inf
 
     def describe(self, epoch: int) -> dict[str, object]:
         """Return what must be the same on every worker."""

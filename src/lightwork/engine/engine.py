@@ -74,6 +74,9 @@ class Engine:
         self.looks = Looks()
         self.audit_every = 0  #: steps; by the plan
         self.noise = Unasked()
+        self.parts_of_hosts: Sequence[bytes] | None = (
+            None  #: what each host gave to the step; None: it has not travelled
+        )
         names = [parameter.name for parameter in parts.holdings.layout.parameters]
         self.audits = Audits(parts.backward.gradients, parts.state.buffers, names)
         self._map: StepMap | None = None
@@ -312,6 +315,7 @@ class Engine:
         self._seconds["update"] = max(0.0, self._seconds["update"] - self._seconds["reduce"])
         for name, seconds in self._seconds.items():
             self._parts.workplace.trace.span(name, step, -1, self._step_start, self._step_start + seconds)
+        self.parts_of_hosts = self._parts.exchange.parts
         self.seed("between", step)
         self._board.presence.show(Activity.BETWEEN)
         return StepResult(
@@ -360,11 +364,6 @@ class Engine:
         return [weight for _, weight in self._board.ledger.records(step, self._num_micro_batches)]
 
     # --- between steps ------------------------------------------------------------------------------------------
-
-    @property
-    def parts_of_hosts(self) -> list[bytes] | None:
-        """What each host gave to `exchange_phase` in this step; None where nothing of it has travelled."""
-        return self._parts.exchange.parts
 
     @property
     def serves_weights(self) -> bool:

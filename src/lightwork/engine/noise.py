@@ -13,6 +13,8 @@ from lightwork.team.ledger import Ledger
 class Unasked:
     """Nobody asks for it."""
 
+    num_all = math.inf  #: samples of the data set, where an epoch takes each once
+
     def begin_step(self, step: int) -> None:
         """Begin a step."""
 
@@ -62,5 +64,5 @@ class Noise(Unasked):
         big = math.fsum(self._ledger.norms_squared()[step % PARTS :: PARTS])
         small = math.fsum(squares) / num_micro_batches
         b = self._micro_batch
-        self.estimator.take(step % PARTS, small, big, b, b * num_micro_batches)
+        self.estimator.take(step % PARTS, small, big, b, b * num_micro_batches, self.num_all)
         return self.estimator.estimate() if step % PARTS == PARTS - 1 else None

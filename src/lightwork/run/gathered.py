@@ -6,10 +6,9 @@ or the step is computed again. Else workers meet for it after the step, and what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightwork.checkpoint.packing import pack, unpack
-from lightwork.engine.engine import Engine
 from lightwork.errors import RankLost
 from lightwork.run.collected import Part, from_values, to_values
 from lightwork.team.team import Team
@@ -24,13 +23,12 @@ def packed(parts: Parts) -> bytes:
 
 
 def parts_of_all(
-    own: Parts, team: Team, engine: Engine, step: int, num_micro_batches: int
+    own: Parts, here: Sequence[bytes] | None, team: Team, step: int, num_micro_batches: int
 ) -> Iterable[dict[int, dict[str, Part]]]:
-    """Return what each worker has.
+    """Return what each worker has; `here` is what hosts have sent, if they have.
 
     Raises: RankLost when a part of it is lost.
     """
-    here = engine.parts_of_hosts
     if here is not None:  # nothing is lost; who gave nothing has sent nothing
         nothing: dict[int, dict[str, Part]] = {index: {} for index in range(num_micro_batches)}
         return [nothing, *(from_values(unpack(one)) for one in here if one)]

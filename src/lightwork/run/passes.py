@@ -208,6 +208,7 @@ class Passes:
             is_last=order.is_last(epoch, step_in_epoch),
             wish=self._automatic.wish,
         )
+        self._engine.noise.num_all = order.num_different
         updated = partial(self._advance, order, epoch, step_in_epoch)
         others = EXITS.beside(self._engine.beside)
         return self.step_class(place, self._team, self._engine, loader, self._trace, updated, others)

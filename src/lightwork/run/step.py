@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -274,10 +274,7 @@ class Step:
                 action = engine.exchange_phase(self.index, action.kind, packed(self._parts))
         self._result = engine.leave_step(self.index)
         self._check_gradient(self._result)
-        self._metrics = combined(
-            self._result.metrics,
-            lambda: parts_of_all(self._parts, self._team, engine, self.index, self._num_micro_batches),
-        )
+        self._metrics = combined(self._result.metrics, self._parts_of_all)
         self._updated(self._result.goes_on)
         self._trace.event(
             "step",
@@ -324,6 +321,10 @@ class Step:
                 f"step.backward was not called for micro-batch {micro.index} of step {self.index} (rank "
                 f"{self._team.rank}). Call it once in the loop body; for nothing to learn from, with weight=0."
             )
+
+    def _parts_of_all(self) -> Iterable[Mapping[int, Mapping[str, Part]]]:
+        here = self._engine.parts_of_hosts
+        return parts_of_all(self._parts, here, self._team, self.index, self._num_micro_batches)
 
     def _load(self, index: int, *, is_own: bool = True) -> tuple[MicroBatch, Any]:
         start = time.perf_counter()

@@ -4,10 +4,15 @@ From squared norms of a gradient over b samples (small) and over B (big), with g
 variance of one sample's gradient, summed over its elements, both without bias (McCandlish et al. 2018, "An Empirical
 Model of Large-Batch Training", appendix A.1):
 
-    |g|^2 = (B |G_big|^2 - b |G_small|^2) / (B - b)
     S     = (|G_small|^2 - |G_big|^2) / (1/b - 1/B)
+    |g|^2 = |G_big|^2 - S (1/B - 1/N)
 
-Their ratio B_noise = S / |g|^2 is the *simple noise scale*, in samples. From about there (the critical batch) twice the
+The last term is 0 in the paper, whose samples come from an endless stream. An epoch takes each of N samples once, so
+that larger batches of it vary less (the correction for a finite population); without it |g|^2 would come out too small
+by S / N, which is much of it where the noise scale is not far below N. (It corrects too much by the part of S that is
+not the samples' but dropout's or an augmentation's.)
+
+The ratio B_noise = S / |g|^2 is the *simple noise scale*, in samples. From about there (the critical batch) twice the
 batch saves far less than half of the steps. A single step says little of either, so both are averaged before they are
 divided.
 """
@@ -47,16 +52,19 @@ class NoiseEstimator:
         """`window` is how many looks at each part count."""
         self._seen: list[deque[tuple[float, float]]] = [deque(maxlen=window) for _ in range(PARTS)]  # S and |g|^2
 
-    def take(self, part: int, small: float, big: float, num_small: int, num_big: int) -> None:
+    def take(
+        self, part: int, small: float, big: float, num_small: int, num_big: int, num_all: float = math.inf
+    ) -> None:
         """Take the squared norms of a part of a step's gradient.
 
         Args:
             small: the mean of those over `num_small` samples.
             big: that over all `num_big`.
+            num_all: samples of the data set, of which an epoch takes each once; infinite where that is not so.
         """
         if math.isfinite(small + big):
             variance = (small - big) / (1 / num_small - 1 / num_big)
-            self._seen[part].append((variance, (num_big * big - num_small * small) / (num_big - num_small)))
+            self._seen[part].append((variance, big - variance * (1 / num_big - 1 / num_all)))
 
     def estimate(self) -> NoiseScale | None:
         """Return what is known; None before there is enough.
