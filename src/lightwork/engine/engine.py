@@ -74,9 +74,7 @@ class Engine:
         self.looks = Looks()
         self.audit_every = 0  #: steps; by the plan
         self.noise = Unasked()
-        self.parts_of_hosts: Sequence[bytes] | None = (
-            None  #: what each host gave to the step; None: it has not travelled
-        )
+        self.parts_of_hosts: list[bytes] | None = None  #: what each gave to the step, if that has travelled
         names = [parameter.name for parameter in parts.holdings.layout.parameters]
         self.audits = Audits(parts.backward.gradients, parts.state.buffers, names)
         self._map: StepMap | None = None
