@@ -79,7 +79,7 @@ def shown(num_steps: int) -> tuple[Any, dict[str, torch.Tensor]]:
         for step in run.steps(data, max_steps=num_steps + LOOKS * PARTS):
             if step.index == num_steps:
                 optimizer.param_groups[0]["lr"] = 0.0
-                noise.estimator = NoiseEstimator(LOOKS)
+                noise.estimator = NoiseEstimator(LOOKS, noise.leaves.num_parts)
                 weights = {name: value.clone() for name, value in run.state_dict().items()}
             for inputs, targets in step:
                 step.backward(F.cross_entropy(model(inputs), targets))

@@ -33,9 +33,11 @@ def make() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
 
 
-def train(*, noise: bool, lr: float = 1e-2, max_steps: int = STEPS, **settings: Any) -> tuple[list[Any], str, Path]:
+def train(
+    *, noise: bool, lr: float = 1e-2, max_steps: int = STEPS, bucket: int = 16, **settings: Any
+) -> tuple[list[Any], str, Path]:
     """Return the estimates of the trace's step events, the digest, and the run's folder."""
-    in_small_pieces(block=16, bucket=16)
+    in_small_pieces(block=bucket, bucket=bucket)
     folder, model = new_folder(), make()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     run = lightwork.distribute(
@@ -114,6 +116,13 @@ def test_the_norms_of_micro_batches_are_those_of_their_own_mean_losses(monkeypat
     small = sum(one[1] for of_round in rounds for one in of_round) / len(rounds)
     assert small == pytest.approx(sum(smalls) / len(smalls), rel=0.3)
     assert sum(one[2] for one in taken) / len(rounds) == pytest.approx(sum(bigs) / len(bigs), rel=0.3)
+
+
+@pytest.mark.parametrize("bucket", [48, 1024])
+def test_a_small_model_may_have_fewer_buckets_than_there_are_parts(bucket: int) -> None:
+    ((many, *_),) = run_ranks(1, lambda: train(noise=True, lr=0.0, max_steps=50 * PARTS))
+    ((few, *_),) = run_ranks(1, lambda: train(noise=True, lr=0.0, max_steps=50 * PARTS, bucket=bucket))
+    assert few[-1].samples == pytest.approx(many[-1].samples, rel=0.25)
 
 
 def test_of_a_single_micro_batch_there_is_none() -> None:

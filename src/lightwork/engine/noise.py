@@ -39,12 +39,14 @@ class Noise(Unasked):
         self.leaves = leaves
         self._ledger = ledger
         self._micro_batch = micro_batch
-        self.estimator = NoiseEstimator()
+        self.estimator = NoiseEstimator(parts=leaves.num_parts)
         self._share = 0.0
+        self._looks = False  # in this step
 
     def begin_step(self, step: int) -> None:
         """Look at the part of the gradients that is due."""
         self.leaves.begin_step(step % PARTS)
+        self._looks = step % PARTS < self.leaves.num_parts
 
     def begin_micro_batch(self, share: float) -> None:
         """Begin to look."""
@@ -53,16 +55,20 @@ class Noise(Unasked):
 
     def of_micro_batch(self) -> float:
         """Return what was looked at."""
-        return self.leaves.square() / self._share**2 if self._share else math.nan
+        return self.leaves.square() / self._share**2 if self._looks and self._share else math.nan
 
     def end_step(self, step: int, num_micro_batches: int) -> NoiseScale | None:
         """Return an estimate each `PARTS` steps."""
+        if self._looks:
+            self._take(step, num_micro_batches)
+        return self.estimator.estimate() if step % PARTS == PARTS - 1 else None
+
+    def _take(self, step: int, num_micro_batches: int) -> None:
         weights = {weight for _, weight in self._ledger.records(step, num_micro_batches)}
         squares = self._ledger.squares(step, num_micro_batches)
         if num_micro_batches < 2 or len(weights) > 1:
-            return None
+            return
         big = math.fsum(self._ledger.norms_squared()[step % PARTS :: PARTS])
         small = math.fsum(squares) / num_micro_batches
         b = self._micro_batch
         self.estimator.take(step % PARTS, small, big, b, b * num_micro_batches, self.num_all)
-        return self.estimator.estimate() if step % PARTS == PARTS - 1 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Protocol
 
 from lightwork.engine.backward.early import Early
@@ -97,7 +98,8 @@ class Parts:
 def take_from_first_host(parts: Parts) -> None:
     """Make the memory of the first host that of all: weights, buffers and state. Called by the leaders."""
     state = parts.state
-    parts.exchange.broadcast(lambda: [*state.weights.values_at_home(), state.buffers.values_at_home()])
+    # One after the other: what lies on disk is mapped as it is asked for.
+    parts.exchange.broadcast(lambda: chain(state.weights.values_at_home(), [state.buffers.values_at_home()]))
     parts.state.weights.writes.accept()
 
 

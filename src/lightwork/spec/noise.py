@@ -48,9 +48,9 @@ class NoiseScale:
 class NoiseEstimator:
     """Averages over the last steps. In each of them one part of the gradient is seen, in turn."""
 
-    def __init__(self, window: int = WINDOW) -> None:
-        """`window` is how many looks at each part count."""
-        self._seen: list[deque[tuple[float, float]]] = [deque(maxlen=window) for _ in range(PARTS)]  # S and |g|^2
+    def __init__(self, window: int = WINDOW, parts: int = PARTS) -> None:
+        """`window` is how many looks at each part count; only the first `parts` hold anything."""
+        self._seen: list[deque[tuple[float, float]]] = [deque(maxlen=window) for _ in range(parts)]  # S and |g|^2
 
     def take(
         self, part: int, small: float, big: float, num_small: int, num_big: int, num_all: float = math.inf

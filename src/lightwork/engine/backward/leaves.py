@@ -22,6 +22,7 @@ class LeafNorms:
 
     def __init__(self, layout: Layout, device: Device) -> None:
         self._device = device
+        self.num_parts = min(PARTS, len(layout.buckets))  #: those that hold anything: the first ones
         # By part: of each parameter the elements in it, in the order in which they lie in memory.
         self._ranges: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(PARTS)]
         for bucket in range(len(layout.buckets)):
