@@ -39,18 +39,20 @@ def test_it_is_named_once_in_a_while(monkeypatch: pytest.MonkeyPatch, capfd: pyt
 def test_one_that_is_stopped_is_ended_after_its_lease(
     other: subprocess.Popen[bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    neighbours = Neighbours(0, [0, 10], {1: other.pid}, 0.5)
+    neighbours = Neighbours(0, [0, 10], {1: other.pid}, 1.0)
     other.send_signal(signal.SIGSTOP)
-    wait(neighbours, 0.4)
+    wait(neighbours, 0.5)
     assert other.poll() is None
-    wait(neighbours, 0.3)
+    wait(neighbours, 1.0)
     assert other.wait(5) == -signal.SIGKILL
-    assert f"rank 10 (pid {other.pid}) is ended: it was stopped for 0.5 s while rank 0 waited" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert f"rank 10 (pid {other.pid}) is ended: it was stopped for 1." in told
+    assert "s while rank 0 waited for it. To wait for stopped workers: --set lease=0." in told
 
 
 @pytest.mark.parametrize("case", ["it runs", "it goes on in between", "lease=0", "this one was stopped itself"])
 def test_it_lives_where(other: subprocess.Popen[bytes], case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    neighbours = Neighbours(0, [0, 10], {1: other.pid}, 0.0 if case == "lease=0" else 0.5)
+    neighbours = Neighbours(0, [0, 10], {1: other.pid}, 0.0 if case == "lease=0" else 0.8)
     if case != "it runs":
         other.send_signal(signal.SIGSTOP)
     wait(neighbours, 0.3)
