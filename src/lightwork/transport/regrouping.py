@@ -257,8 +257,8 @@ class Regrouping:
         """Return what has become of a host that is missing; None if it lives."""
         now = time.monotonic()
         try:
-            with socket.create_connection(self._places[host], timeout=4 * _LOOK) as probe:
-                if is_there(probe, 4 * _LOOK):  # it asks for a proof
+            with socket.create_connection(self._places[host], timeout=_CONNECT) as probe:
+                if is_there(probe, _CONNECT):  # it asks for a proof
                     self._heard[host] = now
                     return None
             limit = self._patience
