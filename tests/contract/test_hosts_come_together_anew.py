@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +130,31 @@ def test_one_that_was_taken_for_lost_is_told_so_when_it_calls(
     assert reports == [{0: 1, 1: 1, 3: 1}] * 3
     with pytest.raises(RankLost, match="rank 20 was taken for lost, and rank 0 and others go on without it"):
         team[2].carrier.come_together(1)
+
+
+@pytest.mark.parametrize("says", ["nothing", "something", "what another team says"])
+def test_another_program_that_has_got_the_port_of_a_lost_host_is_not_waited_for(team: list[Host], says: str) -> None:
+    team[2].die()
+    left = [team[0], team[1], team[3]]
+
+    def answer() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with server.accept()[0] as stranger:
+                    if says == "something":
+                        stranger.sendall(b"HTTP/1.1 400 Bad Request" + bytes(100))
+                    time.sleep(0.2)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        other = Door("127.0.0.1", 2, Secret("of another", "leaders 1"))
+        threading.Thread(target=answer, daemon=True).start()
+        for host in left:
+            place = other.place if says == "what another team says" else server.getsockname()
+            host.regrouping._places = {**host.regrouping._places, 2: place}
+            host.regrouping._patience = 1.5
+        in_threads(*(host.come_together(1) for host in left))
+        other.close()
+    check_connected(left)
 
 
 @pytest.mark.parametrize("farewell", [*Farewell, None], ids=str)

@@ -169,7 +169,9 @@ class Door:
             if not isinstance(error, Untouched | ConnectionResetError | BrokenPipeError):  # it has gone by itself
                 notice(f"somebody at {who} was turned away from this run's team: {error}.")
         else:
-            if not self.answer(caller):
+            if caller.message.get("probe"):  # it has asked whether this one lives
+                stranger.close()
+            elif not self.answer(caller):
                 if "wants" in caller.message:
                     with self._order:
                         self._waiting.add(caller)
@@ -197,6 +199,10 @@ class NotOurs(ConnectionError):
     """Who has the port does not know the token: another program."""
 
 
+class Silent(ConnectionError):
+    """Who has the port says nothing: its process is stopped, or busy in one call."""
+
+
 def call(
     place: Place,
     host: int,
@@ -222,6 +228,9 @@ def call(
         if not hmac.compare_digest(proof, secret.proof("called", host, own, asked)):
             raise NotOurs("it does not know the token of the run")
         send_message(connected, json.dumps(message).encode())
+    except TimeoutError as error:
+        connected.close()
+        raise Silent("it does not answer") from error
     except OSError:
         connected.close()
         raise

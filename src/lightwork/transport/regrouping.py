@@ -34,6 +34,7 @@ from lightwork.transport.doors import (
     NotOurs,
     Place,
     Secret,
+    Silent,
     call,
     is_there,
     receive_message,
@@ -148,6 +149,8 @@ class Regrouping:
                 break
             except (ConnectionRefusedError, NotOurs):
                 return _Fate.ENDED
+            except Silent:
+                return _Fate.UNREACHABLE
             except OSError as error:
                 if time.monotonic() - self._heard[lower] > self._silence:
                     return _Fate.ENDED if isinstance(error, ConnectionError) else _Fate.UNREACHABLE
@@ -257,17 +260,17 @@ class Regrouping:
         """Return what has become of a host that is missing; None if it lives."""
         now = time.monotonic()
         try:
-            with socket.create_connection(self._places[host], timeout=_CONNECT) as probe:
-                if is_there(probe, _CONNECT):  # it asks for a proof
-                    self._heard[host] = now
-                    return None
-            limit = self._patience
-        except ConnectionRefusedError:
+            place, secret = self._places[host], self._secret
+            call(place, host, self._host, secret, {"probe": True}, _CONNECT, _CONNECT).close()
+        except (ConnectionRefusedError, NotOurs):
             return _Fate.ENDED
         except ConnectionError:
             limit = self._patience
         except OSError:
             limit = self._silence
+        else:
+            self._heard[host] = now
+            return None
         return _Fate.UNREACHABLE if now - self._heard[host] > limit else None
 
     def _settle(self, generation: int, hosts: list[int]) -> None:
