@@ -1,8 +1,8 @@
 """Whether a team that has ended begins again from its last checkpoint: where nobody else has what a killed worker had.
 
 That is where weights or the optimizer's state are shared out, or lie in the memory of a GPU; where all were killed; or
-in the middle of what can not be done again. A worker that dies of what
-it computes would die again, so the beginnings from one checkpoint are counted.
+in the middle of what can not be done again. A worker that dies of what it computes would die again, so the beginnings
+from one checkpoint are counted.
 """
 
 from __future__ import annotations

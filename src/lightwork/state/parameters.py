@@ -146,6 +146,15 @@ def _fp32_parameters(model: nn.Module, names: Sequence[str]) -> set[nn.Parameter
     return keep
 
 
+def flattened(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a gradient as one dimension, in the order in which the parameter's elements lie in memory."""
+    if gradient.is_contiguous() and parameter.is_contiguous():
+        return gradient.view(-1)
+    flat = torch.empty(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
+    like(flat, parameter).copy_(gradient)
+    return flat
+
+
 def like(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return `flat` in the shape of `parameter` and, where these are dense (such as channels-last), its strides."""
     if parameter.is_contiguous() or not _is_dense(parameter):

@@ -192,9 +192,9 @@ class Board:
         words = self._words
         with self._lock:
             for kind in _UP_TO_EXCHANGE:
-                for array in (words.claims[kind], words.done[kind]):
-                    array[:] = memoryview(bytes(array.nbytes)).cast("q")
-            words.slots[:] = memoryview(bytes(words.slots.nbytes)).cast("q")
+                _clear(words.claims[kind])
+                _clear(words.done[kind])
+            _clear(words.slots)
             words.header[AGAIN] += 1
             self._signal.notify()
 
@@ -259,7 +259,7 @@ class Board:
         words = self._words
         words.header[OPEN] = 0
         for array in (*words.claims, *words.done):  # the steps that they name may come again
-            array[:] = memoryview(bytes(array.nbytes)).cast("q")
+            _clear(array)
         for local in range(self._seat.size.capacity):
             words.presence[local * PRESENCE_WORDS + ENTERED] = 0
             words.presence[local * PRESENCE_WORDS + ARRIVED] = 0
@@ -285,3 +285,7 @@ class Board:
         failure = self.presence.failure()
         if failure is not None:
             raise failure
+
+
+def _clear(words: memoryview) -> None:
+    words[:] = memoryview(bytes(words.nbytes)).cast("q")

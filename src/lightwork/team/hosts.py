@@ -20,7 +20,7 @@ from lightwork.team.meeting_point import JOIN_TIMEOUT
 from lightwork.team.neighbours import Neighbours
 from lightwork.team.rendezvous import Rendezvous
 from lightwork.transport import nccl
-from lightwork.transport.base import FIRST_TAG, Carrier, Farewell, PointToPoint
+from lightwork.transport.base import GIVEN_TAG, Carrier, Farewell, PointToPoint
 from lightwork.transport.doors import Door, Secret, connect_all
 from lightwork.transport.layered import packed_list, unpacked_list
 from lightwork.transport.regrouping import Regrouping
@@ -33,9 +33,6 @@ _SILENCE, _PATIENCE = 5.0, 150.0
 
 #: Seconds, where workers are waited for however long they are stopped.
 _NEVER = 86_400.0
-
-#: What a meeting came to, for who has missed it. (Tags of messages between hosts: `engine/exchange` has those before.)
-_GIVEN = FIRST_TAG + 16
 
 T = TypeVar("T")
 
@@ -74,8 +71,8 @@ def connect_hosts(
     try:
         about = {"pid": os.getpid(), "machine": environment.machine}
         connected, of_all = connect_all(door, first, host, leaders, secret, JOIN_TIMEOUT, about)
-        beside = {other: said["pid"] for other, said in of_all.items() if said["machine"] == environment.machine}
-        beside = {other: pid for other, pid in beside.items() if may_lose and other != host}
+        others = {other: said for other, said in of_all.items() if other != host and may_lose}
+        beside = {other: said["pid"] for other, said in others.items() if said["machine"] == environment.machine}
         waits = Neighbours(leaders[host], leaders, beside, lease).waits_for
         if may_lose:
             silence, patience = _SILENCE * lease or _NEVER, _PATIENCE * lease or _NEVER
@@ -169,14 +166,14 @@ class Hosts:
         """Send a host what an exchange came to."""
         packed = torch.frombuffer(bytearray(packed_list(received)), dtype=torch.uint8)
         for tensor in (torch.tensor([len(packed)]), packed):
-            self.carrier.send(host, tensor, _GIVEN).wait()
+            self.carrier.send(host, tensor, GIVEN_TAG).wait()
 
     def take(self, host: int) -> list[bytes | None]:
         """Return what a host gives."""
         size = torch.zeros(1, dtype=torch.int64)
-        self.carrier.receive(host, size, _GIVEN).wait()
+        self.carrier.receive(host, size, GIVEN_TAG).wait()
         packed = torch.empty(int(size), dtype=torch.uint8)
-        self.carrier.receive(host, packed, _GIVEN).wait()
+        self.carrier.receive(host, packed, GIVEN_TAG).wait()
         return unpacked_list(packed.numpy().tobytes())
 
     def _come_together(self, step: int | None) -> int | None:

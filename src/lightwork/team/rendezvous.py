@@ -40,7 +40,7 @@ class Progress(IntEnum):
 
 
 class IfKilled(IntEnum):
-    """What becomes of a worker's runs if it is killed. Of several runs the last of these counts."""
+    """What becomes of a worker's runs if it is killed. Of several runs the worst of these counts."""
 
     UNKNOWN = 0  #: there is no run yet
     REPLACED = 1  #: the others go on, and another process can come to its place

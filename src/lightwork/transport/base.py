@@ -52,8 +52,8 @@ _HEADER = struct.Struct(f"<{_WHAT_BYTES}sq")  # what, bytes of the whole payload
 #: Bytes of the first message of an exchange, which holds the header and as much of the payload as fits.
 FIRST_BYTES = 16 * 1024
 
-#: Tags of `exchange`; those of tensors begin at `FIRST_TAG`.
-_TAG_FIRST, _TAG_REST, FIRST_TAG = 0, 1, 2
+#: Tags of `exchange`, and of what one came to, for who has missed it; those of tensors begin at `FIRST_TAG`.
+_TAG_FIRST, _TAG_REST, GIVEN_TAG, FIRST_TAG = range(4)
 
 
 class PointToPoint(ABC):

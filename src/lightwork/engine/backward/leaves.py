@@ -13,7 +13,7 @@ import torch
 from lightwork.device.base import Device
 from lightwork.spec.layout import Layout
 from lightwork.spec.noise import PARTS
-from lightwork.state.parameters import like
+from lightwork.state.parameters import flattened
 
 
 @final
@@ -48,11 +48,7 @@ class LeafNorms:
         ranges = self._now.get(index)
         if ranges is None:
             return
-        if gradient.is_contiguous() and parameter.is_contiguous():
-            flat = gradient.view(-1)
-        else:
-            flat = torch.empty(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
-            like(flat, parameter).copy_(gradient)
+        flat = flattened(gradient, parameter)
         self._squares += self._device.norms_squared([flat[start:end].float() for start, end in ranges])
 
     def square(self) -> float:

@@ -22,7 +22,7 @@ from lightwork.device.base import Device, Mark
 from lightwork.engine.backward.message import Message, message_of
 from lightwork.engine.backward.slots import Slots
 from lightwork.spec.layout import Layout
-from lightwork.state.parameters import like
+from lightwork.state.parameters import flattened
 
 
 class Pool:
@@ -91,11 +91,7 @@ class CompleteBuckets(ABC):
         Bucket by bucket, so that those of a large parameter can leave before all of it is packed.
         Blocks: as `count_folded`.
         """
-        if gradient.is_contiguous() and parameter.is_contiguous():
-            flat = gradient.view(-1)
-        else:  # in the order in which the parameter's elements lie in memory
-            flat = torch.empty(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
-            like(flat, parameter).copy_(gradient)
+        flat = flattened(gradient, parameter)
         dtype = self._dtypes[index]
         for bucket, places in reversed(self._places[index].items()):
             if bucket not in self._packed:

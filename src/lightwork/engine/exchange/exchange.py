@@ -229,7 +229,7 @@ class BetweenHosts(Exchange):
 
         Raises: RankLost, too, when the first host is lost over it: nobody has all of what it sends.
         """
-        first = min(self._host, *self._carrier.others, self._host)
+        first = min([self._host, *self._carrier.others])
 
         def run() -> bool:
             if self._host != first:

@@ -196,8 +196,7 @@ class Turns:
             buffer = self._pool.take_buffer()
             message = self._message(bucket, whole)
             self._carrier.receive(host, buffer[: message.num_bytes], _TOTALS).wait()
-            for (span, _, _), view in zip(message.blocks, message.views(buffer), strict=True):
-                self._slots.span_view(0, self._into, whole, span).copy_(view)
+            self._unpack_total(message, buffer, whole)
             self._pool.give_back([buffer])
 
     # --- a turn -----------------------------------------------------------------------------------------------------
@@ -278,8 +277,7 @@ class Turns:
             pending.wait()
             message = self._message(bucket, held.whole)
             if message.whole is None:
-                for (span, _, _), view in zip(message.blocks, message.views(tensor), strict=True):
-                    self._slots.span_view(0, self._into, held.whole, span).copy_(view)
+                self._unpack_total(message, tensor, held.whole)
         for pending in turn.sent:
             pending.wait()
         self._pool.give_back(turn.buffers)
@@ -331,6 +329,11 @@ class Turns:
         for (span, _, _), view in zip(message.blocks, message.views(buffer), strict=True):
             view.copy_(self._slots.span_view(0, self._into, held.whole, span))
         return buffer
+
+    def _unpack_total(self, message: Message, tensor: torch.Tensor, whole: Node) -> None:
+        """Put the sum over all hosts of a bucket, as it has travelled, where it belongs."""
+        for (span, _, _), view in zip(message.blocks, message.views(tensor), strict=True):
+            self._slots.span_view(0, self._into, whole, span).copy_(view)
 
     def _put_sum(
         self, tree: Sum, is_present: Callable[[Node], bool], operand: Callable[[Node], torch.Tensor], out: torch.Tensor
